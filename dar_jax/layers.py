@@ -1,0 +1,230 @@
+"""What the networks share: attention with its cache, rotary positions, MLP, norms, dropout, and stacks of blocks.
+
+Shapes: B batch, T query tokens, S key tokens, D width, N heads, K head size, L layers, H W image rows and columns.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+Array = jax.Array
+DType = jnp.dtype | type
+
+# The scale PyTorch gives linears and convolutions by default, which the release keeps outside its blocks.
+default_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def matrix_init(std: float | None) -> Callable:
+    """Initial value of a block's matrices: N(0, std^2), or N(0, 1 / fan in) where std is None."""
+    return nn.initializers.lecun_normal() if std is None else nn.initializers.normal(std)
+
+
+# --- rotary positions --------------------------------------------------------------------------------------------------
+
+Rope = tuple[Array, Array]  # cosines and sines, each [T, K/2] float32
+
+
+def rope_1d(positions: Array, head_size: int, theta: float) -> Rope:
+    """Cosines and sines that turn the adjacent pair i of a head by position * theta^(-2i / head_size).
+
+    Args: positions [T]. Returns two float32 arrays [T, head_size / 2].
+    """
+    frequencies = theta ** (-np.arange(0, head_size, 2) / head_size)
+    angles = jnp.asarray(positions, jnp.float32)[:, None] * frequencies.astype(np.float32)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rope_2d(height: int, width: int, head_size: int, theta: float) -> Rope:
+    """As `rope_1d` for a raster of height x width: the first half of a head turns with the row, the second with the column."""
+    rows, columns = np.divmod(np.arange(height * width), width)
+    parts = [rope_1d(positions, head_size // 2, theta) for positions in (rows, columns)]
+    return tuple(jnp.concatenate(pair, axis=-1) for pair in zip(*parts))
+
+
+def pad_rope(rope: Rope, count: int) -> Rope:
+    """Appends `count` positions that are not turned."""
+    cos, sin = rope
+    return jnp.pad(cos, ((0, count), (0, 0)), constant_values=1.0), jnp.pad(sin, ((0, count), (0, 0)))
+
+
+def apply_rope(x: Array, rope: Rope) -> Array:
+    """Turns adjacent pairs of x [B, T, N, K] by the angles of `rope`; computed in float32, returned in x's dtype."""
+    cos, sin = (part[None, :, None, :] for part in rope)
+    a, b = jnp.moveaxis(x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2), -1, 0)
+    return jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape).astype(x.dtype)
+
+
+# --- attention -----------------------------------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of all layers, each [L, B, S, N, K]. It is carried through the layers, so that writes happen in place."""
+
+    keys: Array
+    values: Array
+
+    @classmethod
+    def zeros(cls, layers: int, batch: int, length: int, heads: int, head_size: int, dtype: DType) -> "Cache":
+        empty = jnp.zeros((layers, batch, length, heads, head_size), dtype)
+        return cls(empty, empty)
+
+    def write(self, layer: Array, position: Array, keys: Array, values: Array) -> tuple["Cache", Array, Array]:
+        """Stores keys and values [B, T, N, K] from `position` on; returns the new cache and that layer's [B, S, N, K]."""
+        start = (layer, 0, position, 0, 0)
+        new = Cache(
+            jax.lax.dynamic_update_slice(self.keys, keys[None].astype(self.keys.dtype), start),
+            jax.lax.dynamic_update_slice(self.values, values[None].astype(self.values.dtype), start),
+        )
+        of_layer = functools.partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
+        return new, of_layer(new.keys), of_layer(new.values)
+
+
+def causal_mask(length: int, span: int, position: Array | int = 0) -> Array:
+    """[1, 1, length, span] bool: query i, which stands at position + i, sees keys up to and including its own place."""
+    return (jnp.arange(span) <= position + jnp.arange(length)[:, None])[None, None]
+
+
+def attend(queries: Array, keys: Array, values: Array, mask: Array | None = None) -> Array:
+    """softmax(q k / sqrt(K)) v with the softmax in float32.
+
+    Args: queries [B, T, N, K]; keys, values [B, S, M, K] where M divides N (grouped queries); mask broadcasts to
+    [B, N, T, S]. Returns [B, T, N, K].
+    """
+    return jax.nn.dot_product_attention(queries, keys, values, mask=mask)
+
+
+def layer_norm(affine: bool, name: str | None = None) -> nn.LayerNorm:
+    """Layer norm in float32, eps 1e-6."""
+    return nn.LayerNorm(1e-6, use_bias=affine, use_scale=affine, use_fast_variance=False, dtype=jnp.float32, name=name)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with biases and QK-norm. Queries come from x, keys and values from `context` (default: x).
+
+    `rope` turns the queries, and in self attention the keys too. With a cache, keys and values are those written so far.
+    """
+
+    head_size: int
+    init_std: float | None
+    dtype: DType
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,  # [B, T, D]
+        context: Array | None = None,  # [B, S, D]
+        rope: Rope | None = None,
+        mask: Array | None = None,
+        cache: Cache | None = None,
+        layer: Array | None = None,
+        position: Array | None = None,
+    ) -> tuple[Array, Cache | None]:
+        width = x.shape[-1]
+        heads = (width // self.head_size, self.head_size)
+        init = matrix_init(self.init_std)
+        project = functools.partial(nn.DenseGeneral, dtype=self.dtype, kernel_init=init)
+        source = x if context is None else context
+        q = layer_norm(True, "q_norm")(project(heads, name="q")(x)).astype(self.dtype)  # [B, T, N, K]
+        k = layer_norm(True, "k_norm")(project(heads, name="k")(source)).astype(self.dtype)  # [B, S, N, K]
+        v = project(heads, name="v")(source)  # [B, S, N, K]
+        if rope is not None:
+            q = apply_rope(q, rope)
+            k = apply_rope(k, rope) if context is None else k
+        if cache is not None:
+            cache, k, v = cache.write(layer, position, k, v)
+        out = attend(q, k, v, mask)
+        return project(width, axis=(-2, -1), name="out")(out), cache
+
+
+class Mlp(nn.Module):
+    """Linear to four times the width, SiLU, linear back."""
+
+    init_std: float | None
+    dtype: DType
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=matrix_init(self.init_std))
+        return dense(x.shape[-1], name="out")(nn.silu(dense(4 * x.shape[-1], name="in")(x)))
+
+
+class Block(nn.Module):
+    """The transformer block of the encoder and of the token decoder: pre-norm, with a learned gate on each residual."""
+
+    head_size: int
+    init_std: float | None
+    gate_init: float
+    dtype: DType
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: tuple[Array, Cache | None],
+        layer: Array,
+        rope: Rope | None,
+        mask: Array | None,
+        position: Array | None,
+    ) -> tuple[tuple[Array, Cache | None], None]:
+        x, cache = carry  # [B, T, D]
+        gates = [self.param(name, nn.initializers.constant(self.gate_init), x.shape[-1:]) for name in ("gate1", "gate2")]
+        attention = Attention(self.head_size, self.init_std, self.dtype, name="attention")
+        out, cache = attention(layer_norm(True, "norm1")(x), None, rope, mask, cache, layer, position)
+        x = x + gates[0].astype(self.dtype) * out
+        x = x + gates[1].astype(self.dtype) * Mlp(self.init_std, self.dtype, name="mlp")(layer_norm(True, "norm2")(x))
+        return (x, cache), None
+
+
+# --- stacks, dropout, resizing ---------------------------------------------------------------------------------------------
+
+_REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+
+
+def stack(block: type[nn.Module], layers: int, remat: str, shared: int) -> type[nn.Module]:
+    """`layers` copies of a block run one after the other by a scan, with parameters stacked along a leading axis.
+
+    The block is called as block(carry, layer, *shared arguments) -> (carry, None); call the stack as
+    stack(...)(carry, jnp.arange(layers), *shared arguments).
+
+    Args:
+      remat: what the backward pass computes again instead of storing: "none", "dots" (all but matrix products), "full".
+      shared: number of arguments after `layer` that all layers get alike.
+    """
+    if remat != "none":
+        block = nn.remat(block, prevent_cse=False, policy=_REMAT_POLICIES[remat])
+    in_axes = (0,) + (nn.broadcast,) * shared
+    return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=in_axes, length=layers)
+
+
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
+    """Zeroes elements with probability `rate` and scales the others up; the identity where key is None."""
+    if key is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+
+
+def resize_bicubic(images: Array, height: int, width: int) -> Array:
+    """Bicubic resizing as PyTorch's `interpolate` does it: a = -0.75, no antialiasing, half-pixel centres, edges repeated.
+
+    Args: images [B, H, W, C] float32. Returns [B, height, width, C].
+    """
+    rows, columns = (_bicubic_matrix(*sizes) for sizes in ((images.shape[1], height), (images.shape[2], width)))
+    return jnp.einsum("oh,bhwc,pw->bopc", rows, images, columns, precision=jax.lax.Precision.HIGHEST)
+
+
+def _bicubic_matrix(size: int, wanted: int, a: float = -0.75) -> np.ndarray:
+    position = (np.arange(wanted) + 0.5) * size / wanted - 0.5
+    first = np.floor(position).astype(int)
+    matrix = np.zeros((wanted, size), np.float32)
+    for offset in range(-1, 3):
+        d = np.abs(position - first - offset)
+        near = ((a + 2) * d - (a + 3)) * d * d + 1
+        far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+        np.add.at(matrix, (np.arange(wanted), np.clip(first + offset, 0, size - 1)), np.where(d <= 1, near, far))
+    return matrix

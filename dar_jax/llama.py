@@ -1,0 +1,149 @@
+"""The autoregressive transformer (paper section 3.3): Llama style, one class token followed by the image's codes.
+
+Shapes: B batch, T tokens per image, D width, N heads, M key/value heads, R = N / M, K head size, V vocabulary, C classes,
+L layers.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dar_jax.config import LlamaConfig
+from dar_jax.layers import Array, Cache, DType, Rope, apply_rope, attend, causal_mask, dropout, matrix_init, rope_1d, stack
+
+
+class LlamaAttention(nn.Module):
+    """Causal self attention without biases. One product gives queries, keys and values, grouped by key/value head."""
+
+    config: LlamaConfig
+    dtype: DType
+
+    @nn.compact
+    def __call__(
+        self, x: Array, layer: Array, rope: Rope, mask: Array, cache: Cache | None, position: Array | None
+    ) -> tuple[Array, Cache | None]:
+        config, (batch, length, width) = self.config, x.shape
+        kv_heads = config.kv_heads or config.heads
+        group, size = config.heads // kv_heads, width // config.heads
+        project = functools.partial(nn.DenseGeneral, use_bias=False, dtype=self.dtype, kernel_init=matrix_init(config.init_std))
+        qkv = project((kv_heads, group + 2, size), name="qkv")(x)  # [B, T, M, R + 2, K]
+        q = apply_rope(qkv[..., :group, :].reshape(batch, length, config.heads, size), rope)  # [B, T, N, K]
+        k, v = apply_rope(qkv[..., group, :], rope), qkv[..., group + 1, :]  # [B, T, M, K]
+        if cache is not None:
+            cache, k, v = cache.write(layer, position, k, v)
+        return project(width, axis=(-2, -1), name="out")(attend(q, k, v, mask)), cache
+
+
+class SwiGLU(nn.Module):
+    """down(SiLU(gate(x)) * up(x)), gate and up in one product."""
+
+    config: LlamaConfig
+    dtype: DType
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        project = functools.partial(
+            nn.DenseGeneral, use_bias=False, dtype=self.dtype, kernel_init=matrix_init(self.config.init_std)
+        )
+        gate_up = project((2, self.config.mlp_width), name="gate_up")(x)  # [B, T, 2, H]
+        return project(x.shape[-1], name="down")(nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :])
+
+
+class LlamaBlock(nn.Module):
+    """One layer. With a dropout key the outputs of attention and MLP are dropped out, differently in every layer."""
+
+    config: LlamaConfig
+    dtype: DType
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: tuple[Array, Cache | None],
+        layer: Array,
+        rope: Rope,
+        mask: Array,
+        position: Array | None,
+        dropout_key: Array | None,
+    ) -> tuple[tuple[Array, Cache | None], None]:
+        x, cache = carry  # [B, T, D]
+        config = self.config
+        norm = functools.partial(nn.RMSNorm, epsilon=config.norm_eps, dtype=jnp.float32)
+        keys = (None, None) if dropout_key is None else jax.random.split(jax.random.fold_in(dropout_key, layer))
+        attention = LlamaAttention(config, self.dtype, name="attention")
+        out, cache = attention(norm(name="attention_norm")(x), layer, rope, mask, cache, position)
+        x = x + dropout(out, config.attention_dropout, keys[0])
+        out = SwiGLU(config, self.dtype, name="mlp")(norm(name="mlp_norm")(x))
+        return (x + dropout(out, config.mlp_dropout, keys[1]), cache), None
+
+
+class Llama(nn.Module):
+    """Predicts code i of an image from its class and codes 0 .. i-1.
+
+    `init(key, labels, tokens)` makes the parameters; `__call__` is the whole sequence at once (training), `step` one token
+    with a cache (sampling). A fork may hand over another `block` with the signature of `LlamaBlock`.
+    """
+
+    config: LlamaConfig
+    dtype: DType = jnp.float32
+    remat: str = "none"
+    block: type[nn.Module] = LlamaBlock
+
+    def setup(self):
+        config = self.config
+        table = functools.partial(self.param, init_fn=nn.initializers.normal(config.init_std or 0.02))
+        self.class_table = table("class_table", shape=(config.num_classes + 1, config.width))
+        self.token_table = table("token_table", shape=(config.vocab_size, config.width))
+        self.blocks = stack(self.block, config.layers, self.remat, shared=4)(config, self.dtype)
+        self.norm = nn.RMSNorm(epsilon=config.norm_eps, dtype=jnp.float32)
+        self.output = self.param("output", nn.initializers.zeros, (config.width, config.vocab_size))
+
+    def __call__(self, labels: Array, tokens: Array, dropout_key: Array | None = None) -> Array:
+        """Logits of every token of a batch of whole images.
+
+        Args:
+          labels: [B] int32; num_classes is the null class.
+          tokens: [B, T] int32. The last one is no input; the logits of token i depend on tokens before it only.
+          dropout_key: a key for dropout in training, None for none.
+
+        Returns: [B, T, V] float32.
+        """
+        x = jnp.concatenate([self.class_table[labels][:, None], self.token_table[tokens[:, :-1]]], axis=1)
+        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        x = dropout(x.astype(self.dtype), self.config.token_dropout, keys[0])  # [B, T, D]
+        length = x.shape[1]
+        rope = self._rope(jnp.arange(length))
+        return self._run(x, None, rope, causal_mask(length, length), None, keys[1])[0]
+
+    def step(self, labels: Array, tokens: Array, cache: Cache, position: Array) -> tuple[Array, Cache]:
+        """Logits of the token at `position`, from the one before it and the cache of those before.
+
+        Args:
+          labels: [B] int32, the input at position 0; num_classes is the null class.
+          tokens: [B] int32, the token at position - 1 (anything at position 0).
+          cache: of `empty_cache`, filled up to position - 1.
+          position: int32 scalar.
+
+        Returns: [B, V] float32 and the cache, filled up to position.
+        """
+        x = jnp.where(position == 0, self.class_table[labels], self.token_table[tokens])
+        mask = causal_mask(1, cache.keys.shape[2], position)
+        rope = self._rope(position[None])
+        logits, cache = self._run(x[:, None].astype(self.dtype), cache, rope, mask, position, None)
+        return logits[:, 0], cache
+
+    def _rope(self, positions: Array) -> Rope:
+        return rope_1d(positions, self.config.width // self.config.heads, self.config.rope_theta)
+
+    def _run(self, x, cache, rope, mask, position, dropout_key):
+        (x, cache), _ = self.blocks((x, cache), jnp.arange(self.config.layers), rope, mask, position, dropout_key)
+        x = self.norm(x).astype(self.dtype)
+        logits = jnp.einsum("btd,dv->btv", x, self.output.astype(self.dtype), preferred_element_type=jnp.float32)
+        return logits, cache
+
+
+def empty_cache(config: LlamaConfig, batch: int, dtype: DType) -> Cache:
+    """A cache for `Llama.step` over `batch` sequences."""
+    kv_heads = config.kv_heads or config.heads
+    return Cache.zeros(config.layers, batch, config.num_tokens, kv_heads, config.width // config.heads, dtype)

@@ -1,0 +1,108 @@
+"""The two training losses: the tokenizer's (paper section 3.2) and next-token prediction (paper section 3.3).
+
+Shapes: B batch, H W pixels, C channels, T tokens, V codebook size.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dar_jax.config import LlamaConfig, TokenizerLossConfig
+from dar_jax.layers import Array
+from dar_jax.llama import Llama
+from dar_jax.tokenizer.quantizer import similarity
+from dar_jax.tokenizer.tokenizer import Tokenizer, TokenizerOutput
+
+Metrics = dict[str, Array]
+FeatureLoss = Callable[[Array, TokenizerOutput], Metrics]  # (images, output) -> named terms, weights included
+
+
+def tokenizer_loss(
+    model: Tokenizer,
+    params: dict,
+    images: Array,
+    key: Array,
+    config: TokenizerLossConfig,
+    features: FeatureLoss | None = None,
+    return_repa: bool = False,
+) -> tuple[Array, Metrics]:
+    """Flow matching + codebook + commitment + entropy, with a time and noise drawn per image.
+
+    Args:
+      images: [B, H, W, C] float32 in [-1, 1].
+      features: adds terms such as LPIPS or REPA, which look at the predicted image or the REPA features.
+      return_repa: whether `features` needs the REPA features.
+
+    Returns: the loss, and its parts as scalars; "code_counts" [V] int32 counts how often each code was used.
+    """
+    time_key, noise_key = jax.random.split(key)
+    times = jax.random.uniform(time_key, (len(images),))
+    noise = jax.random.normal(noise_key, images.shape)
+    output = model.apply({"params": params}, images, times, noise, return_repa)
+    terms = tokenizer_terms(model, output, config)
+    if features is not None:
+        terms |= features(images, output)
+    loss = sum(terms.values())
+    metrics = {"loss": loss, **terms}
+    if output.quantized.codes is not None:
+        metrics["code_counts"] = jnp.bincount(output.quantized.codes.reshape(-1), length=model.config.codebook_size)
+    return loss, metrics
+
+
+def tokenizer_terms(model: Tokenizer, output: TokenizerOutput, config: TokenizerLossConfig) -> Metrics:
+    """The weighted terms of the loss, given one pass of the tokenizer.
+
+    The quantiser's terms are averaged over the tokens up to the last one of the group drawn for each image.
+    """
+    error = jnp.square(output.velocity - output.target).mean()
+    terms = {"flow": config.flow * error / model.config.velocity.data_std**2}
+    if not model.config.vq_enable:
+        return terms
+    quantized = output.quantized
+    used = jnp.arange(quantized.codes.shape[1]) < output.tokens_used[:, None]  # [B, T]
+
+    def mean_over_used(a: Array, b: Array) -> Array:
+        return jnp.sum(jnp.square(a - b).mean(-1) * used) / jnp.sum(used)
+
+    stop = jax.lax.stop_gradient
+    terms["codebook"] = config.codebook * mean_over_used(quantized.entries, stop(quantized.latents))
+    terms["commitment"] = config.commitment * mean_over_used(stop(quantized.entries), quantized.latents)
+    if config.entropy != 0:
+        affinity = 2 * similarity(quantized.latents, output.codebook).reshape(-1, model.config.codebook_size)
+        terms["entropy"] = config.entropy * entropy_loss(affinity, config.entropy_temperature)
+    return terms
+
+
+def entropy_loss(affinity: Array, temperature: float) -> Array:
+    """Mean entropy of each token's soft code minus the entropy of their mean: low when tokens are sure and codes all used.
+
+    Args: affinity [tokens, V], minus the squared distances up to a constant.
+    """
+    log_probabilities = jax.nn.log_softmax(affinity / temperature, axis=-1)
+    probabilities = jnp.exp(log_probabilities)
+    mean = probabilities.mean(axis=0)
+    each = -jnp.sum(probabilities * log_probabilities, axis=-1).mean()
+    return each + jnp.sum(mean * jnp.log(mean + 1e-5))
+
+
+def drop_labels(labels: Array, key: Array, config: LlamaConfig) -> Array:
+    """Replaces labels [B] by the null class with probability `class_dropout`."""
+    drop = jax.random.bernoulli(key, config.class_dropout, labels.shape)
+    return jnp.where(drop, config.num_classes, labels)
+
+
+def next_token_loss(model: Llama, params: dict, codes: Array, labels: Array, key: Array | None = None) -> tuple[Array, Metrics]:
+    """Mean cross entropy of the codes [B, T] int32 given labels [B] int32, in nats per token.
+
+    With a key, labels and activations are dropped out as in training; without one, nothing is. The metrics hold the loss
+    and the share of tokens whose most probable code is the right one.
+    """
+    if key is not None:
+        label_key, key = jax.random.split(key)
+        labels = drop_labels(labels, label_key, model.config)
+    logits = model.apply({"params": params}, labels, codes, key)  # [B, T, V]
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, codes).mean()
+    accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == codes)
+    return loss, {"loss": loss, "accuracy": accuracy}

@@ -1,0 +1,75 @@
+"""Eight simulated devices and a compilation cache for every test, and `--golden` to run the parity cases of another folder."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+CACHE = Path(os.environ.get("DAR_JAX_TEST_CACHE", Path(tempfile.gettempdir()) / f"dar_jax-test-cache-{os.getuid()}"))
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--golden", type=Path, default=Path(__file__).parent / "golden", help="folder of parity cases")
+
+
+def golden_cases(config, prefix: str) -> list[str]:
+    return sorted(path.stem for path in config.getoption("--golden").glob(f"{prefix}*.json"))
+
+
+def pytest_generate_tests(metafunc):
+    for fixture, prefix in (("tokenizer_case", "tokenizer_"), ("ar_case", "ar_"), ("filter_case", "filter")):
+        if fixture in metafunc.fixturenames:
+            metafunc.parametrize(fixture, golden_cases(metafunc.config, prefix), indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def tokenizer_case(request):
+    return _load(request)
+
+
+@pytest.fixture(scope="module")
+def ar_case(request):
+    return _load(request)
+
+
+@pytest.fixture(scope="module")
+def filter_case(request):
+    return _load(request)
+
+
+def _load(request):
+    from parity_cases import Case
+
+    return Case.load(request.config.getoption("--golden"), request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """make(**sizes) -> (model, random parameters) of a tokenizer of 8-pixel grey images, 4 groups by default."""
+    import jax.numpy as jnp
+
+    from dar_jax.config import TokenizerConfig, VelocityConfig
+    from dar_jax.tokenizer.tokenizer import Tokenizer
+
+    def make(**sizes):
+        defaults = {"image_size": 8, "channels": 1, "encoder_patch_size": 4, "encoder_layers": 2, "decoder_layers": 2}
+        defaults |= {"encoder_width": 16, "decoder_width": 16, "head_size": 8, "num_tokens": 16, "num_groups": 4}
+        defaults |= {"num_denoising_steps": 4, "codebook_size": 64, "init_std": None, "gate_init": 1.0}
+        velocity = VelocityConfig(width=16, layers=2, head_size=8, patch_size=4, repa_layer=None)
+        config = TokenizerConfig(**{**defaults, "velocity": velocity, **sizes})
+        model = Tokenizer(config)
+        images = jnp.zeros((1, config.image_size, config.image_size, config.channels))
+        params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+        # The output and modulation matrices start at zero, which would hide what flows through them.
+        leaves, tree = jax.tree.flatten(params)
+        keys = jax.random.split(jax.random.key(1), len(leaves))
+        return model, jax.tree.unflatten(tree, [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
+
+    return make
