@@ -1,0 +1,157 @@
+"""From a source to batches: shuffled and augmented without end for training, or every element once, in order.
+
+Everything is a pure function of an index, so a batch depends on (seed, step) alone: not on where the run began, on the number
+of threads, worker processes or hosts, nor on any state to be saved.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from dar_jax.config import DataConfig
+from dar_jax.data import transforms
+from dar_jax.data.sources import Source
+from dar_jax.errors import InputError
+
+THREADS = min(os.cpu_count() or 1, 16)
+
+Batch = dict[str, np.ndarray]
+
+
+def batches(
+    source: Source,
+    config: DataConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    host: int = 0,
+    hosts: int = 1,
+) -> Iterator[Batch]:
+    """Batches for training, from step `start_step` on, without end.
+
+    The elements come in a new random order every epoch; a batch may reach over the end of an epoch. Batch k of all hosts
+    together, `batch_size` elements, is a function of (seed, k). Host h gets its h-th part: the parts of all hosts, one after
+    another, are the batch that a single host would get.
+
+    Yields {"image": uint8 [B, S, S, C], "label": int32 [B]}, cropped and flipped as `config` says, or for stored codes
+    {"codes": int32 [B, T], "label": int32 [B]} of a random one of the stored crops; B = batch_size / hosts.
+    Raises InputError if `batch_size` does not divide by `hosts`, the seed is not in [0, 2**32), the source is empty,
+    or the crop settings make no sense.
+    """
+    if batch_size < 1 or batch_size % hosts:
+        raise InputError(f"the batch size {batch_size} should be a multiple of the number of hosts, {hosts}")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"the seed {seed} should be between 0 and 2**32 - 1")
+    _check(source, config)
+
+    def augment(element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        if "codes" in element:
+            return _element("codes", element["codes"][rng.integers(len(element["codes"]))], element)
+        return _element("image", _augment(element["image"], config, rng), element)
+
+    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(augment)
+    dataset = dataset.batch(batch_size // hosts)[start_step * hosts + host :: hosts]
+    return _iterate(dataset, config.workers)
+
+
+def epoch(
+    source: Source,
+    config: DataConfig,
+    *,
+    batch_size: int,
+    start: int = 0,
+    stop: int | None = None,
+    crop: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> Iterator[Batch]:
+    """Elements start .. stop - 1 of a source (all by default) once each, in order: for evaluation and for tokenizing.
+
+    crop: image uint8 [H, W, C] -> uint8 of one shape for all images; None: `center_crop` to `config.image_size`. It has to be
+    a plain function or a lambda where `config.workers` > 0.
+
+    Yields {"image": uint8 [B, ...], "label": int32 [B], "valid": bool [B]}, or for stored codes, of which the first crop is
+    taken, {"codes": int32 [B, T], ...}. B is always `batch_size`: rows past the end, and rows whose file cannot be read, are
+    zeros and not valid. Raises InputError if the source is empty or the crop settings make no sense.
+    """
+    if batch_size < 1:
+        raise InputError(f"the batch size {batch_size} should be at least 1")
+    _check(source, config)
+    stop = len(source) if stop is None else stop
+    crop = crop or (lambda image: transforms.center_crop(image, config.image_size))
+    read = getattr(source, "read", source.__getitem__)
+
+    def prepare(element: dict[str, Any]) -> dict[str, Any]:
+        if "codes" in element:
+            return _element("codes", element["codes"][0], element)
+        return _element("image", crop(element["image"]), element)
+
+    blank = {name: np.zeros_like(value) for name, value in prepare(source[0]).items()} | {"valid": np.bool_(False)}
+
+    def load(index: int) -> dict[str, Any]:
+        element = read(index) if index < stop else None
+        return blank if element is None else prepare(element) | {"valid": np.bool_(True)}
+
+    count = -(-(stop - start) // batch_size) * batch_size
+    return _iterate(grain.MapDataset.range(start, start + count).map(load).batch(batch_size), config.workers)
+
+
+def _check(source: Source, config: DataConfig) -> None:
+    least, greatest = config.crop_fraction
+    checks = [
+        (len(source) > 0, "the data set is empty"),
+        (config.image_size > 0, f"data.image_size is {config.image_size}, it should be at least 1"),
+        (0 < least <= greatest <= 1, f"data.crop_fraction is {least}, {greatest}; it should be rising and in (0, 1]"),
+        (config.ten_crop_scale >= 1, f"data.ten_crop_scale is {config.ten_crop_scale}, it should be at least 1"),
+        (config.workers >= 0, f"data.workers is {config.workers}, it should not be negative"),
+    ]
+    for holds, message in checks:
+        if not holds:
+            raise InputError(message)
+
+
+def _augment(image: np.ndarray, config: DataConfig, rng: np.random.Generator) -> np.ndarray:
+    if config.crop == "random":
+        image = transforms.random_crop(image, config.image_size, config.crop_fraction, rng)
+    elif config.crop == "ten_crop":
+        image = transforms.one_of_ten(image, config.image_size, config.ten_crop_scale, rng)
+    else:
+        image = transforms.center_crop(image, config.image_size)
+    return transforms.flip(image) if config.flip and rng.random() < 0.5 else image
+
+
+def _element(name: str, value: np.ndarray, element: dict[str, Any]) -> dict[str, Any]:
+    return {name: value, "label": np.int32(element["label"])}
+
+
+def _iterate(dataset: grain.MapDataset, workers: int) -> Iterator[Batch]:
+    """The elements of a data set in order, made ahead by threads of this process or by worker processes."""
+    if workers:
+        if not flags.FLAGS.is_parsed():  # grain reads its own flags before it starts workers
+            flags.FLAGS.mark_as_parsed()
+        ahead = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
+        ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_begin_worker)
+    else:
+        ahead = dataset.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=THREADS))
+    iterator = iter(ahead)
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
+
+
+def _begin_worker(worker: int, workers: int) -> None:
+    """Ties a worker to the main process: Ctrl-C, which reaches it too, does not end it; the main process's end does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)

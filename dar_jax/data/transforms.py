@@ -1,0 +1,74 @@
+"""The crops of ADM (Dhariwal & Nichol 2021) and the mirror, as pure functions on uint8 images [H, W, C] with C = 1 or 3."""
+
+import math
+
+import numpy as np
+from PIL import Image
+
+
+def center_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """The middle square of an image whose smaller side is first scaled to `size`, up or down.
+
+    image: uint8 [H, W, C]. Returns uint8 [size, size, C]; an image whose smaller side is `size` already is only cut.
+    """
+    image = _scale_to(image, size)
+    return _cut(image, (image.shape[0] - size) // 2, (image.shape[1] - size) // 2, size)
+
+
+def random_crop(image: np.ndarray, size: int, fraction: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
+    """A random square that covers a random share of an image's smaller side (the tokenizer's augmentation).
+
+    image: uint8 [H, W, C]. fraction: least and greatest share, 0 < least <= greatest <= 1. The smaller side is scaled to a
+    length drawn uniformly from ceil(size / greatest) .. ceil(size / least), then the place of the square is drawn uniformly.
+    Returns uint8 [size, size, C].
+    """
+    least, greatest = fraction
+    image = _scale_to(image, int(rng.integers(math.ceil(size / greatest), math.ceil(size / least) + 1)))
+    top, left = (int(rng.integers(side - size + 1)) for side in image.shape[:2])
+    return _cut(image, top, left, size)
+
+
+def ten_crops(image: np.ndarray, size: int, scale: float) -> np.ndarray:
+    """The four corners and the middle of a centre crop of int(scale * size) pixels, then those of its mirror image.
+
+    image: uint8 [H, W, C]. scale >= 1. Returns uint8 [10, size, size, C] in the order top left, top right, bottom left,
+    bottom right, middle, and the same five places of the mirrored centre crop.
+    """
+    image = center_crop(image, int(size * scale))
+    return np.stack([_one_of_ten(image, size, index) for index in range(10)])
+
+
+def one_of_ten(image: np.ndarray, size: int, scale: float, rng: np.random.Generator) -> np.ndarray:
+    """A random one of `ten_crops` (the transformer's augmentation), without cutting the other nine: uint8 [size, size, C]."""
+    return _one_of_ten(center_crop(image, int(size * scale)), size, int(rng.integers(10)))
+
+
+def flip(image: np.ndarray) -> np.ndarray:
+    """The mirror image, left and right exchanged: uint8 [..., W, C]."""
+    return image[..., ::-1, :]
+
+
+def _scale_to(image: np.ndarray, side: int) -> np.ndarray:
+    """Scales the smaller side to `side`: halved by box filter while it is at least twice that, the rest bicubic."""
+    if min(image.shape[:2]) == side:
+        return image
+    grey = image.shape[2] == 1
+    picture = Image.fromarray(image[..., 0] if grey else image)
+    while min(picture.size) >= 2 * side:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = side / min(picture.size)
+    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
+    return np.asarray(picture)[..., None] if grey else np.asarray(picture)
+
+
+def _cut(image: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
+    return image[top : top + size, left : left + size]
+
+
+def _one_of_ten(image: np.ndarray, size: int, index: int) -> np.ndarray:
+    if index >= 5:
+        image, index = flip(image), index - 5
+    spare = image.shape[0] - size
+    middle = round(spare / 2)
+    top, left = ((0, 0), (0, spare), (spare, 0), (spare, spare), (middle, middle))[index]
+    return _cut(image, top, left, size)

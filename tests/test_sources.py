@@ -1,0 +1,209 @@
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from dar_jax.config import DataConfig
+from dar_jax.data.sources import CIFAR10_CLASSES, open_source
+from dar_jax.errors import InputError
+
+
+def write(path, pixels, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(np.asarray(pixels))
+    image.save(path, **options)
+
+
+def grey(value, size=(4, 4)):
+    return np.full(size, value, np.uint8)
+
+
+def folder(path, **options):
+    return open_source(DataConfig(source="folder", path=str(path), image_size=4, **options))
+
+
+def first_pixels(path, channels=3):
+    """The first row of the one image in a folder."""
+    return folder(path, channels=channels)[0]["image"][0].tolist()
+
+
+def test_digits_are_all_there_once():
+    train, test = (open_source(DataConfig(source="digits", split=split, channels=1)) for split in ("train", "test"))
+    assert (len(train), len(test)) == (1500, 297)
+    elements = [source[i] for source in (train, test) for i in range(len(source))]
+    pixels, labels = load_digits(return_X_y=True)
+    expected = sorted((np.rint(x * 255 / 16).astype(np.uint8).tobytes(), y) for x, y in zip(pixels, labels))
+    assert sorted((e["image"].tobytes(), e["label"]) for e in elements) == expected
+    shares = np.bincount([test[i]["label"] for i in range(297)]) / np.bincount(labels)
+    np.testing.assert_allclose(shares, 297 / 1797, atol=0.01)
+    assert train.class_names == tuple("0123456789")
+
+
+def test_digits_in_colour_and_of_no_such_split():
+    image = open_source(DataConfig(source="digits"))[3]["image"]
+    assert image.shape == (8, 8, 3) and image.dtype == np.uint8
+    assert (image == image[..., :1]).all()
+    with pytest.raises(InputError, match="val"):
+        open_source(DataConfig(source="digits", split="val"))
+
+
+def test_folder_classes_order_and_split(tmp_path):
+    write(tmp_path / "train" / "dog" / "b.PNG", grey(1))
+    write(tmp_path / "train" / "dog" / "a" / "z.webp", grey(2), lossless=True)
+    write(tmp_path / "train" / "cat" / "c.Jpeg", grey(3))
+    write(tmp_path / "train" / "dog" / ".hidden.png", grey(4))
+    (tmp_path / "train" / "cow").mkdir()
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
+    write(tmp_path / "val" / "cat" / "a.png", grey(5))
+    source = folder(tmp_path)
+    assert source.class_names == ("cat", "cow", "dog")
+    elements = [source[i] for i in range(len(source))]
+    assert [(e["image"][0, 0, 0], e["label"]) for e in elements] == [(3, 0), (2, 2), (1, 2)]
+    assert folder(tmp_path, split="val")[0]["image"][0, 0, 0] == 5
+    with pytest.raises(InputError, match="train and val but no test"):
+        folder(tmp_path, split="test")
+
+
+def test_folder_without_classes_is_one_class(tmp_path):
+    write(tmp_path / "pets" / "a.png", grey(1, (3, 5)))
+    (tmp_path / "pets" / "empty").mkdir()
+    source = folder(tmp_path / "pets")
+    assert source.class_names == ("pets",)
+    assert source[0]["image"].shape == (3, 5, 3)
+
+
+def test_cmyk(tmp_path):
+    write(tmp_path / "a.jpg", Image.new("CMYK", (16, 16), (255, 0, 0, 0)), quality=100)
+    np.testing.assert_allclose(first_pixels(tmp_path)[0], [0, 255, 255], atol=3)
+
+
+def test_transparent_palette_lies_on_white(tmp_path):
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    write(tmp_path / "a.png", image, transparency=1)
+    assert first_pixels(tmp_path) == [[255, 0, 0], [255, 255, 255]]
+    assert first_pixels(tmp_path, channels=1) == [[76], [255]]
+
+
+def test_plain_palette(tmp_path):
+    image = Image.new("P", (1, 1))
+    image.putpalette([10, 20, 30])
+    write(tmp_path / "a.png", image)
+    assert first_pixels(tmp_path) == [[10, 20, 30]]
+
+
+def test_alpha_lies_on_white(tmp_path):
+    write(tmp_path / "a.png", np.array([[[0, 0, 0, 128], [9, 8, 7, 255], [9, 8, 7, 0]]], np.uint8))
+    assert first_pixels(tmp_path) == [[127, 127, 127], [9, 8, 7], [255, 255, 255]]
+
+
+def test_sixteen_bit_grey_is_rounded(tmp_path):
+    write(tmp_path / "a.png", np.array([[0, 128, 129, 25700, 65535]], np.uint16))
+    assert first_pixels(tmp_path, channels=1) == [[0], [0], [1], [100], [255]]
+    assert first_pixels(tmp_path)[3] == [100, 100, 100]
+
+
+def test_exif_orientation(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise
+    write(tmp_path / "a.png", np.array([[10, 20]], np.uint8), exif=exif)
+    assert folder(tmp_path, channels=1)[0]["image"][..., 0].tolist() == [[10], [20]]
+
+
+def test_unreadable_files_are_named_once_counted_and_skipped(tmp_path, caplog):
+    write(tmp_path / "a" / "0.png", grey(7))
+    write(tmp_path / "a" / "1.jpg", np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    truncated = (tmp_path / "a" / "1.jpg").read_bytes()
+    (tmp_path / "a" / "1.jpg").write_bytes(truncated[: len(truncated) // 2])
+    (tmp_path / "a" / "2.png").write_text("this is no picture")
+    write(tmp_path / "b" / "3.png", grey(8))
+    source = folder(tmp_path)
+    for _ in range(2):
+        assert [(source[i]["image"][0, 0, 0], source[i]["label"]) for i in range(4)] == [(7, 0), (8, 1), (8, 1), (8, 1)]
+    assert [source.read(i) is None for i in range(4)] == [False, True, True, False]
+    assert source.unreadable == 2
+    names = [record.getMessage().split()[1] for record in caplog.records]
+    assert names == [f"{tmp_path}/a/1.jpg,", f"{tmp_path}/a/2.png,"]
+    assert {(record.name, record.levelname) for record in caplog.records} == {("dar_jax.data", "WARNING")}
+    assert len(pickle.loads(pickle.dumps(source))) == 4
+
+
+def test_reading_goes_on_at_the_beginning(tmp_path):
+    write(tmp_path / "0.png", grey(7))
+    (tmp_path / "1.png").write_text("this is no picture")
+    assert folder(tmp_path)[1]["image"][0, 0, 0] == 7
+    (tmp_path / "0.png").write_text("nor is this")
+    with pytest.raises(InputError, match="none of the 2 images"):
+        folder(tmp_path)[1]
+
+
+def test_too_many_pixels(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    write(tmp_path / "0.png", grey(1, (60, 40)))
+    write(tmp_path / "1.png", grey(2, (80, 1)))  # 4 x 320 pixels once its smaller side is image_size
+    write(tmp_path / "2.png", grey(3, (60, 1)))
+    source = folder(tmp_path)
+    assert [source.read(i) is None for i in range(3)] == [True, True, False]
+
+
+def test_images_beside_the_classes_are_reported(tmp_path, caplog):
+    write(tmp_path / "a" / "0.png", grey(7))
+    write(tmp_path / "1.png", grey(8))
+    assert len(folder(tmp_path)) == 1
+    assert "1 images" in caplog.text
+
+
+def write_cifar10(path, rows=3):
+    """Files whose record r of file f has label f + r and the pixel (row, column) (r, f, 10 row + column mod 256)."""
+    path.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate([f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]):
+        planes = np.zeros((rows, 3, 32, 32), np.uint8)
+        planes[:, 0] = np.arange(rows)[:, None, None]
+        planes[:, 1] = number
+        planes[:, 2] = 10 * np.arange(32)[:, None] + np.arange(32)
+        labels = number + np.arange(rows, dtype=np.uint8)
+        (path / name).write_bytes(np.concatenate([labels[:, None], planes.reshape(rows, -1)], axis=1).tobytes())
+
+
+@pytest.mark.parametrize("inside", ["", "cifar-10-batches-bin"])
+def test_cifar10(tmp_path, inside):
+    write_cifar10(tmp_path / inside)
+    source = pickle.loads(pickle.dumps(open_source(DataConfig(source="cifar10", path=str(tmp_path)))))
+    assert len(source) == 15 and source.class_names == CIFAR10_CLASSES
+    element = source[7]
+    assert element["image"].shape == (32, 32, 3) and element["image"].dtype == np.uint8
+    assert element["image"][4, 5].tolist() == [1, 2, 45] and element["label"] == 3
+    test = open_source(DataConfig(source="cifar10", path=str(tmp_path), split="test", channels=1))
+    assert len(test) == 3 and test[0]["label"] == 5 and test[0]["image"].shape == (32, 32, 1)
+
+
+def test_cifar10_class_names_from_its_file(tmp_path):
+    write_cifar10(tmp_path)
+    (tmp_path / "batches.meta.txt").write_text("\n".join("klmnopqrst") + "\n\n")
+    assert open_source(DataConfig(source="cifar10", path=str(tmp_path))).class_names == tuple("klmnopqrst")
+
+
+def test_damaged_cifar10(tmp_path):
+    config = DataConfig(source="cifar10", path=str(tmp_path))
+    write_cifar10(tmp_path)
+    file = tmp_path / "data_batch_2.bin"
+    whole = file.read_bytes()
+    for content in (whole[:-1], b"", b"\x0a" + whole[1:]):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match="data_batch_2.bin"):
+            open_source(config)
+    file.unlink()
+    with pytest.raises(InputError, match="data_batch_2.bin is missing"):
+        open_source(config)
+
+
+@pytest.mark.parametrize("source", ["folder", "cifar10", "codes"])
+def test_paths_that_cannot_be_read(tmp_path, source):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    for path in (None, tmp_path / "absent", tmp_path / "empty", tmp_path / "file"):
+        with pytest.raises(InputError, match="data.path is not given" if path is None else path.name):
+            open_source(DataConfig(source=source, path=path and str(path)))
