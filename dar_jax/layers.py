@@ -5,12 +5,14 @@ Shapes: B batch, T query tokens, S key tokens, D width, N heads, K head size, L 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import PartitionSpec as P
 
 Array = jax.Array
 DType = jnp.dtype | type
@@ -22,6 +24,29 @@ default_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 def matrix_init(std: float | None) -> Callable:
     """Initial value of a block's matrices: N(0, std^2), or N(0, 1 / fan in) where std is None."""
     return nn.initializers.lecun_normal() if std is None else nn.initializers.normal(std)
+
+
+# How activations are cut over the mesh's axes (see `parallel`), by name. Without these the compiler may well cut the residual
+# stream along its width, as the parameters are, and sum activations where gathering parameters is cheaper.
+ACTIVATIONS = {
+    "stream": P(("data", "fsdp"), None, None),  # [B, T, D]
+    "hidden": P(("data", "fsdp"), None, "tensor"),  # [B, T, H]
+    "heads": P(("data", "fsdp"), None, "tensor", None),  # [B, T, N, K]
+    "logits": P(("data", "fsdp"), None, "tensor"),  # [B, T, V]
+}
+
+
+def constrain(x: Array, name: str) -> Array:
+    """Fixes the layout of an activation on the mesh that is set, if one is; dimensions that do not divide stay whole."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    if not sizes:
+        return x
+
+    def divides(axes: str | tuple[str, ...] | None, size: int) -> bool:
+        return size % math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ())) == 0
+
+    spec = P(*(axes if divides(axes, size) else None for axes, size in zip(ACTIVATIONS[name], x.shape)))
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 # --- rotary positions --------------------------------------------------------------------------------------------------
@@ -139,8 +164,8 @@ class Attention(nn.Module):
             k = apply_rope(k, rope) if context is None else k
         if cache is not None:
             cache, k, v = cache.write(layer, position, k, v)
-        out = attend(q, k, v, mask)
-        return project(width, axis=(-2, -1), name="out")(out), cache
+        out = constrain(attend(q, k, v, mask), "heads")
+        return constrain(project(width, axis=(-2, -1), name="out")(out), "stream"), cache
 
 
 class Mlp(nn.Module):
@@ -152,7 +177,8 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=matrix_init(self.init_std))
-        return dense(x.shape[-1], name="out")(nn.silu(dense(4 * x.shape[-1], name="in")(x)))
+        hidden = constrain(nn.silu(dense(4 * x.shape[-1], name="in")(x)), "hidden")
+        return constrain(dense(x.shape[-1], name="out")(hidden), "stream")
 
 
 class Block(nn.Module):
@@ -178,7 +204,7 @@ class Block(nn.Module):
         out, cache = attention(layer_norm(True, "norm1")(x), None, rope, mask, cache, layer, position)
         x = x + gates[0].astype(self.dtype) * out
         x = x + gates[1].astype(self.dtype) * Mlp(self.init_std, self.dtype, name="mlp")(layer_norm(True, "norm2")(x))
-        return (x, cache), None
+        return (constrain(x, "stream"), cache), None
 
 
 # --- stacks, dropout, resizing ---------------------------------------------------------------------------------------------

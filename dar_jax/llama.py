@@ -11,7 +11,20 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dar_jax.config import LlamaConfig
-from dar_jax.layers import Array, Cache, DType, Rope, apply_rope, attend, causal_mask, dropout, matrix_init, rope_1d, stack
+from dar_jax.layers import (
+    Array,
+    Cache,
+    DType,
+    Rope,
+    apply_rope,
+    attend,
+    causal_mask,
+    constrain,
+    dropout,
+    matrix_init,
+    rope_1d,
+    stack,
+)
 
 
 class LlamaAttention(nn.Module):
@@ -33,7 +46,8 @@ class LlamaAttention(nn.Module):
         k, v = apply_rope(qkv[..., group, :], rope), qkv[..., group + 1, :]  # [B, T, M, K]
         if cache is not None:
             cache, k, v = cache.write(layer, position, k, v)
-        return project(width, axis=(-2, -1), name="out")(attend(q, k, v, mask)), cache
+        out = constrain(attend(q, k, v, mask), "heads")
+        return constrain(project(width, axis=(-2, -1), name="out")(out), "stream"), cache
 
 
 class SwiGLU(nn.Module):
@@ -48,7 +62,8 @@ class SwiGLU(nn.Module):
             nn.DenseGeneral, use_bias=False, dtype=self.dtype, kernel_init=matrix_init(self.config.init_std)
         )
         gate_up = project((2, self.config.mlp_width), name="gate_up")(x)  # [B, T, 2, H]
-        return project(x.shape[-1], name="down")(nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :])
+        hidden = constrain(nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :], "hidden")
+        return constrain(project(x.shape[-1], name="down")(hidden), "stream")
 
 
 class LlamaBlock(nn.Module):
@@ -75,7 +90,8 @@ class LlamaBlock(nn.Module):
         out, cache = attention(norm(name="attention_norm")(x), layer, rope, mask, cache, position)
         x = x + dropout(out, config.attention_dropout, keys[0])
         out = SwiGLU(config, self.dtype, name="mlp")(norm(name="mlp_norm")(x))
-        return (x + dropout(out, config.mlp_dropout, keys[1]), cache), None
+        x = x + dropout(out, config.mlp_dropout, keys[1])
+        return (constrain(x, "stream"), cache), None
 
 
 class Llama(nn.Module):
@@ -137,10 +153,11 @@ class Llama(nn.Module):
         return rope_1d(positions, self.config.width // self.config.heads, self.config.rope_theta)
 
     def _run(self, x, cache, rope, mask, position, dropout_key):
-        (x, cache), _ = self.blocks((x, cache), jnp.arange(self.config.layers), rope, mask, position, dropout_key)
-        x = self.norm(x).astype(self.dtype)
-        logits = jnp.einsum("btd,dv->btv", x, self.output.astype(self.dtype), preferred_element_type=jnp.float32)
-        return logits, cache
+        layers, x = jnp.arange(self.config.layers), constrain(x, "stream")
+        (x, cache), _ = self.blocks((x, cache), layers, rope, mask, position, dropout_key)
+        x, head = self.norm(x).astype(self.dtype), self.output.astype(self.dtype)
+        logits = jnp.einsum("btd,dv->btv", x, head, preferred_element_type=jnp.float32)
+        return constrain(logits, "logits"), cache
 
 
 def empty_cache(config: LlamaConfig, batch: int, dtype: DType) -> Cache:

@@ -5,9 +5,14 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling takes longer than running here; level 0 halves it and changes no number beyond rounding.
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+FLAGS = [
+    "--xla_force_host_platform_device_count=8",
+    # Compiling takes longer than running here; level 0 halves it and changes no number beyond rounding.
+    "--xla_backend_optimization_level=0",
+    # With fewer cores than devices, collectives that run side by side can wait for each other for ever.
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+]
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

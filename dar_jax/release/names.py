@@ -22,17 +22,20 @@ class Layout:
 
 
 class Same(Layout):
-    """The same axes; ours may split one of them (biases of heads)."""
+    """The same axes."""
 
     def to_ours(self, tensors, shape):
-        return tensors[0].reshape(shape)
+        return tensors[0]
 
     def to_theirs(self, array):
         return [array]
 
 
-class Flat(Same):
-    """One axis there, several here."""
+class Flat(Layout):
+    """One axis there, one or several here (biases of heads)."""
+
+    def to_ours(self, tensors, shape):
+        return tensors[0].reshape(shape)
 
     def to_theirs(self, array):
         return [array.reshape(-1)]
@@ -107,7 +110,7 @@ def _entries(theirs: str, ours: str, table: list[tuple], layers: int | None = No
 
 def _linear(theirs: str, ours: str, ones: int = 0, bias: bool = True) -> list[tuple]:
     weight = [(f"{theirs}.weight", f"{ours}/kernel", Matrix(ones=ones))]
-    return weight + ([(f"{theirs}.bias", f"{ours}/bias", Same())] if bias else [])
+    return weight + ([(f"{theirs}.bias", f"{ours}/bias", Flat())] if bias else [])
 
 
 def _norm(theirs: str, ours: str) -> list[tuple]:

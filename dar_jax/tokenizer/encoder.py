@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dar_jax.config import TokenizerConfig
-from dar_jax.layers import Array, Block, DType, default_init, layer_norm, pad_rope, rope_2d, stack
+from dar_jax.layers import Array, Block, DType, constrain, default_init, layer_norm, pad_rope, rope_2d, stack
 
 
 class Encoder(nn.Module):
@@ -28,7 +28,7 @@ class Encoder(nn.Module):
         batch, height, width, _ = patches.shape
         patches = layer_norm(False)(patches.reshape(batch, height * width, -1)).astype(dtype)  # [B, P, D]
         queries = jnp.broadcast_to(self._queries().astype(dtype), (batch, config.num_tokens, config.encoder_width))
-        x = jnp.concatenate([patches, queries], axis=1)  # [B, P + T, D]
+        x = constrain(jnp.concatenate([patches, queries], axis=1), "stream")  # [B, P + T, D]
 
         place = jnp.arange(x.shape[1])
         mask = (place < height * width) | (place <= place[:, None])  # [P + T, P + T]

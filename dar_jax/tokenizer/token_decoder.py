@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dar_jax.config import TokenizerConfig
-from dar_jax.layers import Array, Block, Cache, DType, causal_mask, default_init, layer_norm, stack
+from dar_jax.layers import Array, Block, Cache, DType, causal_mask, constrain, default_init, layer_norm, stack
 
 
 class TokenDecoder(nn.Module):
@@ -24,7 +24,7 @@ class TokenDecoder(nn.Module):
         config, length = self.config, values.shape[1]
         table = self.param("position_table", nn.initializers.normal(0.02), (config.max_tokens, config.decoder_width))
         x = nn.Dense(config.decoder_width, use_bias=False, dtype=self.dtype, kernel_init=default_init, name="from_code")(values)
-        x = x + jax.lax.dynamic_slice_in_dim(table, position, length).astype(self.dtype)
+        x = constrain(x + jax.lax.dynamic_slice_in_dim(table, position, length).astype(self.dtype), "stream")
         mask = causal_mask(length, length if cache is None else config.num_tokens, position)
         blocks = stack(Block, config.decoder_layers, self.remat, shared=3)
         blocks = blocks(config.head_size, config.init_std, config.gate_init, self.dtype, name="blocks")

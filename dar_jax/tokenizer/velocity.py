@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dar_jax.config import TokenizerConfig, VelocityConfig
-from dar_jax.layers import Array, Attention, DType, Mlp, Rope, default_init, layer_norm, matrix_init, rope_2d, stack
+from dar_jax.layers import Array, Attention, DType, Mlp, Rope, constrain, default_init, layer_norm, matrix_init, rope_2d, stack
 
 
 def time_features(t: Array, width: int, max_period: float = 10000.0) -> Array:
@@ -29,6 +29,11 @@ class TwoLayers(nn.Module):
     def __call__(self, x: Array) -> Array:
         dense = functools.partial(nn.Dense, x.shape[-1], dtype=self.dtype, kernel_init=matrix_init(self.init_std))
         return dense(name="out")(nn.silu(dense(name="in")(x)))
+
+
+def zero_dense(features: int | tuple[int, int], dtype: DType, name: str) -> nn.DenseGeneral:
+    """A linear that starts at zero. Features of two axes keep what is split apart later on an axis of its own."""
+    return nn.DenseGeneral(features, dtype=dtype, kernel_init=nn.initializers.zeros, name=name)
 
 
 def modulate(x: Array, shift: Array, scale: Array) -> Array:
@@ -58,14 +63,13 @@ class VelocityBlock(nn.Module):
             time = embed(name="time_embedding")(time)  # [B, D]
         condition = norm(embed(name="condition_embedding")(condition))  # [B, Q, D]
         mixed, _ = attention(name="cross_attention")(norm(x), condition, rope)
-        zeros = nn.initializers.zeros
-        modulation = nn.Dense(6 * width, dtype=dtype, kernel_init=zeros, name="modulation")(nn.silu(time[:, None] + mixed))
-        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)  # [B, P, D] each
+        modulation = zero_dense((6, width), dtype, "modulation")(nn.silu(time[:, None] + mixed))
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(modulation, -2, 0)  # [B, P, D] each
 
         out, _ = attention(name="attention")(modulate(norm(x).astype(dtype), shift1, scale1), None, rope)
         x = x + gate1 * out
         x = x + gate2 * Mlp(self.init_std, dtype, name="mlp")(modulate(norm(x).astype(dtype), shift2, scale2))
-        return (x, tap), None
+        return (constrain(x, "stream"), tap), None
 
 
 class VelocityNetwork(nn.Module):
@@ -103,7 +107,8 @@ class VelocityNetwork(nn.Module):
         batch, height, width, channels = x.shape
         p, h, w = config.patch_size, height // config.patch_size, width // config.patch_size
         patches = x.reshape(batch, h, p, w, p, channels).transpose(0, 1, 3, 5, 2, 4).reshape(batch, h * w, -1)
-        tokens = dense(config.width, name="patch_in")(patches)  # [B, P, D]
+        tokens = dense(config.width, name="patch_in")(patches)
+        tokens = constrain(tokens, "stream")  # [B, P, D]
 
         blocks = stack(VelocityBlock, config.layers, self.remat, shared=3)(config, self.config.init_std, dtype, name="blocks")
         rope = rope_2d(h, w, config.head_size, self.config.rope_theta)
@@ -111,11 +116,10 @@ class VelocityNetwork(nn.Module):
         (tokens, tap), _ = blocks((tokens, tap), jnp.arange(config.layers), time, condition, rope)
 
         tokens = layer_norm(False)(tokens).astype(dtype)
-        zero_dense = functools.partial(nn.Dense, dtype=dtype, kernel_init=nn.initializers.zeros)
         if config.mlp_head:
-            shift, scale = jnp.split(zero_dense(2 * config.width, name="head_modulation")(nn.silu(time)), 2, axis=-1)
+            shift, scale = jnp.moveaxis(zero_dense((2, config.width), dtype, "head_modulation")(nn.silu(time)), -2, 0)
             tokens = modulate(tokens, shift[:, None], scale[:, None])
-        out = zero_dense(p * p * channels, name="patch_out")(tokens).astype(jnp.float32)
+        out = zero_dense(p * p * channels, dtype, "patch_out")(tokens).astype(jnp.float32)
         out = out.reshape(batch, h, w, channels, p, p).transpose(0, 1, 4, 2, 5, 3).reshape(x.shape)
 
         if config.repa_layer is None:

@@ -1,0 +1,443 @@
+"""The command `dar-jax`. Every sub-command is a dataclass of its options with a short `run` over the library.
+
+Exit codes: 0 done; 1 training diverged; 2 something the user gave is wrong, said in one line; 130 interrupted.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
+
+from dar_jax import __version__
+from dar_jax.config import DataConfig, MeshConfig, SamplingConfig
+from dar_jax.errors import InputError
+
+# Whatever imports JAX is imported where it is needed, so that --help and mistyped commands answer at once.
+
+
+def _list_of(kind: Callable[[str], Any], metavar: str) -> PrimitiveConstructorSpec:
+    """One argument that holds values separated by commas."""
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda arguments: tuple(kind(item.strip()) for item in arguments[0].split(",")),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(map(str, value))],
+    )
+
+
+Words = Annotated[tuple[str, ...], _list_of(str, "A,B")]
+Ints = Annotated[tuple[int, ...], _list_of(int, "N,N")]
+Floats = Annotated[tuple[float, ...], _list_of(float, "A[,B]")]
+Place = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+T = TypeVar("T")
+OfRun = Annotated[T | None, tyro.conf.DisallowNone, tyro.conf.arg(help_behavior_hint="(default: of the checkpoint's run)")]
+Optional = Annotated[T | None, tyro.conf.DisallowNone, tyro.conf.arg(help_behavior_hint="(optional)")]
+Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Stands for settings that depend on the file or checkpoint, as long as none is given."""
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """Train both stages on handwritten digits, with pictures and a report, in minutes on two CPU cores.
+
+    The digits come with scikit-learn, nothing is downloaded. Writes reconstructions.png, samples.png, groups.png,
+    denoising.webp and report.json into the folder, which `sample`, `reconstruct` and `info` then take as a checkpoint. If it is
+    interrupted, the same command goes on.
+
+    Example: dar-jax quickstart --workdir runs/digits
+    """
+
+    workdir: str  # the folder to make
+    fast: Flag = False  # only a few steps, to see that everything works; the pictures will not show digits
+
+    def run(self) -> None:
+        from dar_jax.files import check_writable
+        from dar_jax.quickstart import quickstart, summary
+
+        check_writable(self.workdir)
+        report = quickstart(self.workdir, self.fast)
+        print(f"\n{summary(report)}\n\nThe pictures and report.json are in {self.workdir}")
+
+
+@dataclass(frozen=True)
+class Train(Generic[Settings]):
+    """Run an experiment file: train a tokenizer or a transformer.
+
+    Every setting of the experiment can be overridden, such as `--train.steps 100` or `--optimizer.learning-rate 3e-4`. To see
+    them all with the experiment's values: dar-jax train EXPERIMENT --help. A folder that holds a run already is only taken with
+    --resume. Ctrl-C stops after a checkpoint, a second one at once.
+
+    Example: dar-jax train experiments/digits_tokenizer.py --workdir runs/tokenizer --train.steps 500
+    """
+
+    experiment: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="EXPERIMENT")]  # its file; comes first
+    workdir: str  # the run's folder, for checkpoints and logs
+    config: Annotated[Settings, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+    resume: Flag = False  # go on from the last checkpoint in the folder, or begin if there is none
+
+    @classmethod
+    def with_defaults(cls, experiment: str) -> tuple[Any, "Train"]:
+        """The type to parse and the values of what is not given."""
+        from dar_jax.training.experiment import load_experiment
+
+        config = load_experiment(experiment).config
+        return cls[type(config)], cls(experiment, tyro.MISSING, config)
+
+    def run(self) -> int:
+        from dar_jax.evaluation.logged import log_pictures
+        from dar_jax.training.experiment import load_experiment
+        from dar_jax.training.loop import TrainingDiverged, train
+
+        experiment = load_experiment(self.experiment)
+        if not isinstance(self.config, Listed):
+            experiment = experiment.with_config(self.config)
+        try:
+            summary = train(experiment, self.workdir, self.resume, log_pictures)
+        except TrainingDiverged as error:
+            return _say(error, 1)
+        return 130 if summary.interrupted else 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Sample images from a trained transformer.
+
+    One label goes with many seeds, one seed with many labels, and equally many of both pair up one by one. The same label, seed
+    and settings always give the same image. Writes NAME_label3_seed11.png for each sample and grid.png.
+
+    Example: dar-jax sample runs/digits --labels 3,7 --seeds 11,12 --out samples
+
+    Example of layout control, the first tokens of an image under another label:
+
+    dar-jax sample runs/digits --labels 3 --seeds 1,2 --prefix-image seven.png --prefix-length 8 --out samples
+    """
+
+    checkpoint: Place  # a transformer's run folder, or one of its checkpoints/STEP
+    labels: Words  # classes, by name or number
+    seeds: Ints  # integers from 0 on
+    out: str  # the folder to write to
+    guidance: OfRun[Floats] = None  # classifier-free guidance scale, of the first and the last token; 1: none
+    cfg_interval: OfRun[int] = None  # N >= 0: tokens with an index above N + 1 are not guided
+    temperature: OfRun[float] = None  # 0: always the most probable token
+    top_k: OfRun[int] = None  # draw from the K most probable tokens only; 0: off
+    top_p: OfRun[float] = None  # draw from the most probable tokens that hold this share only; 1: off
+    solver: OfRun[Literal["adams2", "euler"]] = None  # of the denoising steps
+    num_denoising_steps: OfRun[int] = None  # steps from noise to image
+    groups: OfRun[int] = None  # stop after so many groups of tokens, with their preview
+    previews: Flag = False  # also write every sample after every group as it ends, and groups.png
+    animate: Flag = False  # also write denoising.webp, the grid after every group
+    prefix_image: Optional[str] = None  # take the first tokens from this image instead of drawing them
+    prefix_tokens: Optional[Ints] = None  # or take these
+    prefix_length: Optional[int] = None  # so many tokens of the prefix image (or of the prefix tokens)
+    start_image: Optional[str] = None  # start from this image with noise instead of from noise alone
+    start_step: Optional[int] = None  # the denoising step to start from it at, 1 or more
+    resolution: OfRun[int] = None  # pixels along a side while denoising, if more than trained with
+    output_resolution: OfRun[int] = None  # resize what is denoised down to this
+    experiment: Optional[str] = None  # the run's experiment file, if that replaced the model or the guidance
+    weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
+    mesh: OfRun[Ints] = None  # devices along data, fsdp and tensor, such as 1,1,4
+    batch_size: int = 32  # samples at a time
+
+    def run(self) -> None:
+        from dar_jax.evaluation.generate import make_request, write_samples
+        from dar_jax.evaluation.loading import find_transformer, load_sampler
+        from dar_jax.files import check_writable
+
+        _check_batch(self.batch_size)
+        found, experiment = find_transformer(self.checkpoint), _experiment(self.experiment)
+        names = ("cfg_interval", "temperature", "top_k", "top_p", "solver", "num_denoising_steps", "start_step")
+        given = {name: getattr(self, name) for name in names}
+        given |= {"guidance": _two(self.guidance), "num_groups": self.groups}
+        request = make_request(
+            found,
+            self.labels,
+            self.seeds,
+            dataclasses.replace(found.transformer.config.sampling, **_given(given)),
+            prefix_image=self.prefix_image,
+            prefix_tokens=self.prefix_tokens,
+            prefix_length=self.prefix_length,
+            start_image=self.start_image,
+            resolution=self.resolution,
+            output_resolution=self.output_resolution,
+        )
+        check_writable(self.out)
+        trained = load_sampler(self.checkpoint, experiment, self.weights, _mesh(self.mesh))
+        written = write_samples(trained, request, self.out, self.batch_size, self.previews, self.animate)
+        print("\n".join(map(str, written)))
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """Encode and decode the images of a folder: how good is the tokenizer?
+
+    Writes the decoded images, grid.png with originals beside them, and report.json with the PSNR of each; prints the mean.
+
+    Example: dar-jax reconstruct runs/tokenizer --images photos --out decoded
+    """
+
+    checkpoint: Place  # a run's folder, of a tokenizer or a transformer, or one of its checkpoints/STEP
+    images: str  # a folder of images (png, jpg, webp), sub-folders included
+    out: str  # the folder to write to
+    split: str = "train"  # where the folder has sub-folders train, val or test: which of them
+    solver: OfRun[Literal["adams2", "euler"]] = None  # of the denoising steps
+    num_denoising_steps: OfRun[int] = None  # steps from noise to image
+    seed: int = 0  # image i is denoised from the noise of seed + i
+    experiment: Optional[str] = None  # the run's experiment file, if that replaced the model
+    weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
+    mesh: OfRun[Ints] = None  # devices along data, fsdp and tensor
+    batch_size: int = 64  # images at a time
+
+    def run(self) -> None:
+        from dar_jax.evaluation.loading import find, load_tokenizer
+        from dar_jax.evaluation.reconstruct import open_images, reconstruct_folder
+        from dar_jax.files import check_writable
+        from dar_jax.sampling.sampler import make_settings
+
+        _check_batch(self.batch_size)
+        found, experiment = find(self.checkpoint), _experiment(self.experiment)
+        config = found.tokenizer.config.model
+        of_run = found.transformer.config.sampling if found.transformer else SamplingConfig()
+        given = {"solver": self.solver, "num_denoising_steps": self.num_denoising_steps}
+        sampling = SamplingConfig(solver=of_run.solver, num_denoising_steps=of_run.num_denoising_steps)
+        sampling = dataclasses.replace(sampling, **_given(given))
+        make_settings(sampling, config)
+        source = open_images(self.images, self.split, config)
+        check_writable(self.out)
+        trained = load_tokenizer(self.checkpoint, experiment, self.weights, _mesh(self.mesh))
+        report = reconstruct_folder(trained, source, self.out, sampling, self.seed, self.batch_size)
+        usage = report["codebook_usage"]
+        print(
+            f"PSNR {report['psnr']:.2f} dB over {report['images']} images ({report['unreadable']} unreadable)"
+            + (f", codebook usage {usage:.1%}" if usage is not None else "")
+            + f"\n{Path(self.out) / 'grid.png'}\n{Path(self.out) / 'report.json'}"
+        )
+
+
+@dataclass(frozen=True)
+class Tokenize(Generic[Settings]):
+    """Store the codes of a data set, for training a transformer on them.
+
+    Which images and which crops is said by `--data.*`. The defaults are those of the tokenizer's own training, with ten crops
+    in place of random ones: dar-jax tokenize CHECKPOINT --help. An interrupted run goes on where it stopped. Train on the
+    result with `--data.source codes --data.path OUT`.
+
+    Example: dar-jax tokenize runs/tokenizer --data.path imagenet --out imagenet_codes
+    """
+
+    checkpoint: Place  # a run's folder, of a tokenizer or a transformer, or one of its checkpoints/STEP; comes first
+    out: str  # the folder to write to
+    data: Annotated[Settings, tyro.conf.FlagConversionOff]
+    shard_size: int = 4096  # images per file
+    experiment: Optional[str] = None  # the run's experiment file, if that replaced the model or the source
+    weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
+    mesh: OfRun[Ints] = None  # devices along data, fsdp and tensor
+    batch_size: int = 64  # images, each with all its crops, at a time
+
+    @classmethod
+    def with_defaults(cls, checkpoint: str) -> tuple[Any, "Tokenize"]:
+        """The type to parse and the values of what is not given."""
+        from dar_jax.evaluation.loading import find
+
+        data = find(checkpoint).tokenizer.config.data
+        if data.crop == "random":
+            data = dataclasses.replace(data, crop="ten_crop", flip=False)
+        return cls[DataConfig], cls(checkpoint, tyro.MISSING, data)
+
+    def run(self) -> None:
+        from dar_jax.data.sources import open_source
+        from dar_jax.evaluation.loading import find, load_tokenizer
+        from dar_jax.evaluation.tokenize import check_data, tokenize
+        from dar_jax.files import check_writable
+
+        _check_batch(self.batch_size)
+        _check_batch(self.shard_size, "shard size")
+        experiment, model = _experiment(self.experiment), find(self.checkpoint).tokenizer.config.model
+        check_data(model, self.data)
+        source = ((experiment and experiment.source) or open_source)(self.data)
+        check_writable(self.out)
+        trained = load_tokenizer(self.checkpoint, experiment, self.weights, _mesh(self.mesh))
+        info = tokenize(trained, source, self.data, self.out, self.batch_size, self.shard_size)
+        print(f"{self.out}: {info.crops} x {info.tokens} codes for each of {info.images} images, in {info.shards} files")
+
+
+@dataclass(frozen=True)
+class Info:
+    """Say what a checkpoint holds: networks and their sizes, steps, data and settings.
+
+    Example: dar-jax info runs/digits
+    """
+
+    checkpoint: Place  # a run's folder, or one of its checkpoints/STEP
+
+    def run(self) -> None:
+        from dar_jax.evaluation.info import describe
+
+        print(describe(self.checkpoint))
+
+
+COMMANDS = {
+    "quickstart": Quickstart,
+    "train": Train,
+    "sample": Sample,
+    "reconstruct": Reconstruct,
+    "tokenize": Tokenize,
+    "info": Info,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line (default: that of the process) and returns the exit code. `--help` raises SystemExit, as ever."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("dar_jax").setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports there what it raises besides
+    warnings.filterwarnings("ignore", module=r"orbax\.")
+    try:
+        command = parse(sys.argv[1:] if arguments is None else list(arguments))
+        if command is None:
+            return 0
+        use_compilation_cache()
+        return command.run() or 0
+    except (InputError, OSError) as error:
+        return _say(error, 2)
+    except KeyboardInterrupt:
+        return _say("interrupted", 130)
+
+
+def parse(arguments: Sequence[str]) -> Any:
+    """The command that a command line asks for, or None where it only asked for an overview, which is printed.
+
+    Raises InputError, in one line, where it is wrong.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+        return None
+    name, *rest = arguments
+    if name == "--version":
+        print(f"dar-jax {__version__}")
+        return None
+    if name not in COMMANDS:
+        similar = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"did you mean {similar[0]}?" if similar else f"commands are {', '.join(COMMANDS)}"
+        raise InputError(f"there is no command {name!r}; {hint}")
+    command, default = COMMANDS[name], None
+    if hasattr(command, "with_defaults"):
+        if rest and not rest[0].startswith("-"):
+            command, default = command.with_defaults(rest[0])
+        else:
+            command = command[Listed]
+    help_wanted = any(argument in ("-h", "--help") for argument in rest)
+    return _parse(command, default, ["--help"] if help_wanted else rest, f"dar-jax {name}")
+
+
+def overview() -> str:
+    """What `dar-jax --help` prints."""
+    lines = [f"  {name:12}{command.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: dar-jax COMMAND ...",
+            "",
+            "D-AR, diffusion via autoregressive models: images as tokens whose order is a denoising schedule.",
+            "",
+            *lines,
+            "",
+            "`dar-jax COMMAND --help` explains a command, `dar-jax --version` prints the version.",
+            "Example: dar-jax quickstart --workdir runs/digits",
+        ]
+    )
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled functions in ~/.cache/dar_jax, or where JAX_COMPILATION_CACHE_DIR says: a second run starts fast."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dar_jax"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if os.access(folder, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _parse(command: Any, default: Any, arguments: Sequence[str], prog: str) -> Any:
+    """tyro's parsing, with its boxed complaints made one line."""
+    options = {} if default is None else {"default": default}
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(command, prog=prog, args=arguments, **options)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise InputError(_condense(complaint.getvalue(), prog)) from None
+
+
+def _condense(complaint: str, prog: str) -> str:
+    """The message in a box of tyro's, and the options it thinks were meant."""
+    lines = [re.sub("[╭╮╰╯│]", "", line).rstrip() for line in complaint.splitlines()[1:]]
+    message, *others = re.split(r"\n ─+\n", "\n".join(lines))
+    if message.startswith(" Missing from"):  # each option is followed by its help, deeper to the right
+        first, *options = [line.strip() for line in message.split("\n") if not line.startswith(" " * 9)]
+        message = f"{first} {', '.join(options)}"
+    similar = [
+        line.split()[0]
+        for section in others
+        if section.startswith((" Perhaps", " Arguments similar"))
+        for line in section.split("\n")
+        if line.strip().startswith("--")
+    ]
+    hint = f"; did you mean {' or '.join(dict.fromkeys(similar))}?" if similar else f" (see {prog} --help)"
+    return " ".join(message.split()).rstrip(".") + hint
+
+
+def _say(what: object, code: int) -> int:
+    print("dar-jax: " + " ".join(str(what).split()), file=sys.stderr)
+    return code
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _two(guidance: tuple[float, ...] | None) -> tuple[float, float] | None:
+    if guidance is not None and len(guidance) > 2:
+        raise InputError(f"guidance is one scale or two, of the first and the last token, not {len(guidance)}")
+    return guidance and (guidance[0], guidance[-1])
+
+
+def _mesh(sizes: tuple[int, ...] | None) -> Any:
+    from dar_jax.parallel import make_mesh
+
+    if sizes is not None and len(sizes) != 3:
+        raise InputError(f"a mesh has three sizes, of data, fsdp and tensor, not {len(sizes)}")
+    return None if sizes is None else make_mesh(MeshConfig(*sizes))
+
+
+def _experiment(path: str | None) -> Any:
+    from dar_jax.training.experiment import load_experiment
+
+    return None if path is None else load_experiment(path)
+
+
+def _check_batch(size: int, name: str = "batch size") -> None:
+    if size < 1:
+        raise InputError(f"the {name} is {size}, it should be at least 1")

@@ -1,0 +1,1 @@
+"""What trained networks are used for: samples, reconstructions, stored codes, and the pictures of them."""

@@ -1,0 +1,158 @@
+"""Checkpoints made ready for use: networks and their weights, on the devices.
+
+A transformer's folder holds its tokenizer in the sub-folder `tokenizer`, so it can be used wherever a tokenizer is wanted.
+"""
+
+import dataclasses
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from dar_jax import parallel
+from dar_jax.config import MeshConfig, TokenizerConfig, TokenizerTraining
+from dar_jax.errors import InputError
+from dar_jax.sampling.logits import linear_guidance
+from dar_jax.sampling.sampler import GuidanceSchedule, Networks
+from dar_jax.training import checkpoint
+from dar_jax.training.experiment import Experiment
+from dar_jax.training.stages import matmul_dtype
+
+log = logging.getLogger("dar_jax.evaluation")
+
+Weights = Literal["ema", "params"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a checkpoint consists of, before any weights are read; `transformer` is None for a tokenizer's."""
+
+    tokenizer: checkpoint.Info
+    transformer: checkpoint.Info | None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Networks with their weights on a mesh: the parameters are {"tokenizer": ..., "llama": ...}, as the sampler takes them."""
+
+    found: Found
+    networks: Networks
+    params: dict[str, Any]
+    guidance: GuidanceSchedule
+    mesh: Mesh
+
+    @property
+    def config(self) -> TokenizerConfig:
+        """The tokenizer's sizes."""
+        return self.networks.tokenizer.config
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return (self.found.transformer or self.found.tokenizer).class_names
+
+    def with_tokenizer(self, config: TokenizerConfig) -> "Trained":
+        """The same weights in a tokenizer of other settings, of which the resolution may differ."""
+        tokenizer = self.networks.tokenizer.clone(config=config)
+        return dataclasses.replace(self, networks=dataclasses.replace(self.networks, tokenizer=tokenizer))
+
+
+def find(path: str | os.PathLike) -> Found:
+    """Looks at a checkpoint (a run's folder or its checkpoints/STEP) of either stage.
+
+    Raises InputError where there is none, it is damaged, or a transformer's lacks its tokenizer.
+    """
+    info = checkpoint.inspect(path)
+    if isinstance(info.config, TokenizerTraining):
+        return Found(info, None)
+    return Found(checkpoint.inspect(info.workdir / "tokenizer"), info)
+
+
+def find_transformer(path: str | os.PathLike) -> Found:
+    """`find` for what needs a transformer. Raises InputError for a tokenizer."""
+    found = find(path)
+    if found.transformer is None:
+        raise InputError(f"{path} holds a tokenizer; sampling needs the folder of a transformer's run")
+    return found
+
+
+def load_tokenizer(
+    path: str | os.PathLike, experiment: Experiment | None = None, weights: Weights = "ema", mesh: Mesh | None = None
+) -> Trained:
+    """The tokenizer of a checkpoint of either stage.
+
+    Args:
+      experiment: that of the checkpoint's run, needed if it had replaced the model.
+      weights: of a tokenizer's own run; a transformer's folder holds only the moving average of its tokenizer.
+      mesh: where the weights go; None: the mesh of the run if it fits the devices, else all devices along `data`.
+
+    Raises InputError where the checkpoint is missing, damaged, or needs its experiment.
+    """
+    found = find(path)
+    if found.transformer is not None:
+        weights = "ema"
+    mesh = mesh or run_mesh(found.tokenizer.config.mesh)
+    network, params = _load(found.tokenizer, _tokenizer_part(experiment), weights, mesh)
+    return Trained(found, Networks(network), {"tokenizer": params}, linear_guidance, mesh)
+
+
+def load_sampler(
+    path: str | os.PathLike, experiment: Experiment | None = None, weights: Weights = "ema", mesh: Mesh | None = None
+) -> Trained:
+    """Both stages of a transformer's checkpoint. Arguments as of `load_tokenizer`; `weights` are the transformer's.
+
+    Raises InputError where the checkpoint is missing, damaged, a tokenizer's, or needs its experiment.
+    """
+    found = find_transformer(path)
+    mesh = mesh or run_mesh(found.transformer.config.mesh)
+    llama, llama_params = _load(found.transformer, experiment, weights, mesh)
+    tokenizer, tokenizer_params = _load(found.tokenizer, _tokenizer_part(experiment), "ema", mesh)
+    guidance = (experiment and experiment.guidance) or linear_guidance
+    return Trained(found, Networks(tokenizer, llama), {"tokenizer": tokenizer_params, "llama": llama_params}, guidance, mesh)
+
+
+def run_mesh(config: MeshConfig) -> Mesh:
+    """The mesh of a run's settings, or all devices along `data` where there are other devices than in that run."""
+    try:
+        return parallel.make_mesh(config)
+    except InputError as error:
+        log.info("%s; using all of them along data", error)
+        return parallel.make_mesh(MeshConfig())
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """Host arrays [B, ...] -> arrays cut over the mesh along B, which `full_batch` made fit."""
+    return jax.device_put(batch, parallel.batch_sharding(mesh))
+
+
+def full_batch(size: int, mesh: Mesh) -> int:
+    """`size` rounded up to a multiple of the devices that share a batch."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-size // shards) * shards
+
+
+def pad(rows: np.ndarray, size: int) -> np.ndarray:
+    """Repeats the last of the rows [n, ...] until there are `size`."""
+    return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """The whole of an array, also where other processes hold parts of it (all of them have to ask for it)."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def _load(info: checkpoint.Info, experiment: Experiment | None, weights: Weights, mesh: Mesh) -> tuple[Any, Any]:
+    loaded = checkpoint.load(info.path, experiment, weights, mesh)
+    return loaded.experiment.build_model(matmul_dtype(info.config.train.dtype)), loaded.params
+
+
+def _tokenizer_part(experiment: Experiment | None) -> Experiment | None:
+    if experiment is None or isinstance(experiment.config, TokenizerTraining):
+        return experiment
+    return experiment.tokenizer

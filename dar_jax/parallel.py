@@ -1,0 +1,120 @@
+"""Where arrays live: the device mesh, and one table that says how every parameter is cut over it.
+
+The mesh has three axes. `data` and `fsdp` share the batch; `fsdp` also cuts parameters along their width, so that each device
+keeps a part and gathers the rest when it is needed; `tensor` cuts heads and hidden units: products into them by columns,
+products out of them by rows, so that a block needs one sum over `tensor` for its attention and one for its MLP.
+Callers enter the mesh with `jax.set_mesh(mesh)`; one device is a 1 x 1 x 1 mesh.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dar_jax.config import MeshConfig
+from dar_jax.errors import InputError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+Rules = Sequence[tuple[str, P]]
+
+# (regular expression on the end of a parameter's path, how its LAST dimensions are cut). The first match counts. Dimensions
+# that a rule does not name, such as the leading layers of a stack of blocks, stay whole.
+RULES: Rules = (
+    # attention: kernels [D, N, K] and [N, K, D], fused kernel [D, M, R + 2, K]
+    (r"[qkv]/kernel", P("fsdp", "tensor", None)),
+    (r"[qkv]/bias", P("tensor", None)),
+    (r"qkv/kernel", P("fsdp", "tensor", None, None)),
+    (r"(cross_)?attention/out/kernel", P("tensor", None, "fsdp")),
+    # linears into a wider or hidden layer, and out of it
+    (r"(in|linear0|linear2)/kernel", P("fsdp", "tensor")),
+    (r"(in|linear0|linear2)/bias", P("tensor")),
+    # [D, parts, hidden]: what is taken apart later stands on an axis of its own, so that no part crosses devices
+    (r"(gate_up|modulation|head_modulation)/kernel", P("fsdp", None, "tensor")),
+    (r"(modulation|head_modulation)/bias", P(None, "tensor")),
+    (r"(out|down|linear1)/kernel", P("tensor", "fsdp")),
+    # what leads into the width of a network, and out of it
+    (r"(patchify|patch_in|query_linear|from_code|condition_in)/kernel", P(None, "fsdp")),
+    (r"(to_code|patch_out)/kernel", P("fsdp", None)),
+    (r"token_table", P("tensor", "fsdp")),
+    (r"(class|query|position)_table", P(None, "fsdp")),
+    (r"output", P("fsdp", "tensor")),
+    (r"codebook", P()),
+    (r"bias|scale|gate[12]", P()),
+    # key/value caches [B, S, N, K]
+    (r"keys|values", P(BATCH, None, "tensor", None)),
+)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `devices` (default: all of them), axes data, fsdp and tensor.
+
+    Raises InputError where the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    given = f"mesh data x fsdp x tensor = {' x '.join(map(str, sizes))}"
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise InputError(f"{given}: sizes should be at least 1, and at most one of them -1 (whatever the others leave)")
+    known = math.prod(size for size in sizes if size != -1)
+    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    if math.prod(sizes) != len(devices):
+        raise InputError(f"{given} does not fit the {len(devices)} devices")
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def path_name(path: tuple) -> str:
+    """A key path of `jax.tree_util` as names with slashes, `encoder/blocks/mlp/in/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def fit(spec: P, shape: Sequence[int], mesh: Mesh) -> P:
+    """`spec` applied to the last dimensions of `shape`, without the axes that do not divide their dimension."""
+    axes = (None,) * (len(shape) - len(spec)) + tuple(spec)
+
+    def divides(axis: str | tuple[str, ...] | None, size: int) -> bool:
+        names = (axis,) if isinstance(axis, str) else axis or ()
+        return size % math.prod(mesh.shape[name] for name in names) == 0
+
+    return P(*(axis if divides(axis, size) else None for axis, size in zip(axes, shape)))
+
+
+def shardings(tree: Any, mesh: Mesh, rules: Rules = ()) -> Any:
+    """The NamedSharding of every array of a tree: parameters, or anything whose paths end like theirs (EMA, optimizer state).
+
+    Args:
+      tree: arrays or ShapeDtypeStructs; scalars are replicated.
+      rules: further rules, tried before `RULES`, for a fork's own parameters.
+
+    Raises ValueError for a path that no rule matches.
+    """
+
+    def sharding(path: tuple, leaf: Any) -> NamedSharding:
+        if leaf.ndim == 0:
+            return replicated(mesh)
+        name = path_name(path)
+        for pattern, spec in (*rules, *RULES):
+            if re.search(rf"(^|/)({pattern})$", name):
+                return NamedSharding(mesh, fit(spec, leaf.shape, mesh))
+        raise ValueError(f"no sharding rule for {name} {leaf.shape}; add one to parallel.RULES or to Experiment.rules")
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def placed(shapes: Any, places: Any) -> Any:
+    """A tree of ShapeDtypeStructs and the tree of their shardings put together."""
+    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Batches are cut along their first dimension over `data` and `fsdp`."""
+    return NamedSharding(mesh, P(BATCH))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, P())

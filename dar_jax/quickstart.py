@@ -1,0 +1,240 @@
+"""Both stages on the handwritten digits that come with scikit-learn: in minutes on two CPU cores, with pictures and a report.
+
+`TOKENIZER` and `TRANSFORMER` are the recipes; `experiments/digits_tokenizer.py` and `digits_ar.py` train them longer.
+"""
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dar_jax import __version__
+from dar_jax.config import (
+    DataConfig,
+    LlamaConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TokenizerConfig,
+    TokenizerLossConfig,
+    TokenizerTraining,
+    TrainConfig,
+    TransformerTraining,
+    VelocityConfig,
+)
+from dar_jax.data.sources import open_source
+from dar_jax.errors import InputError
+from dar_jax.evaluation import pictures
+from dar_jax.evaluation.generate import sample
+from dar_jax.evaluation.loading import Trained, load_sampler, load_tokenizer, to_host
+from dar_jax.evaluation.progress import Progress
+from dar_jax.evaluation.reconstruct import codebook_usage, encode, reconstruct
+from dar_jax.evaluation.tokenize import tokenize
+from dar_jax.files import write_json
+from dar_jax.objectives import next_token_loss
+from dar_jax.training import checkpoint
+from dar_jax.training.experiment import Experiment
+from dar_jax.training.loop import train
+
+DIGITS = DataConfig(source="digits", image_size=8, channels=1, crop="center", flip=False)
+
+TOKENIZER = TokenizerTraining(
+    name="digits_tokenizer",
+    model=TokenizerConfig(
+        image_size=8,
+        channels=1,
+        encoder_patch_size=4,
+        encoder_layers=2,
+        encoder_width=64,
+        decoder_layers=1,
+        decoder_width=64,
+        head_size=16,
+        num_tokens=16,
+        num_groups=4,
+        num_denoising_steps=4,
+        max_tokens=16,
+        codebook_size=128,
+        init_std=None,
+        gate_init=1.0,
+        velocity=VelocityConfig(width=64, layers=3, head_size=16, patch_size=4, repa_layer=None),
+    ),
+    loss=TokenizerLossConfig(entropy=0.02),
+    data=DIGITS,
+    optimizer=OptimizerConfig(learning_rate=4e-3, schedule="cosine", warmup_steps=50, ema_decay=0.99),
+    train=TrainConfig(steps=2500, batch_size=64, checkpoint_every=500),
+)
+
+TRANSFORMER = TransformerTraining(
+    name="digits",
+    model=LlamaConfig(
+        layers=3,
+        heads=4,
+        width=128,
+        num_tokens=16,
+        vocab_size=128,
+        num_classes=10,
+        mlp_multiple=32,
+        token_dropout=0.15,
+        attention_dropout=0.15,
+        mlp_dropout=0.15,
+    ),
+    data=DataConfig(source="codes", image_size=8, channels=1, crop="center", flip=False),
+    optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=50, weight_decay=0.05, ema_decay=0.99),
+    train=TrainConfig(steps=700, batch_size=64, checkpoint_every=500),
+    sampling=SamplingConfig(guidance=(2.0, 2.0)),
+)
+
+PER_CLASS = 50  # samples that the classifier looks at
+SHOWN_PER_CLASS = 8  # of them in the pictures
+
+
+def recipes(workdir: Path, fast: bool) -> tuple[TokenizerTraining, TransformerTraining]:
+    """The settings of both stages of a quickstart in `workdir`; `fast`: a few steps of each, to see that everything works."""
+    tokenizer, transformer = TOKENIZER, TRANSFORMER
+    if fast:
+        tokenizer = dataclasses.replace(tokenizer, train=dataclasses.replace(tokenizer.train, steps=150))
+        transformer = dataclasses.replace(transformer, train=dataclasses.replace(transformer.train, steps=150))
+    data = dataclasses.replace(transformer.data, path=str(workdir / "codes"))
+    return tokenizer, dataclasses.replace(transformer, tokenizer=str(workdir / "tokenizer"), data=data)
+
+
+def quickstart(workdir: str | os.PathLike, fast: bool = False) -> dict[str, Any]:
+    """Trains both stages on the digits in `workdir`, then writes pictures and `report.json` there; returns the report.
+
+    An interrupted quickstart goes on where it stopped. The folder is a transformer's run: `sample`, `reconstruct` and `info`
+    take it. With `fast` the numbers mean nothing; it is for trying out an installation.
+
+    Raises InputError if the folder holds anything else, or a finished quickstart; KeyboardInterrupt after the checkpoint that
+    Ctrl-C makes during training.
+    """
+    started = time.perf_counter()
+    workdir = Path(workdir).absolute()
+    tokenizer_config, transformer_config = recipes(workdir, fast)
+    resumed = _check_folder(workdir, tokenizer_config, transformer_config)
+    seconds = {}
+
+    def lap(name: str) -> None:
+        seconds[name] = round(time.perf_counter() - started - sum(seconds.values()), 1)
+
+    print("stage 1 of 2: the tokenizer, images <-> codes", flush=True)
+    _train(Experiment(tokenizer_config), workdir / "tokenizer")
+    lap("tokenizer")
+    print("storing the codes of the training digits", flush=True)
+    tokenizer = load_tokenizer(workdir / "tokenizer")
+    tokenize(tokenizer, open_source(DIGITS), DIGITS, workdir / "codes", batch_size=250)
+    print("stage 2 of 2: the transformer, class -> codes", flush=True)
+    _train(Experiment(transformer_config), workdir)
+    lap("transformer")
+    report = {**_evaluate(workdir), "fast": fast, "resumed": resumed, "version": __version__}
+    lap("evaluation")
+    report |= {"seconds": round(time.perf_counter() - started, 1), "seconds_of_each": seconds}
+    write_json(workdir / "report.json", report)
+    return report
+
+
+def _evaluate(workdir: Path) -> dict[str, float]:
+    """Measures both stages and makes the pictures."""
+    trained = load_sampler(workdir)
+    (images, labels), (held_out, held_out_labels) = (
+        _all_of(dataclasses.replace(DIGITS, split=split)) for split in ("train", "test")
+    )
+    sampling = trained.found.transformer.config.sampling
+    result = reconstruct(trained, held_out, np.arange(len(held_out)), sampling, len(held_out))
+    pictures.save_png(workdir / "reconstructions.png", pictures.beside(held_out[:32], result.images[:32]))
+
+    wanted = np.tile(np.arange(10), PER_CLASS)  # 0 .. 9 again and again, each time with another seed
+    groups = [[] for _ in range(trained.config.num_groups)]
+    with Progress("sampled", len(wanted)) as progress:
+        for drawn in sample(trained, wanted, np.arange(len(wanted)), sampling, batch_size=100, previews=True):
+            groups[drawn.groups - 1].append(drawn.images)
+            if drawn.groups == len(groups):
+                progress.add(len(drawn.images))
+    previews = np.stack([np.concatenate(group) for group in groups])  # [G, N, H, W, C]
+    _draw(workdir, previews, trained.class_names)
+
+    read = _classifier(images, labels)
+    return {
+        "reconstruction_psnr": float(result.psnr.mean()),
+        "codebook_usage": codebook_usage(encode(trained, images, 250), trained.config.codebook_size),
+        "bits_per_token": _bits_per_token(trained, result.codes, held_out_labels),
+        "class_accuracy": float(np.mean(read(previews[-1]) == wanted)),
+        "reconstruction_accuracy": float(np.mean(read(result.images) == held_out_labels)),
+        "real_accuracy": float(np.mean(read(held_out) == held_out_labels)),
+    }
+
+
+def _draw(workdir: Path, previews: np.ndarray, names: tuple[str, ...]) -> None:
+    """The pictures of samples [G, N, H, W, C], which are of classes 0 .. 9 in turn."""
+    shown = previews[:, : 10 * SHOWN_PER_CLASS].reshape(len(previews), SHOWN_PER_CLASS, 10, *previews.shape[2:]).swapaxes(1, 2)
+    seeds = [f"#{number}" for number in range(1, SHOWN_PER_CLASS + 1)]
+    frames = [pictures.grid(frame, names, seeds) for frame in shown]
+    pictures.save_png(workdir / "samples.png", frames[-1])
+    pictures.save_animation(workdir / "denoising.webp", frames)
+    pictures.save_png(workdir / "groups.png", pictures.group_by_group(previews[:, :10], names))
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The report in lines for people."""
+    lines = [
+        ("reconstruction_psnr", "{:.2f} dB", "of held-out digits, encoded and decoded"),
+        ("codebook_usage", "{:.1%}", "of the codes occur in the training digits"),
+        ("bits_per_token", "{:.2f}", "that the transformer needs for the codes of held-out digits"),
+        ("class_accuracy", "{:.1%}", "of the samples are read as the requested class by a support-vector classifier"),
+        ("reconstruction_accuracy", "{:.1%}", "of held-out digits are read correctly after encoding and decoding"),
+        ("real_accuracy", "{:.1%}", "of held-out digits are read correctly by the same classifier"),
+        ("seconds", "{:.0f}", "in all"),
+    ]
+    return "\n".join(f"{name:24}{form.format(report[name]):>9}  {meaning}" for name, form, meaning in lines)
+
+
+def _check_folder(workdir: Path, tokenizer: TokenizerTraining, transformer: TransformerTraining) -> bool:
+    """Whether the folder holds an unfinished quickstart with these settings; InputError if it holds anything else."""
+    if (workdir / "report.json").exists():
+        raise InputError(f"{workdir} already holds a finished quickstart; choose another folder")
+    if not workdir.is_dir() or not any(workdir.iterdir()):
+        return False
+    for folder, config in ((workdir / "tokenizer", tokenizer), (workdir, transformer)):
+        if checkpoint.latest_step(folder) is not None and checkpoint.inspect(folder).config != config:
+            raise InputError(f"{folder} holds a run with other settings; choose another folder")
+    if not (workdir / "tokenizer").is_dir():
+        raise InputError(f"{workdir} is not empty and holds no quickstart; choose another folder")
+    return True
+
+
+def _train(experiment: Experiment, workdir: Path) -> None:
+    if train(experiment, workdir, resume=True).interrupted:
+        raise KeyboardInterrupt
+
+
+def _all_of(data: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+    """All digits of a split: images uint8 [N, 8, 8, 1] and labels int [N]."""
+    source = open_source(data)
+    elements = [source[index] for index in range(len(source))]
+    return np.stack([element["image"] for element in elements]), np.array([element["label"] for element in elements])
+
+
+def _classifier(images: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """A support-vector classifier trained on real digits: uint8 [N, 8, 8, 1] -> labels [N]."""
+    from sklearn.svm import SVC
+
+    def features(images: np.ndarray) -> np.ndarray:
+        return images.reshape(len(images), -1) * (16 / 255)  # the scale that scikit-learn's digits come in
+
+    classifier = SVC(gamma=0.001).fit(features(images), labels)
+    return lambda images: classifier.predict(features(images))
+
+
+def _bits_per_token(trained: Trained, codes: np.ndarray, labels: np.ndarray) -> float:
+    """What the transformer takes to write down codes [N, T] of images of these labels [N], given the label."""
+
+    @jax.jit
+    def nats(params: dict, codes: jax.Array, labels: jax.Array) -> jax.Array:
+        return next_token_loss(trained.networks.llama, params, codes, labels)[0]
+
+    with jax.set_mesh(trained.mesh):
+        return float(to_host(nats(trained.params["llama"], codes, labels.astype(np.int32)))) / math.log(2)

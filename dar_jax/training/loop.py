@@ -1,0 +1,242 @@
+"""A whole training run, of either stage: data, steps, logs, checkpoints, resuming and stopping."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from dar_jax import parallel
+from dar_jax.config import TokenizerTraining, TrainConfig, validate
+from dar_jax.data.pipeline import batches
+from dar_jax.errors import InputError
+from dar_jax.files import check_writable
+from dar_jax.training import checkpoint
+from dar_jax.training.experiment import Experiment
+from dar_jax.training.logs import Log
+from dar_jax.training.stages import Stage, tokenizer_stage, transformer_stage
+from dar_jax.training.state import Params, abstract_state, init_state, make_optimizer
+from dar_jax.training.step import Metrics, is_count, make_train_step
+
+# (stage, EMA parameters, batch on the devices) -> pictures by name, uint8 [H, W, 3]
+Pictures = Callable[[Stage, Params, Mapping[str, jax.Array]], dict[str, np.ndarray]]
+
+LOOK_AHEAD = 2  # steps the host may be ahead of the device; a step's metrics are read only when later ones are queued
+
+
+class TrainingDiverged(Exception):
+    """Loss or gradient became infinite or not a number. The message names the step and the last good checkpoint."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended: steps done, whether it was asked to stop before the end, and the last values logged."""
+
+    step: int
+    interrupted: bool
+    metrics: dict[str, float]
+
+
+def train(
+    experiment: Experiment, workdir: str | os.PathLike, resume: bool = False, pictures: Pictures | None = None
+) -> Summary:
+    """Runs an experiment in WORKDIR, from the beginning or from its last checkpoint, to its last step.
+
+    SIGTERM and Ctrl-C end the run after the step at hand, with a checkpoint. Step k depends on the settings and on k only, so
+    a resumed run ends with the very parameters of an uninterrupted one.
+
+    Args:
+      pictures: makes what is logged every `sample_every` steps.
+
+    Raises InputError where the settings, the data or WORKDIR are unfit, TrainingDiverged where training is.
+    """
+    config = experiment.config
+    validate(config)
+    if config.train.sample_every and pictures is None:
+        raise InputError("train.sample_every is set, but this run was given nothing that makes pictures; set it to 0")
+    folder = checkpoint.absolute(workdir)
+    check_writable(folder)
+    found = checkpoint.latest_step(folder)
+    if found is not None and not resume:
+        raise InputError(f"{folder} already holds a run (step {found}); pass --resume or choose another folder")
+    mesh = parallel.make_mesh(config.mesh)
+    _check_batch(config.train, mesh)
+
+    with jax.set_mesh(mesh):
+        if isinstance(config, TokenizerTraining):
+            stage = tokenizer_stage(experiment)
+        else:
+            stage = transformer_stage(experiment, folder, mesh, resumed=found is not None)
+        optimizer = make_optimizer(config.optimizer, config.train.steps)
+        abstract = abstract_state(stage.init_params, optimizer, mesh, experiment.rules)
+        if found is None:
+            state = init_state(stage.init_params, optimizer, mesh, experiment.rules)
+        else:
+            state = checkpoint.restore(folder, abstract)
+        train_step = make_train_step(stage.loss_fn, optimizer, config, abstract, mesh)
+        with (
+            Log(folder, config.train.steps, found or 0, active=jax.process_index() == 0) as log,
+            checkpoint.open_checkpoints(folder, config.train) as checkpoints,
+            _stop_signals() as asked_to_stop,
+        ):
+            log.say(_opening(stage, state.params, mesh, found, resume))
+            return _run(stage, state, train_step, mesh, log, checkpoints, asked_to_stop, pictures)
+
+
+def _run(stage: Stage, state, train_step, mesh: Mesh, log: Log, checkpoints, asked_to_stop, pictures) -> Summary:
+    train = stage.experiment.config.train
+    step, stopping = int(state.step), False
+    reader, window = _Reader(train, log, checkpoints), Window()
+    with contextlib.closing(_device_batches(stage, mesh, start_step=step)) as data:
+        while step < train.steps and not stopping:
+            batch = next(data)
+            state, metrics = train_step(state, batch, stage.frozen)  # returns at once; the device works while the host goes on
+            step += 1
+            stopping = asked_to_stop(step)
+            last = stopping or step == train.steps
+            window = window.add(metrics)
+            full = step % train.log_every == 0 or last
+            reader.push(step, metrics, window if full else None)
+            window = Window() if full else window
+            if train.sample_every and step % train.sample_every == 0:
+                log.pictures(step, pictures(stage, state.ema, batch))
+            if step % train.checkpoint_every == 0 or last:
+                reader.drain()
+                checkpoint.save(checkpoints, state, stage.experiment, stage.class_names)
+    checkpoints.wait()
+    if step < train.steps:
+        log.say(f"stopped at step {step}, which is saved; go on with --resume")
+    return Summary(step, step < train.steps, reader.record)
+
+
+def _device_batches(stage: Stage, mesh: Mesh, start_step: int) -> Iterator[dict[str, jax.Array]]:
+    config = stage.experiment.config
+    hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
+    settings = {"batch_size": config.train.batch_size, "seed": config.train.seed, "start_step": start_step}
+    sharding = parallel.batch_sharding(mesh)
+    with contextlib.closing(batches(stage.source, config.data, **settings, **hosts)) as data:
+        for batch in data:
+            yield {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+
+
+@dataclass(frozen=True)
+class Window:
+    """The metrics summed over the steps since the last log, on the devices."""
+
+    steps: int = 0
+    sums: Metrics | None = None
+
+    def add(self, metrics: Metrics) -> "Window":
+        summed = {name: value for name, value in metrics.items() if name not in ("finite", "learning_rate")}
+        return Window(self.steps + 1, summed if self.sums is None else _add(self.sums, summed))
+
+    def scalars(self) -> dict[str, float]:
+        """Means over the steps; of the codes, the share in use (`codebook_usage`) and the number never used (`dead_codes`)."""
+        sums = jax.device_get(self.sums)
+        values = {"loss": 0.0}  # comes first
+        for name, total in sums.items():
+            if name == "code_counts":
+                values |= {"codebook_usage": float(np.mean(total > 0)), "dead_codes": float(np.sum(total == 0))}
+            else:
+                values[name] = float(total) if is_count(total) else float(total) / self.steps
+        return values
+
+
+_add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
+
+
+class _Reader:
+    """Reads metrics `LOOK_AHEAD` steps late, so that the device does not wait for the host; stops where they are not finite."""
+
+    def __init__(self, train: TrainConfig, log: Log, checkpoints):
+        self.train, self.log, self.checkpoints = train, log, checkpoints
+        self.record: dict[str, float] = {}
+        self._pending: deque[tuple[int, Metrics, Window | None]] = deque()
+        self._clock: tuple[int, float] | None = None  # a step and when it was done; starts after the compilation
+
+    def push(self, step: int, metrics: Metrics, window: Window | None) -> None:
+        self._pending.append((step, metrics, window))
+        while len(self._pending) > LOOK_AHEAD:
+            self._read(*self._pending.popleft())
+
+    def drain(self) -> None:
+        while self._pending:
+            self._read(*self._pending.popleft())
+
+    def _read(self, step: int, metrics: Metrics, window: Window | None) -> None:
+        if not metrics["finite"]:
+            raise TrainingDiverged(self._farewell(step))
+        if self._clock is None:
+            self._clock = (step, time.perf_counter())
+        if window is None:
+            return
+        self.record = window.scalars() | {"learning_rate": float(metrics["learning_rate"])}
+        steps, seconds = step - self._clock[0], time.perf_counter() - self._clock[1]
+        seconds_left = None
+        if steps:
+            self.record["images_per_second"] = steps * self.train.batch_size / seconds
+            seconds_left = (self.train.steps - step) * seconds / steps
+        self._clock = (step, time.perf_counter())
+        self.log.record(step, self.record, seconds_left)
+
+    def _farewell(self, step: int) -> str:
+        saved = self.checkpoints.latest
+        kept = f"the last checkpoint is of step {saved.step}" if saved else "there is no checkpoint yet"
+        return f"training diverged: loss or gradient is not finite at step {step}; {kept}"
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[Callable[[int], bool]]:
+    """Yields `asked(step)`, true once the run should end after that step. A second Ctrl-C ends it at once.
+
+    Of several processes each may get the signal at another step; JAX makes them agree on one.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda step: False
+        return
+    asked = threading.Event()
+
+    def handle(number: int, frame: Any) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.write(2, b"\nstopping after this step, with a checkpoint (Ctrl-C again: at once)\n")  # print is not safe here
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda step: asked.is_set()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _check_batch(train: TrainConfig, mesh: Mesh) -> None:
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if train.batch_size // train.accumulate % shards:
+        raise InputError(
+            f"train.batch_size {train.batch_size} in {train.accumulate} parts cannot be spread over "
+            f"data x fsdp = {shards} devices; make it a multiple of {train.accumulate * shards}"
+        )
+
+
+def _opening(stage: Stage, params: Params, mesh: Mesh, found: int | None, resume: bool) -> str:
+    config = stage.experiment.config
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    if found is not None:
+        where = f"from step {found}"
+    else:
+        where = "from the beginning" + (" (no checkpoint to resume from)" if resume else "")
+    return f"{config.name}: {count:,} parameters, {config.train.steps} steps {where}, {mesh.size} devices ({sizes})"

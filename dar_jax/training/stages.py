@@ -1,0 +1,138 @@
+"""The two stages of training: what to initialise, which loss to minimise on which batch, with which frozen networks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from dar_jax.config import TokenizerTraining, TransformerTraining
+from dar_jax.data.codes import CodesSource, fingerprint
+from dar_jax.data.sources import open_source
+from dar_jax.errors import InputError
+from dar_jax.objectives import next_token_loss, tokenizer_loss
+from dar_jax.training.checkpoint import Loaded, load, save_for_inference
+from dar_jax.training.experiment import Experiment
+from dar_jax.training.state import Params
+from dar_jax.training.step import LossFn
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage, ready to train.
+
+    init_params: makes the parameters; they depend on the seed only.
+    loss_fn: as `make_train_step` takes it, on batches as the data gives them.
+    frozen: parameters that loss_fn uses and does not train.
+    tokenizer: of a transformer; its weights with all that is needed to decode samples.
+    """
+
+    experiment: Experiment
+    model: nn.Module
+    source: Any
+    class_names: tuple[str, ...]
+    init_params: Callable[[], Params]
+    loss_fn: LossFn
+    frozen: Params
+    tokenizer: Loaded | None
+
+
+def tokenizer_stage(experiment: Experiment) -> Stage:
+    """Stage 1. Raises InputError where the data cannot be opened."""
+    config = experiment.config
+    model = experiment.build_model(matmul_dtype(config.train.dtype), config.train.remat)
+    source = (experiment.source or open_source)(config.data)
+    loss = experiment.loss or _tokenizer_loss
+    shape = (1, config.model.image_size, config.model.image_size, config.model.channels)
+
+    def init_params() -> Params:
+        return model.init(jax.random.key(config.train.seed), jnp.zeros(shape))["params"]
+
+    def loss_fn(params: Params, batch: dict, key: jax.Array, frozen: Params):
+        return loss(model, params, {**batch, "image": to_float(batch["image"])}, key, config)
+
+    return Stage(experiment, model, source, tuple(source.class_names), init_params, loss_fn, {}, None)
+
+
+def transformer_stage(experiment: Experiment, workdir: epath.Path, mesh: Mesh, resumed: bool) -> Stage:
+    """Stage 2: codes are read, or computed within the training step by the frozen tokenizer.
+
+    A new run copies its tokenizer into WORKDIR/tokenizer, so that the folder alone can be sampled from; a resumed one reads it
+    from there. Raises InputError where the data or the tokenizer cannot be opened or do not fit the model.
+    """
+    config = experiment.config
+    source = (experiment.source or open_source)(config.data)
+    own_copy = workdir / "tokenizer"
+    path = own_copy if resumed else config.tokenizer
+    if path is None:
+        raise InputError("a transformer needs a trained tokenizer; pass --tokenizer FOLDER")
+    tokenizer = load(path, experiment.tokenizer, mesh=mesh)
+    _check_fit(config, tokenizer, source)
+    if tokenizer.workdir.resolve() != own_copy.resolve():
+        save_for_inference(own_copy, tokenizer.config, tokenizer.params, tokenizer.step, tokenizer.class_names, tokenizer.hooks)
+
+    dtype = matmul_dtype(config.train.dtype)
+    model = experiment.build_model(dtype, config.train.remat)
+    encoder = tokenizer.experiment.build_model(dtype)
+    loss = experiment.loss or _transformer_loss
+
+    def init_params() -> Params:
+        key, tokens = jax.random.key(config.train.seed), jnp.zeros((1, config.model.num_tokens), jnp.int32)
+        return model.init(key, tokens[:, 0], tokens)["params"]
+
+    def loss_fn(params: Params, batch: dict, key: jax.Array, frozen: Params):
+        if "image" in batch:
+            codes = encoder.apply({"params": frozen}, to_float(batch["image"]), method="codes")
+            batch = {"codes": codes, "label": batch["label"]}
+        return loss(model, params, batch, key, config)
+
+    frozen = {} if isinstance(source, CodesSource) else tokenizer.params
+    return Stage(experiment, model, source, tuple(source.class_names), init_params, loss_fn, frozen, tokenizer)
+
+
+def matmul_dtype(name: str) -> jnp.dtype:
+    """The dtype of matrix products that `train.dtype` names; auto: bfloat16 on accelerators, float32 on CPU."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def to_float(images: jax.Array) -> jax.Array:
+    """uint8 pixels to float32 in [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1
+
+
+def _tokenizer_loss(model: nn.Module, params: Params, batch: dict, key: jax.Array, config: TokenizerTraining):
+    return tokenizer_loss(model, params, batch["image"], key, config.loss)
+
+
+def _transformer_loss(model: nn.Module, params: Params, batch: dict, key: jax.Array, config: TransformerTraining):
+    return next_token_loss(model, params, batch["codes"], batch["label"], key)
+
+
+def _check_fit(config: TransformerTraining, tokenizer: Loaded, source: Any) -> None:
+    made, model, data = tokenizer.config, config.model, config.data
+
+    def require(what: str, ours: Any, whose: str, theirs: Any) -> None:
+        if ours != theirs:
+            raise InputError(f"{what} is {ours}, but {whose} {theirs}")
+
+    if not isinstance(made, TokenizerTraining):
+        raise InputError(f"{tokenizer.workdir} is the run of a transformer, not of a tokenizer")
+    if not made.model.vq_enable:
+        raise InputError(f"the tokenizer in {tokenizer.workdir} is continuous (vq_enable is false), it makes no codes")
+    require("model.vocab_size", model.vocab_size, "the tokenizer's codebook_size is", made.model.codebook_size)
+    require("model.num_tokens", model.num_tokens, "the tokenizer's num_tokens is", made.model.num_tokens)
+    require("model.num_classes", model.num_classes, "the number of classes of the data is", len(source.class_names))
+    if isinstance(source, CodesSource):
+        require("model.num_tokens", model.num_tokens, "the number of stored codes per image is", source.info.tokens)
+        if source.info.tokenizer != fingerprint(jax.tree.map(np.asarray, tokenizer.params)):
+            raise InputError(f"the codes in {source.folder} were made by another tokenizer than {tokenizer.workdir}")
+    else:
+        require("data.image_size", data.image_size, "the tokenizer's image_size is", made.model.image_size)
+        require("data.channels", data.channels, "the tokenizer's channels are", made.model.channels)

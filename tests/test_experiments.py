@@ -1,0 +1,98 @@
+"""Every experiment file loads, holds together, and has the size it says."""
+
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dar_jax.config import LlamaConfig, MeshConfig, TokenizerTraining, validate
+from dar_jax.parallel import make_mesh, shardings
+from dar_jax.training.experiment import load_experiment
+
+FOLDER = Path(__file__).parent.parent / "experiments"
+PARAMETERS = {
+    "cifar10_ar": 45_107_200,
+    "cifar10_tokenizer": 48_771_888,
+    "imagenet256_ar_l": 342_910_976,
+    "imagenet256_ar_xl": 774_699_520,
+    "imagenet256_ar_xxl": 1_410_972_672,
+    "imagenet256_tokenizer": 307_444_672,
+}
+DIGITS = ["digits_ar", "digits_tokenizer", "forkme"]  # of the quickstart's sizes
+EXPERIMENTS = [*PARAMETERS, *DIGITS]
+PAPER = [name for name in PARAMETERS if name.startswith("imagenet256")]
+
+
+def load(name):
+    return load_experiment(FOLDER / f"{name}.py")
+
+
+def parameters(experiment):
+    config, model = experiment.config.model, experiment.build_model()
+    if isinstance(experiment.config, TokenizerTraining):
+        inputs = (jnp.zeros((1, config.image_size, config.image_size, config.channels)),)
+    else:
+        inputs = (jnp.zeros(1, jnp.int32), jnp.zeros((1, config.num_tokens), jnp.int32))
+    return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+
+
+def test_every_file_is_listed():
+    assert sorted(path.stem for path in FOLDER.glob("*.py")) == sorted(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment(name):
+    experiment = load(name)
+    validate(experiment.config)
+    params = parameters(experiment)
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    assert count == PARAMETERS[name] if name in PARAMETERS else 0 < count < 2_000_000
+    shardings(params, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), experiment.rules)  # knows every path
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_docstring_says_how_to_run_it(name):
+    text = (FOLDER / f"{name}.py").read_text()
+    assert f"dar-jax train experiments/{name}.py --workdir" in text
+    assert "\nTime: " in text and "\nResult: " in text
+    if name in PAPER:
+        assert f"{PARAMETERS[name]:,} parameters" in text.splitlines()[0]
+
+
+@pytest.mark.parametrize("stage", ["digits", "cifar10", "imagenet256"])
+def test_the_stages_fit_each_other(stage):
+    tokenizer = load(f"{stage}_tokenizer").config
+    for name in EXPERIMENTS:
+        if name.startswith(f"{stage}_ar") or (stage == "digits" and name == "forkme"):
+            transformer = load(name).config
+            assert transformer.model.num_tokens == tokenizer.model.num_tokens
+            assert transformer.model.vocab_size == tokenizer.model.codebook_size
+            assert transformer.data.image_size == tokenizer.data.image_size
+            assert transformer.data.channels == tokenizer.data.channels
+
+
+def test_paper_recipes():
+    """The published settings, which a change of the library's defaults may not change."""
+    tokenizer = load("imagenet256_tokenizer").config
+    assert (tokenizer.train.steps, tokenizer.train.batch_size) == (210_000, 1024)
+    assert (tokenizer.optimizer.learning_rate, tokenizer.optimizer.warmup_steps) == (2e-4, 500)
+    for size, last in (("l", 8.0), ("xl", 10.0), ("xxl", 10.0)):
+        config = load(f"imagenet256_ar_{size}").config
+        assert (config.train.steps, config.train.batch_size) == (360_000, 1024)
+        assert (config.optimizer.learning_rate, config.optimizer.final_learning_rate) == (4e-4, 1e-5)
+        assert (config.optimizer.decay_start, config.optimizer.weight_decay) == (300_000, 0.05)
+        assert (config.data.crop, config.data.ten_crop_scale, config.data.flip) == ("ten_crop", 1.1, False)
+        assert config.sampling.guidance == (1.1, last)
+
+
+def test_forked_parts_are_used():
+    experiment = load("forkme")
+    assert experiment.hooks == ("model", "guidance")
+    model = experiment.build_model()
+    assert model.block.__name__ == "ParallelBlock" and isinstance(model.config, LlamaConfig)
+    scales = experiment.guidance(9, 1.0, 5.0)
+    np.testing.assert_allclose(scales[[0, 4, 8]], [1, 3, 5])
+    assert scales[1] < np.linspace(1, 5, 9)[1] and scales[7] > np.linspace(1, 5, 9)[7]

@@ -1,0 +1,245 @@
+"""Whole runs: logs, resuming after any end, stopping, and what is refused at the start."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import stand_in
+
+from dar_jax.config import LlamaConfig, MeshConfig, TransformerTraining
+from dar_jax.errors import InputError
+from dar_jax.training import checkpoint
+from dar_jax.training.experiment import Experiment, load_experiment
+from dar_jax.training.logs import read_records
+from dar_jax.training.loop import TrainingDiverged, train
+
+TRAIN = """
+import dataclasses, sys
+from dar_jax.training.experiment import load_experiment
+from dar_jax.training.loop import train
+experiment = load_experiment(sys.argv[1])
+source = type(experiment.source(None))(float(sys.argv[4]))
+settings = dataclasses.replace(experiment.config.train, steps=30, checkpoint_every=3)
+config = dataclasses.replace(experiment.config, train=settings)
+experiment = dataclasses.replace(experiment, config=config, source=lambda data: source)
+print(train(experiment, sys.argv[2], resume=sys.argv[3] == "resume"))
+"""
+
+
+def start(workdir, resume="new", seconds=0.0):
+    """Trains the stand-in for 30 steps in another process, on one device; reading an image takes `seconds`."""
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(Path(stand_in.__file__).parents[1])}
+    command = [sys.executable, "-c", TRAIN, stand_in.__file__, str(workdir), resume, str(seconds)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process):
+    out, _ = process.communicate(timeout=120)
+    return process.returncode, out
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def saved(workdir):
+    """Step, parameters and EMA of the newest checkpoint."""
+    params, ema = (checkpoint.load(workdir, stand_in.experiment, weights) for weights in ("params", "ema"))
+    return ema.step, jax.device_get({"params": params.params, "ema": ema.params})
+
+
+def with_train(experiment=stand_in.experiment, mesh=None, **changes):
+    config = dataclasses.replace(experiment.config, train=dataclasses.replace(experiment.config.train, **changes))
+    return experiment.with_config(dataclasses.replace(config, mesh=mesh or MeshConfig()))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    code, out = finish(start(folder))
+    assert code == 0, out
+    return folder
+
+
+def test_killed_anywhere_a_run_resumes_to_the_same_bits(uninterrupted, tmp_path):
+    process = start(tmp_path, seconds=0.01)
+    wait_for(lambda: list(tmp_path.glob("checkpoints/3*")))  # perhaps still being written
+    time.sleep(np.random.default_rng().uniform(0, 1))
+    process.kill()
+    finish(process)
+    killed_at = checkpoint.latest_step(tmp_path)
+    assert killed_at is None or killed_at < 30
+    code, out = finish(start(tmp_path, "resume"))
+    assert code == 0, out
+    (step, found), (last, expected) = saved(tmp_path), saved(uninterrupted)
+    assert step == last == 30
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    strip = ("images_per_second",)
+    records = [[{k: v for k, v in r.items() if k not in strip} for r in read_records(w)] for w in (tmp_path, uninterrupted)]
+    assert [r["step"] for r in records[0]] == [r["step"] for r in records[1]] == list(range(2, 31, 2))
+    assert records[0][-1] == records[1][-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_and_leaves(tmp_path, number):
+    process = start(tmp_path, seconds=0.01)
+    wait_for(lambda: list(tmp_path.glob("checkpoints/3")))
+    process.send_signal(number)
+    code, out = finish(process)
+    assert code == 0, out
+    step = checkpoint.latest_step(tmp_path)
+    assert 3 < step < 30 and "interrupted=True" in out
+    assert f"stopped at step {step}, which is saved; go on with --resume" in out
+
+
+def test_resume_on_another_mesh(tmp_path):
+    whole = train(with_train(mesh=MeshConfig(8, 1, 1)), tmp_path / "whole")
+    # The schedule looks at the last step, so the first half is a run of 8 steps that is cut short.
+    train(with_train(mesh=MeshConfig(8, 1, 1), keep_checkpoints=4), tmp_path / "parts")
+    for step in (6, 8):
+        (tmp_path / f"parts/checkpoints/{step}").rename(tmp_path / f"{step}")
+    parts = train(with_train(mesh=MeshConfig(2, 2, 2)), tmp_path / "parts", resume=True)
+    assert whole.step == parts.step == 8 and not parts.interrupted
+    assert parts.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-5)
+    found, expected = (saved(tmp_path / name)[1]["params"] for name in ("parts", "whole"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+    assert train(with_train(), tmp_path / "parts", resume=True).step == 8  # nothing is left to do
+    assert train(with_train(steps=10), tmp_path / "parts", resume=True).step == 10
+
+
+def test_logs(tmp_path, capsys):
+    drawn = []
+
+    def pictures(stage, params, batch):
+        drawn.append((batch["image"].shape, params["in"]["bias"].shape))
+        return {"noise": np.zeros((4, 4, 3), np.uint8)}
+
+    summary = train(with_train(sample_every=4), tmp_path, resume=True, pictures=pictures)
+    records = [json.loads(line) for line in (tmp_path / "logs/metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [2, 4, 6, 8]
+    assert records[-1]["loss"] == summary.metrics["loss"] < records[0]["loss"]
+    # the stand-in counts the 16 labels of two batches, 10 kinds at most, as if they were codes
+    assert all(r["codebook_usage"] == 1 - r["dead_codes"] / 16 and 6 <= r["dead_codes"] < 12 for r in records)
+    assert records[-1]["images_per_second"] > 0 and records[-1]["learning_rate"] == 0
+    assert drawn == [((8, 8, 8, 1), (32,))] * 2
+    assert list((tmp_path / "logs").glob("events.*"))
+    out = capsys.readouterr().out
+    assert "from the beginning (no checkpoint to resume from), 8 devices" in out and "step 8/8" in out and "loss" in out
+
+
+def test_diverging_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
+    def loss(model, params, batch, key, config):
+        fifth = jax.random.key_data(jax.random.fold_in(jax.random.key(0), 4))
+        value, metrics = stand_in.loss(model, params, batch, key, config)
+        return jnp.where(jnp.all(jax.random.key_data(key) == fifth), jnp.nan, value), metrics
+
+    with pytest.raises(TrainingDiverged, match="not finite at step 5; the last checkpoint is of step 4"):
+        train(dataclasses.replace(with_train(), loss=loss), tmp_path)
+    assert checkpoint.latest_step(tmp_path) == 4
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(saved(tmp_path)[1]))
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    train(with_train(steps=2), tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+def transformer(tokenizer, **changes):
+    sizes = {"layers": 1, "heads": 2, "width": 16, "num_tokens": 4, "vocab_size": 16, "num_classes": 10, "mlp_multiple": 16}
+    config = TransformerTraining(
+        model=LlamaConfig(**{**sizes, **changes}),
+        tokenizer=str(tokenizer),
+        data=stand_in.DATA,
+        train=dataclasses.replace(stand_in.config.train, steps=4),
+    )
+    return Experiment(config, source=lambda data: stand_in.Source(), tokenizer=stand_in.experiment)
+
+
+def test_transformer_learns_its_tokenizers_codes(tokenizer, tmp_path):
+    seen = {}
+
+    def loss(model, params, batch, key, config):
+        value = jnp.square(model.apply({"params": params}, batch["label"], batch["codes"])).mean() + 0 * params["output"].sum()
+        return value, {"sum": jnp.sum(batch["codes"]), "labels": jnp.sum(batch["label"])}
+
+    def pictures(stage, params, batch):
+        images = np.asarray(batch["image"], np.float32) / 127.5 - 1
+        model, weights = stage.tokenizer.experiment.build_model(), stage.tokenizer.params
+        seen["sum"] = int(model.apply({"params": weights}, images, method="codes").sum())
+        seen["labels"] = int(batch["label"].sum())
+        return {}
+
+    experiment = dataclasses.replace(transformer(tokenizer), loss=loss)
+    summary = train(with_train(experiment, steps=1, sample_every=1), tmp_path / "run", pictures=pictures)
+    assert summary.metrics["sum"] == seen["sum"] > 0 and summary.metrics["labels"] == seen["labels"]
+
+
+def test_transformers_folder_is_complete(tokenizer, tmp_path):
+    train(with_train(transformer(tokenizer), steps=2), tmp_path / "run")
+    copied = checkpoint.load(tmp_path / "run/tokenizer", stand_in.experiment)
+    original = checkpoint.load(tokenizer, stand_in.experiment)
+    jax.tree.map(np.testing.assert_array_equal, copied.params, original.params)
+    assert (copied.config, copied.hooks) == (original.config, original.hooks)
+    tokenizer.rename(tmp_path / "elsewhere")
+    assert train(transformer(tokenizer), tmp_path / "run", resume=True).step == 4
+
+
+def test_refused(tokenizer, tmp_path):
+    unfit = [
+        (with_train(), tokenizer, r"already holds a run \(step 2\); pass --resume or choose another folder"),
+        (with_train(batch_size=12), tmp_path / "a", "batch_size 12 in 1 parts cannot be spread over data x fsdp = 8"),
+        (with_train(batch_size=8, accumulate=2), tmp_path / "a", "make it a multiple of 16"),
+        (with_train(sample_every=2), tmp_path / "a", "sample_every"),
+        (
+            transformer(tokenizer, vocab_size=32),
+            tmp_path / "a",
+            "model.vocab_size is 32, but the tokenizer's codebook_size is 16",
+        ),
+        (transformer(tokenizer, num_tokens=8), tmp_path / "a", "model.num_tokens is 8, but the tokenizer's num_tokens is 4"),
+        (transformer(tokenizer, num_classes=9), tmp_path / "a", "number of classes of the data is 10"),
+        (dataclasses.replace(transformer(tokenizer), tokenizer=None), tmp_path / "a", "trained with its own model"),
+        (transformer(tmp_path / "no"), tmp_path / "a", "does not exist"),
+    ]
+    for experiment, workdir, message in unfit:
+        with pytest.raises(InputError, match=message):
+            train(experiment, workdir)
+        assert workdir == tokenizer or not list(workdir.glob("*"))  # nothing half-written
+    wider = dataclasses.replace(with_train(), model=lambda config, dtype, remat: Wider(config))
+    with pytest.raises(InputError, match="another experiment, its params differ: in/bias"):
+        train(wider, tokenizer, resume=True)
+
+
+class Wider(stand_in.Model):
+    @stand_in.nn.compact
+    def __call__(self, images):
+        x = images.reshape(len(images), -1)
+        hidden = stand_in.nn.Dense(48, name="in")(x)
+        return stand_in.nn.Dense(x.shape[-1], name="out")(hidden).reshape(images.shape)
+
+
+def test_experiment_files(tmp_path):
+    assert load_experiment(stand_in.__file__).config == stand_in.config
+    for name, text, message in (
+        ("missing.py", None, "no experiment file"),
+        ("empty.py", "x = 1", "defines no `experiment`"),
+        ("broken.py", "def f(:\n", "cannot be run: SyntaxError"),
+        ("raises.py", "import no_such_module", "cannot be run: ModuleNotFoundError: No module named 'no_such_module'"),
+    ):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        with pytest.raises(InputError, match=message) as caught:
+            load_experiment(tmp_path / name)
+        assert "\n" not in str(caught.value)

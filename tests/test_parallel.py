@@ -1,0 +1,91 @@
+"""The mesh and the table of shardings."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from dar_jax import parallel
+from dar_jax.config import LlamaConfig, MeshConfig, OptimizerConfig, TokenizerConfig, VelocityConfig
+from dar_jax.errors import InputError
+from dar_jax.llama import Llama, empty_cache
+from dar_jax.tokenizer.tokenizer import Tokenizer
+from dar_jax.training.state import abstract_state, make_optimizer
+
+TOKENIZERS = {
+    "released": TokenizerConfig(),
+    "shared time": TokenizerConfig(
+        query_low_rank=False, vq_enable=False, velocity=VelocityConfig(share_time_encoding=True, mlp_head=True)
+    ),
+}
+LLAMAS = {"L": LlamaConfig(), "grouped": LlamaConfig(heads=16, kv_heads=2)}
+
+
+def full_state(model, *inputs, mesh):
+    """The abstract training state of a full-size model, optimizer and EMA included."""
+
+    def init():
+        return model.init(jax.random.key(0), *inputs)["params"]
+
+    return abstract_state(init, make_optimizer(OptimizerConfig(), 10), mesh)
+
+
+def tokenizer_state(name, mesh):
+    return full_state(Tokenizer(TOKENIZERS[name]), jnp.zeros((1, 256, 256, 3)), mesh=mesh)
+
+
+def llama_state(name, mesh):
+    return full_state(Llama(LLAMAS[name]), jnp.zeros(1, int), jnp.zeros((1, 256), int), mesh=mesh)
+
+
+@pytest.mark.parametrize("make, name", [(tokenizer_state, n) for n in TOKENIZERS] + [(llama_state, n) for n in LLAMAS])
+def test_every_array_of_the_real_models_has_a_place(make, name):
+    """And the table leaves next to nothing uncut: eight fsdp devices hold little more than an eighth each."""
+    state = make(name, parallel.make_mesh(MeshConfig(fsdp=8)))  # an unmatched path would raise
+    leaves = jax.tree.leaves(state)
+    held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+    assert held / sum(leaf.size for leaf in leaves) < 1 / 8 + 0.005
+
+
+def test_layout_over_fsdp_and_tensor():
+    mesh = parallel.make_mesh(MeshConfig(1, 2, 4))
+    state = tokenizer_state("released", mesh)
+    mu = state.opt_state[1][0].mu
+    for tree in (state.params, state.ema, mu):
+        block = tree["velocity"]["blocks"]
+        assert block["cross_attention"]["q"]["kernel"].sharding.spec == P(None, "fsdp", "tensor", None)
+        assert block["attention"]["out"]["kernel"].sharding.spec == P(None, "tensor", None, "fsdp")
+        assert block["mlp"]["in"]["kernel"].sharding.spec == P(None, "fsdp", "tensor")
+        assert block["mlp"]["out"]["kernel"].sharding.spec == P(None, "tensor", "fsdp")
+        assert block["attention"]["q_norm"]["scale"].sharding.spec == P(None, None)
+    llama = llama_state("grouped", mesh).params
+    # 2 key/value heads do not divide by 4, nor do 1001 classes: those axes are left out
+    assert llama["blocks"]["attention"]["qkv"]["kernel"].sharding.spec == P(None, "fsdp", None, None, None)
+    assert llama["blocks"]["mlp"]["gate_up"]["kernel"].sharding.spec == P(None, "fsdp", None, "tensor")
+    assert llama["class_table"].sharding.spec == P(None, "fsdp")
+    assert llama["output"].sharding.spec == P("fsdp", "tensor")
+
+
+def test_caches_are_cut_by_batch_and_heads():
+    mesh = parallel.make_mesh(MeshConfig(2, 2, 2))
+    for batch, axes in ((8, ("data", "fsdp")), (1, None)):
+        cache = jax.eval_shape(lambda batch=batch: empty_cache(LlamaConfig(), batch, jnp.float32))
+        assert parallel.shardings(cache, mesh).keys.spec == P(None, axes, None, "tensor", None)
+
+
+def test_unknown_path_is_an_error_until_a_rule_is_given():
+    mesh = parallel.make_mesh(MeshConfig())
+    tree = {"blocks": {"sink": jnp.zeros((2, 8))}}
+    with pytest.raises(ValueError, match="blocks/sink"):
+        parallel.shardings(tree, mesh)
+    assert parallel.shardings(tree, mesh, rules=[("sink", P("data"))])["blocks"]["sink"].spec == P(None, "data")
+
+
+def test_mesh_sizes():
+    assert dict(parallel.make_mesh(MeshConfig(-1, 2, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert parallel.make_mesh(MeshConfig(2, 1, -1), jax.devices()[:6]).shape["tensor"] == 3
+    for sizes in ((-1, -1, 1), (3, 1, 1), (-1, 3, 1), (-1, 16, 1), (0, 1, 8)):
+        with pytest.raises(InputError, match="mesh data x fsdp x tensor"):
+            parallel.make_mesh(MeshConfig(*sizes))

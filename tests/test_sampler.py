@@ -1,0 +1,267 @@
+"""The sampler: streaming, whole images and plain loops agree; samples do not depend on what is sampled beside them."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dar_jax import flow, llama
+from dar_jax.config import LlamaConfig, MeshConfig, SamplingConfig
+from dar_jax.errors import InputError
+from dar_jax.llama import Llama
+from dar_jax.parallel import batch_sharding, make_mesh, shardings
+from dar_jax.sampling.sampler import (
+    Networks,
+    decode,
+    generate,
+    initial_noise,
+    lookup_codes,
+    make_settings,
+    sample_keys,
+    stream,
+)
+
+LABELS = jnp.array([3, 1, 4, 1, 0, 2, 4])
+SEEDS = jnp.array([5, 6, 7, 8, 9, 10, 5])
+SAMPLING = SamplingConfig(guidance=(1.5, 4.0), top_k=40, top_p=0.95)
+
+
+@pytest.fixture(scope="module")
+def make_networks(tiny_tokenizer):
+    """make(**tokenizer sizes) -> (networks, parameters) of both stages, with random weights everywhere."""
+
+    def make(**sizes):
+        tokenizer, tokenizer_params = tiny_tokenizer(**sizes)
+        sizes = {"layers": 2, "heads": 4, "kv_heads": 2, "width": 32, "mlp_multiple": 8}
+        config = LlamaConfig(**sizes, num_tokens=16, vocab_size=64, num_classes=5)
+        model = Llama(config)
+        params = model.init(jax.random.key(2), jnp.zeros(1, jnp.int32), jnp.zeros((1, 16), jnp.int32))["params"]
+        params |= {"output": jax.random.normal(jax.random.key(3), params["output"].shape)}
+        return Networks(tokenizer, model), {"tokenizer": tokenizer_params, "llama": params}
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def networks(make_networks):
+    return make_networks()
+
+
+def sample(networks, config=SAMPLING, labels=LABELS, seeds=SEEDS, **given):
+    modules, params = networks
+    return generate(modules, params, make_settings(config, modules.tokenizer.config), labels, seeds, **given)
+
+
+def assert_same(a, b):
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+    np.testing.assert_allclose(a.images, b.images, atol=2e-5)
+
+
+def test_cached_steps_give_the_logits_of_the_whole_sequence(networks):
+    model, params = networks[0].llama, {"params": networks[1]["llama"]}
+    tokens = jax.random.randint(jax.random.key(0), (3, 16), 0, 64)
+    whole = model.apply(params, LABELS[:3], tokens)
+    cache, step = llama.empty_cache(model.config, 3, jnp.float32), jax.jit(functools.partial(model.apply, method="step"))
+    for position in range(16):
+        previous = tokens[:, max(position - 1, 0)]
+        logits, cache = step(params, LABELS[:3], previous, cache, jnp.int32(position))
+        np.testing.assert_allclose(logits, whole[:, position], atol=1e-5)
+
+
+def test_stream_is_generate(networks):
+    modules, params = networks
+    whole = sample(networks, previews=True)
+    settings = make_settings(SAMPLING, modules.tokenizer.config)
+    for index, part in enumerate(stream(modules, params, settings, LABELS, SEEDS)):
+        np.testing.assert_array_equal(part.tokens, whole.tokens[:, : 4 * (index + 1)])
+        np.testing.assert_allclose(part.images, whole.previews[index], atol=2e-5)
+    assert index == 3
+    assert_same(part, whole)
+
+
+def test_images_are_those_of_decoding_the_tokens(networks):
+    modules, params = networks
+    whole = sample(networks, previews=True)
+    settings = make_settings(SAMPLING, modules.tokenizer.config)
+    noise = initial_noise(sample_keys(SEEDS), modules.tokenizer.config)
+    decoded = decode(modules, params, settings, lookup_codes(modules, params, whole.tokens), noise, previews=True)
+    np.testing.assert_allclose(decoded.images, whole.images, atol=2e-5)
+    np.testing.assert_allclose(decoded.previews, whole.previews, atol=2e-5)
+
+
+def test_a_sample_does_not_depend_on_its_batch(networks):
+    whole = sample(networks)
+    assert len(np.unique(whole.tokens, axis=0)) == len(SEEDS)
+    for index in (0, 4):
+        alone = sample(networks, labels=LABELS[index : index + 1], seeds=SEEDS[index : index + 1])
+        np.testing.assert_array_equal(alone.tokens[0], whole.tokens[index])
+        np.testing.assert_allclose(alone.images[0], whole.images[index], atol=2e-5)
+
+
+@pytest.mark.parametrize("axes", [(8, 1, 1), (2, 2, 2)])
+def test_a_sample_does_not_depend_on_the_devices(networks, axes):
+    modules, params = networks
+    labels, seeds = jnp.append(LABELS, 2), jnp.append(SEEDS, 11)
+    one = sample(networks, labels=labels, seeds=seeds)
+    mesh = make_mesh(MeshConfig(*axes))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, shardings(params, mesh))
+        labels, seeds = jax.device_put((labels, seeds), batch_sharding(mesh))
+        many = sample((modules, params), labels=labels, seeds=seeds)
+    assert many.images.sharding.num_devices == 8
+    assert_same(one, many)
+
+
+@pytest.mark.parametrize("num_steps", [3, 8])
+def test_other_step_counts_stream_exactly(networks, num_steps):
+    """The steps taken group by group are the steps of decoding all tokens at once."""
+    modules, params = networks
+    config = dataclasses.replace(SAMPLING, num_denoising_steps=num_steps)
+    whole = sample(networks, config)
+    settings = make_settings(config, modules.tokenizer.config)
+    noise = initial_noise(sample_keys(SEEDS), modules.tokenizer.config)
+    decoded = decode(modules, params, settings, lookup_codes(modules, params, whole.tokens), noise)
+    np.testing.assert_allclose(decoded.images, whole.images, atol=2e-5)
+
+
+def test_wider_conditioning_waits_for_its_tokens(make_networks):
+    """With more tokens a step than a group has, a step runs once the last of them exists."""
+    networks = make_networks(queries_per_step=6)
+    config = networks[0].tokenizer.config
+    np.testing.assert_array_equal(flow.steps_ready(4, config), [0, 0, 1, 2, 4])
+    whole = sample(networks)
+    noise = initial_noise(sample_keys(SEEDS), config)
+    decoded = decode(*networks, make_settings(SAMPLING, config), lookup_codes(*networks, whole.tokens), noise)
+    np.testing.assert_allclose(decoded.images, whole.images, atol=2e-5)
+
+
+def test_prefix_stop_and_greedy(networks):
+    whole = sample(networks)
+    other = SEEDS + 100
+    for length in (0, 5, 16):
+        prefix = whole.tokens[:, :length]
+        continued = sample(networks, seeds=SEEDS, prefix=prefix)
+        np.testing.assert_array_equal(continued.tokens, whole.tokens)  # its own prefix changes nothing
+        continued = sample(networks, seeds=other, prefix=prefix)
+        np.testing.assert_array_equal(continued.tokens[:, :length], prefix)
+        assert length == 16 or np.any(continued.tokens != whole.tokens)
+    num_given = jnp.array([0, 1, 2, 3, 16, 4, 5])
+    mixed = sample(networks, seeds=other, prefix=whole.tokens, num_given=num_given)
+    for row, count in enumerate(num_given):
+        np.testing.assert_array_equal(mixed.tokens[row, :count], whole.tokens[row, :count])
+
+    stopped = sample(networks, dataclasses.replace(SAMPLING, num_groups=2))
+    np.testing.assert_array_equal(stopped.tokens, whole.tokens[:, :8])
+    np.testing.assert_allclose(stopped.images, sample(networks, previews=True).previews[1], atol=2e-5)
+
+    greedy = dataclasses.replace(SAMPLING, temperature=0.0)
+    np.testing.assert_array_equal(sample(networks, greedy).tokens, sample(networks, greedy, seeds=other).tokens)
+    only_best = dataclasses.replace(SAMPLING, top_k=1)
+    np.testing.assert_array_equal(sample(networks, greedy).tokens, sample(networks, only_best, seeds=other).tokens)
+
+
+def test_guidance_interval(networks):
+    """Past the interval the tokens are those of an unguided run that starts with the guided prefix."""
+    greedy = dataclasses.replace(SAMPLING, temperature=0.0, guidance=(4.0, 4.0))
+    part = sample(networks, dataclasses.replace(greedy, cfg_interval=6))
+    np.testing.assert_array_equal(part.tokens[:, :8], sample(networks, greedy).tokens[:, :8])
+    unguided = dataclasses.replace(greedy, guidance=(1.0, 1.0))
+    np.testing.assert_array_equal(part.tokens, sample(networks, unguided, prefix=part.tokens[:, :8]).tokens)
+
+
+def test_start_from_an_image(networks):
+    """From step j on the ODE starts between noise and the image; the closer to the end, the more of the image stays."""
+    modules, _ = networks
+    image = jnp.tanh(jax.random.normal(jax.random.key(9), (7, 8, 8, 1)))
+    distances = []
+    for start in range(4):
+        started = sample(networks, dataclasses.replace(SAMPLING, start_step=start), image=image)
+        distances.append(float(jnp.abs(started.images - image).mean()))
+    assert distances == sorted(distances, reverse=True)
+    from_start = sample(networks, dataclasses.replace(SAMPLING, start_step=0), image=image)
+    assert_same(from_start, sample(networks))  # at t' = 0 nothing of the image is left
+
+    # One Euler step from the image at the last time, by hand.
+    last = dataclasses.replace(SAMPLING, start_step=3)
+    started = sample(networks, last, image=image)
+    config, (_, params) = modules.tokenizer.config, networks
+    times = flow.schedule(4, config.velocity.time_shift)
+    x = flow.interpolate(initial_noise(sample_keys(SEEDS), config), config.velocity.data_std * image, times[3])
+    apply = functools.partial(modules.tokenizer.apply, {"params": params["tokenizer"]})
+    condition = apply(lookup_codes(*networks, started.tokens), method="condition")
+    velocity, _ = apply(x, jnp.full(7, times[3]), condition[:, 12:], method="velocity")
+    by_hand = (x + (1 - times[3]) * velocity) / config.velocity.data_std
+    np.testing.assert_allclose(started.images, by_hand, atol=2e-5)
+
+
+def test_higher_resolution(make_networks):
+    networks = make_networks(sampling_resolution=12)
+    assert sample(networks).images.shape == (7, 12, 12, 1)
+    networks = make_networks(sampling_resolution=12, output_resolution=8)
+    assert sample(networks).images.shape == (7, 8, 8, 1)
+    whole = sample(networks, previews=True)
+    np.testing.assert_allclose(whole.previews[-1], whole.images, atol=1e-6)
+
+
+def test_one_compilation_serves_all_scales(networks):
+    sample(networks)
+    size = generate._cache_size()
+    sample(networks, dataclasses.replace(SAMPLING, guidance=(2.0, 9.0), temperature=0.7, top_k=10, top_p=0.5), seeds=SEEDS + 1)
+    assert generate._cache_size() == size
+
+
+def test_condition_tokens_and_velocities_see_no_later_codes(networks):
+    modules, params = networks
+    config = modules.tokenizer.config
+    values = jax.random.normal(jax.random.key(4), (1, 16, 8))
+    noise = initial_noise(sample_keys(SEEDS[:1]), config)
+    settings = make_settings(SAMPLING, config)
+
+    def condition(values):
+        return modules.tokenizer.apply({"params": params["tokenizer"]}, values, method="condition")
+
+    def previews(values):
+        return decode(modules, params, settings, values, noise, previews=True).previews
+
+    of_condition = np.abs(jax.jacrev(lambda v: condition(v)[0, :, 0])(values)[:, 0]).sum(-1)  # [T, T]
+    np.testing.assert_array_equal(np.triu(of_condition, 1), 0)
+    assert np.all(of_condition[np.tril_indices(16)] > 0)
+    of_steps = np.abs(jax.jacfwd(lambda v: previews(v)[:, 0])(values)[..., 0, :, :]).sum((1, 2, 3, 5))  # [S, T]
+    for step in range(4):
+        np.testing.assert_array_equal(of_steps[step, 4 * (step + 1) :], 0)
+        assert np.all(of_steps[step, : 4 * (step + 1)] > 0)
+
+
+def test_logits_see_no_later_tokens(networks):
+    """By gradients: with respect to the token table, through sequences whose tokens all differ."""
+    model, params = networks[0].llama, networks[1]["llama"]
+    tokens = jnp.arange(16)[None]
+
+    def logits(table):
+        return model.apply({"params": params | {"token_table": table}}, LABELS[:1], tokens)[0].sum(-1)
+
+    jacobian = np.abs(jax.jacrev(logits)(params["token_table"])).sum(-1)[:, :16]  # [T, T]
+    np.testing.assert_array_equal(np.triu(jacobian), 0)  # token i is the input of i + 1
+    assert np.all(jacobian[np.tril_indices(16, -1)] > 0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"num_groups": 5}, {"start_step": 4}, {"temperature": -1.0}, {"top_p": 2.0}, {"top_k": -3}, {"guidance": (-1.0, 2.0)}],
+)
+def test_wrong_settings(networks, wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        make_settings(dataclasses.replace(SAMPLING, **wrong), networks[0].tokenizer.config)
+
+
+def test_bfloat16_runs_close_to_float32(networks):
+    modules, params = networks
+    half = Networks(modules.tokenizer.clone(dtype=jnp.bfloat16), modules.llama.clone(dtype=jnp.bfloat16))
+    tokens = sample(networks).tokens
+    images = sample((half, params), prefix=tokens).images
+    chex.assert_type(images, jnp.float32)
+    assert float(jnp.abs(images - sample(networks).images).mean()) < 0.1
