@@ -33,6 +33,7 @@ ACTIVATIONS = {
     "hidden": P(("data", "fsdp"), None, "tensor"),  # [B, T, H]
     "heads": P(("data", "fsdp"), None, "tensor", None),  # [B, T, N, K]
     "logits": P(("data", "fsdp"), None, "tensor"),  # [B, T, V]
+    "table": P(None, None),  # [V, D], gathered before rows are looked up
 }
 
 

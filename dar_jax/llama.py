@@ -125,9 +125,9 @@ class Llama(nn.Module):
 
         Returns: [B, T, V] float32.
         """
-        x = jnp.concatenate([self.class_table[labels][:, None], self.token_table[tokens[:, :-1]]], axis=1)
+        x = jnp.concatenate([self._class(labels)[:, None], self._token(tokens[:, :-1])], axis=1)
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        x = dropout(x.astype(self.dtype), self.config.token_dropout, keys[0])  # [B, T, D]
+        x = dropout(x, self.config.token_dropout, keys[0])  # [B, T, D]
         length = x.shape[1]
         rope = self._rope(jnp.arange(length))
         return self._run(x, None, rope, causal_mask(length, length), None, keys[1])[0]
@@ -143,11 +143,17 @@ class Llama(nn.Module):
 
         Returns: [B, V] float32 and the cache, filled up to position.
         """
-        x = jnp.where(position == 0, self.class_table[labels], self.token_table[tokens])
+        x = jnp.where(position == 0, self._class(labels), self._token(tokens))
         mask = causal_mask(1, cache.keys.shape[2], position)
         rope = self._rope(position[None])
-        logits, cache = self._run(x[:, None].astype(self.dtype), cache, rope, mask, position, None)
+        logits, cache = self._run(x[:, None], cache, rope, mask, position, None)
         return logits[:, 0], cache
+
+    def _class(self, labels: Array) -> Array:
+        return constrain(self.class_table.astype(self.dtype), "table")[labels]
+
+    def _token(self, tokens: Array) -> Array:
+        return constrain(self.token_table.astype(self.dtype), "table")[tokens]
 
     def _rope(self, positions: Array) -> Rope:
         return rope_1d(positions, self.config.width // self.config.heads, self.config.rope_theta)

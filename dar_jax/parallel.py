@@ -40,8 +40,7 @@ RULES: Rules = (
     # what leads into the width of a network, and out of it
     (r"(patchify|patch_in|query_linear|from_code|condition_in)/kernel", P(None, "fsdp")),
     (r"(to_code|patch_out)/kernel", P("fsdp", None)),
-    (r"token_table", P("tensor", "fsdp")),
-    (r"(class|query|position)_table", P(None, "fsdp")),
+    (r"(class|token|query|position)_table", P(None, "fsdp")),
     (r"output", P("fsdp", "tensor")),
     (r"codebook", P()),
     (r"bias|scale|gate[12]", P()),

@@ -3,7 +3,7 @@
 Command:  dar-jax train experiments/forkme.py --workdir runs/fork --tokenizer runs/digits/tokenizer
           (a tokenizer of the digits: of `dar-jax quickstart --workdir runs/digits`, or of digits_tokenizer.py)
 Then:     dar-jax sample runs/fork --experiment experiments/forkme.py --labels 3 --seeds 1,2,3,4 --out samples
-Time:     an estimate, about 3 minutes on two CPU cores.
+Time:     an estimate, about 1 minute on two CPU cores.
 Result:   not measured; it is here to show how little a change needs.
 
 An experiment file is ordinary Python that ends with a value `experiment`. What it replaces is handed over to `Experiment`;

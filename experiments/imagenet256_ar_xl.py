@@ -15,6 +15,7 @@ from dar_jax.config import (
     LLAMA_SIZES,
     DataConfig,
     LlamaConfig,
+    MeshConfig,
     OptimizerConfig,
     SamplingConfig,
     TrainConfig,
@@ -49,5 +50,6 @@ experiment = Experiment(
         ),
         train=TrainConfig(steps=360_000, batch_size=1024, dtype="bfloat16", checkpoint_every=5000, sample_every=5000),
         sampling=SamplingConfig(guidance=(1.1, 10.0)),
+        mesh=MeshConfig(data=1, fsdp=-1),  # every device keeps a part of the parameters and gathers a layer at a time
     )
 )

@@ -1,4 +1,4 @@
-"""Reads the parity cases: configuration, deterministic weights, expected arrays. The format is described in the folder's README."""
+"""Reads the parity cases: configuration, deterministic weights, expected arrays."""
 
 import dataclasses
 import importlib.util

@@ -13,10 +13,8 @@ import dataclasses
 import hashlib
 import json
 import os
-import secrets
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -25,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from dar_jax.errors import InputError
+from dar_jax.files import replacing, write_json
 
 VERSION = 1
 
@@ -97,7 +96,7 @@ def write_shard(folder: str | os.PathLike, shard: int, codes: np.ndarray, labels
         raise ValueError(f"codes from {codes.min()} to {codes.max()} should be in [0, {info.codebook_size})")
     records = np.empty(len(codes), info.record)
     records["codes"], records["label"] = codes, labels
-    with _replacing(_shard(Path(folder), shard)) as temporary, open(temporary, "wb") as file:
+    with replacing(_shard(Path(folder), shard)) as temporary, open(temporary, "wb") as file:
         np.save(file, records, allow_pickle=False)
 
 
@@ -203,9 +202,7 @@ def _sha256(path: Path) -> str:
 
 
 def _write_json(folder: Path, info: CodesInfo, shards: list[dict[str, Any]] | None) -> None:
-    values = {"version": VERSION, **dataclasses.asdict(info), "shards": shards}
-    with _replacing(folder / "codes.json") as temporary:
-        temporary.write_text(json.dumps(values, indent=1) + "\n")
+    write_json(folder / "codes.json", {"version": VERSION, **dataclasses.asdict(info), "shards": shards})
 
 
 def _read_json(folder: Path) -> tuple[CodesInfo, list[dict[str, Any]] | None]:
@@ -231,17 +228,6 @@ def _read_json(folder: Path) -> tuple[CodesInfo, list[dict[str, Any]] | None]:
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged: {error!r}") from error
     return info, shards
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; it takes the place of `path` if nothing is raised."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _short(value: Any) -> str:
