@@ -7,6 +7,7 @@ Command:  dar-jax train experiments/imagenet256_ar_l.py --workdir runs/ar_l --to
           dar-jax tokenize runs/tokenizer --data.path IMAGENET --out codes
           and train with --data.source codes --data.path codes.
 Time:     published: 2 days on 16 A100. Not measured here.
+Memory:   the step on stored codes, compiled for 64 TPU v5e (16 GiB each): 9.8 GiB a chip; 2.8 with --train.remat dots.
 Result:   published: FID 7.43 without guidance; with 1.1 -> 8, FID 2.44, IS 263.0, precision 0.78, recall 0.61
           (50,000 samples).
 """

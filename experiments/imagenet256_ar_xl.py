@@ -7,6 +7,7 @@ Command:  dar-jax train experiments/imagenet256_ar_xl.py --workdir runs/ar_xl --
           dar-jax tokenize runs/tokenizer --data.path IMAGENET --out codes
           and train with --data.source codes --data.path codes.
 Time:     published: 3 days on 16 A100. Not measured here.
+Memory:   the step on stored codes, compiled for 64 TPU v5e (16 GiB each): 4.9 GiB a chip; without remat it does not fit.
 Result:   published: FID 5.11 without guidance; with 1.1 -> 10, FID 2.09, IS 298.4, precision 0.79, recall 0.62
           (50,000 samples).
 """
@@ -48,7 +49,9 @@ experiment = Experiment(
             clip_norm=1.0,
             ema_decay=0.0,
         ),
-        train=TrainConfig(steps=360_000, batch_size=1024, dtype="bfloat16", checkpoint_every=5000, sample_every=5000),
+        train=TrainConfig(
+            steps=360_000, batch_size=1024, dtype="bfloat16", remat="dots", checkpoint_every=5000, sample_every=5000
+        ),
         sampling=SamplingConfig(guidance=(1.1, 10.0)),
         mesh=MeshConfig(data=1, fsdp=-1),  # every device keeps a part of the parameters and gathers a layer at a time
     )

@@ -7,6 +7,7 @@ Command:  dar-jax train experiments/imagenet256_ar_xxl.py --workdir runs/ar_xxl 
           dar-jax tokenize runs/tokenizer --data.path IMAGENET --out codes
           and train with --data.source codes --data.path codes.
 Time:     neither published nor measured. The optimizer's state is large; --mesh.fsdp 8 cuts it over 8 devices.
+Memory:   the step on stored codes, compiled for 64 TPU v5e (16 GiB each): 7.5 GiB a chip.
 Result:   published: FID 2.00, IS 300.6 (50,000 samples, with guidance).
 """
 
@@ -47,7 +48,9 @@ experiment = Experiment(
             clip_norm=1.0,
             ema_decay=0.0,
         ),
-        train=TrainConfig(steps=360_000, batch_size=1024, dtype="bfloat16", checkpoint_every=5000, sample_every=5000),
+        train=TrainConfig(
+            steps=360_000, batch_size=1024, dtype="bfloat16", remat="dots", checkpoint_every=5000, sample_every=5000
+        ),
         sampling=SamplingConfig(guidance=(1.1, 10.0)),
         mesh=MeshConfig(data=1, fsdp=-1),  # every device keeps a part of the parameters and gathers a layer at a time
     )
