@@ -22,6 +22,7 @@ class Case:
     info: dict
     expected: dict[str, np.ndarray]
     rules: object  # the module that makes weights and inputs
+    compared: set[str] = dataclasses.field(default_factory=set)  # names of expected arrays that were looked at
 
     @classmethod
     def load(cls, folder: Path, name: str) -> "Case":
@@ -58,12 +59,18 @@ class Case:
         return from_release(entries, tensors, abstract), entries
 
     def check(self, name: str, value, atol: float = 2e-4):
-        """Compares a value in the release's layout with the stored slice of it."""
+        """Compares a value in the release's layout with the stored slice of it. Full-size cases leave some values out."""
+        if name not in self.expected:
+            return
+        self.compared.add(name)
         strides = self.info["strides"].get(name, [1] * np.ndim(value))
         value = np.asarray(value)[tuple(slice(None, None, step) for step in strides)]
         np.testing.assert_allclose(value, self.expected[name], rtol=0, atol=atol, err_msg=name)
 
     def check_relative(self, name: str, value, rtol: float = 1e-4, atol: float = 0.0):
+        if name not in self.expected:
+            return
+        self.compared.add(name)
         np.testing.assert_allclose(np.asarray(value), self.expected[name], rtol=rtol, atol=atol, err_msg=name)
 
     def check_gradients(self, tensors: dict[str, np.ndarray]):
