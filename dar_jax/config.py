@@ -31,6 +31,11 @@ class VelocityConfig:
     repa_width: int = 768  # feature size of the frozen network that REPA aligns with
     repa_grid: int = 16  # the tapped map is average-pooled to this grid (when it is larger)
 
+    @property
+    def has_repa(self) -> bool:
+        """Whether the REPA features can be computed; a head beyond the last block, as small test files have, cannot."""
+        return self.repa_layer is not None and self.repa_layer < self.layers
+
 
 @dataclass(frozen=True)
 class TokenizerConfig:

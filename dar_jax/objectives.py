@@ -26,20 +26,20 @@ def tokenizer_loss(
     key: Array,
     config: TokenizerLossConfig,
     features: FeatureLoss | None = None,
-    return_repa: bool = False,
 ) -> tuple[Array, Metrics]:
     """Flow matching + codebook + commitment + entropy, with a time and noise drawn per image.
 
     Args:
       images: [B, H, W, C] float32 in [-1, 1].
-      features: adds terms such as LPIPS or REPA, which look at the predicted image or the REPA features.
-      return_repa: whether `features` needs the REPA features.
+      features: adds terms such as LPIPS or REPA, which look at the predicted image or at the REPA features (None in a model
+        without their head).
 
     Returns: the loss, and its parts as scalars; "code_counts" [V] int32 counts how often each code was used.
     """
     time_key, noise_key = jax.random.split(key)
     times = jax.random.uniform(time_key, (len(images),))
     noise = jax.random.normal(noise_key, images.shape)
+    return_repa = features is not None and model.config.velocity.has_repa
     output = model.apply({"params": params}, images, times, noise, return_repa)
     terms = tokenizer_terms(model, output, config)
     if features is not None:

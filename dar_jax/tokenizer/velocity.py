@@ -93,8 +93,7 @@ class VelocityNetwork(nn.Module):
         Raises: ValueError where REPA is asked of a network without it.
         """
         config, dtype = self.config.velocity, self.dtype
-        has_repa = config.repa_layer is not None and config.repa_layer < config.layers
-        if return_repa and not has_repa:
+        if return_repa and not config.has_repa:
             raise ValueError(f"velocity.repa_layer {config.repa_layer} is no block of a network of {config.layers} layers")
         dense = functools.partial(nn.Dense, dtype=dtype, kernel_init=default_init)
         embed = functools.partial(TwoLayers, self.config.init_std, dtype)

@@ -16,6 +16,7 @@ from flax import linen as nn
 from dar_jax.config import DataConfig, TokenizerTraining, TransformerTraining
 from dar_jax.errors import InputError
 from dar_jax.llama import Llama
+from dar_jax.objectives import FeatureLoss
 from dar_jax.parallel import Rules
 from dar_jax.tokenizer.tokenizer import Tokenizer
 
@@ -30,6 +31,7 @@ class Experiment:
     model: (config.model, dtype, remat) -> the network, with the methods of `Tokenizer` or `Llama`.
     loss: (model, params, batch, key, config) -> (scalar, metrics). The batch is {"image": float32 [B, H, W, C] in
       [-1, 1], "label": int32 [B]} for a tokenizer, {"codes": int32 [B, T], "label": int32 [B]} for a transformer.
+    features: further terms of the default tokenizer loss, such as LPIPS and REPA, see `objectives.FeatureLoss`.
     source: opens the data, in place of `data.sources.open_source`.
     guidance: (tokens, first, last) -> the guidance scale of every token [T] float32.
     rules: how parameters with names of their own are cut over the mesh, see `parallel.RULES`.
@@ -39,6 +41,7 @@ class Experiment:
     config: Config
     model: Callable[[Any, Any, str], nn.Module] | None = None
     loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]] | None = None
+    features: FeatureLoss | None = None
     source: Callable[[DataConfig], Any] | None = None
     guidance: Callable[[int, float, float], jax.Array] | None = None
     rules: Rules = ()
@@ -47,7 +50,7 @@ class Experiment:
     @property
     def hooks(self) -> tuple[str, ...]:
         """Names of the replaced parts; checkpoints record them."""
-        return tuple(name for name in ("model", "loss", "source", "guidance") if getattr(self, name) is not None)
+        return tuple(name for name in ("model", "loss", "features", "source", "guidance") if getattr(self, name) is not None)
 
     def with_config(self, config: Config) -> "Experiment":
         """The same parts with other settings."""

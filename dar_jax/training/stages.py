@@ -1,5 +1,6 @@
 """The two stages of training: what to initialise, which loss to minimise on which batch, with which frozen networks."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from dar_jax.config import TokenizerTraining, TransformerTraining
 from dar_jax.data.codes import CodesSource, fingerprint
 from dar_jax.data.sources import open_source
 from dar_jax.errors import InputError
-from dar_jax.objectives import next_token_loss, tokenizer_loss
+from dar_jax.objectives import FeatureLoss, next_token_loss, tokenizer_loss
 from dar_jax.training.checkpoint import Loaded, load, save_for_inference
 from dar_jax.training.experiment import Experiment
 from dar_jax.training.state import Params
@@ -47,7 +48,7 @@ def tokenizer_stage(experiment: Experiment) -> Stage:
     config = experiment.config
     model = experiment.build_model(matmul_dtype(config.train.dtype), config.train.remat)
     source = (experiment.source or open_source)(config.data)
-    loss = experiment.loss or _tokenizer_loss
+    loss = experiment.loss or functools.partial(_tokenizer_loss, features=experiment.features)
     shape = (1, config.model.image_size, config.model.image_size, config.model.channels)
 
     def init_params() -> Params:
@@ -107,8 +108,15 @@ def to_float(images: jax.Array) -> jax.Array:
     return images.astype(jnp.float32) / 127.5 - 1
 
 
-def _tokenizer_loss(model: nn.Module, params: Params, batch: dict, key: jax.Array, config: TokenizerTraining):
-    return tokenizer_loss(model, params, batch["image"], key, config.loss)
+def _tokenizer_loss(
+    model: nn.Module,
+    params: Params,
+    batch: dict,
+    key: jax.Array,
+    config: TokenizerTraining,
+    features: FeatureLoss | None,
+):
+    return tokenizer_loss(model, params, batch["image"], key, config.loss, features)
 
 
 def _transformer_loss(model: nn.Module, params: Params, batch: dict, key: jax.Array, config: TransformerTraining):
