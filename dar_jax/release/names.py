@@ -5,23 +5,22 @@ names counts layers; ours are stacked along a leading axis.
 """
 
 import dataclasses
+from typing import Protocol
 
 import numpy as np
 
 from dar_jax.config import LlamaConfig, TokenizerConfig
 
 
-class Layout:
+class Layout(Protocol):
     """How one parameter is stored by the release. `shape` is ours, without the axis of layers."""
 
-    def to_ours(self, tensors: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-        raise NotImplementedError
+    def to_ours(self, tensors: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray: ...
 
-    def to_theirs(self, array: np.ndarray) -> list[np.ndarray]:
-        raise NotImplementedError
+    def to_theirs(self, array: np.ndarray) -> list[np.ndarray]: ...
 
 
-class Same(Layout):
+class Same:
     """The same axes."""
 
     def to_ours(self, tensors, shape):
@@ -31,7 +30,7 @@ class Same(Layout):
         return [array]
 
 
-class Flat(Layout):
+class Flat:
     """One axis there, one or several here (biases of heads)."""
 
     def to_ours(self, tensors, shape):
@@ -42,7 +41,7 @@ class Flat(Layout):
 
 
 @dataclasses.dataclass(frozen=True)
-class Matrix(Layout):
+class Matrix:
     """[out, in] there, [in..., out...] here; `inputs` is how many of our axes are inputs, `ones` how many axes of size 1
     theirs has at the end (1x1 convolutions)."""
 
@@ -57,7 +56,7 @@ class Matrix(Layout):
         return [matrix.reshape(matrix.shape + (1,) * self.ones)]
 
 
-class Convolution(Layout):
+class Convolution:
     """[out, in, rows, columns] there, [rows, columns, in, out] here."""
 
     def to_ours(self, tensors, shape):
@@ -67,7 +66,7 @@ class Convolution(Layout):
         return [array.transpose(3, 2, 0, 1)]
 
 
-class FusedHeads(Layout):
+class FusedHeads:
     """All query heads, then all keys, then all values there; grouped by key/value head here: [D, M, R + 2, K]."""
 
     def to_ours(self, tensors, shape):
@@ -81,7 +80,7 @@ class FusedHeads(Layout):
         return [np.concatenate([x.reshape(len(array), -1) for x in parts], axis=1).T]
 
 
-class Pair(Layout):
+class Pair:
     """Two matrices [out, in] there, one [in, 2, out] here."""
 
     def to_ours(self, tensors, shape):
