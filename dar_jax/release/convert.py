@@ -1,5 +1,6 @@
 """Parameters from and to the release's tensors, by the table in `names`."""
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,18 +11,21 @@ from dar_jax.errors import InputError
 from dar_jax.release.names import Entry
 
 
-def from_release(entries: list[Entry], tensors: Mapping[str, np.ndarray], abstract: dict) -> dict:
+def from_release(entries: list[Entry], tensors: Mapping[str, np.ndarray], abstract: dict, unused: str | None = None) -> dict:
     """Our parameters from the release's tensors.
 
     Args:
       entries: the table for the model.
       tensors: arrays by the release's names; every one has to be used.
       abstract: the wanted parameters as a tree of anything with a shape (`jax.eval_shape` of the model's init).
+      unused: regular expression of whole names that such files hold and the model has no use for.
 
     Raises: InputError that lists names that are missing or left over on either side, or tensors of a wrong shape.
     """
     wanted = traverse_util.flatten_dict(abstract, sep="/")
     theirs = [name for entry in entries for name in _names(entry)]
+    if unused is not None:
+        tensors = {name: tensor for name, tensor in tensors.items() if not re.fullmatch(unused, name)}
     _require_same("tensors", theirs, tensors)
     _require_same("parameters", [entry.ours for entry in entries], wanted)
     params = {}
