@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 training diverged; 2 something the user gave is wrong, sai
 import contextlib
 import dataclasses
 import difflib
+import functools
 import io
 import logging
 import os
@@ -92,6 +93,7 @@ class Train(Generic[Settings]):
     workdir: str  # the run's folder, for checkpoints and logs
     config: Annotated[Settings, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
     resume: Flag = False  # go on from the last checkpoint in the folder, or begin if there is none
+    init_from: Optional[str] = None  # begin with these weights as far as they fit: a checkpoint, or a file of the release
 
     @classmethod
     def with_defaults(cls, experiment: str) -> tuple[Any, "Train"]:
@@ -103,14 +105,18 @@ class Train(Generic[Settings]):
 
     def run(self) -> int:
         from dar_jax.evaluation.logged import log_pictures
+        from dar_jax.release.checkpoints import open_start
         from dar_jax.training.experiment import load_experiment
         from dar_jax.training.loop import TrainingDiverged, train
 
         experiment = load_experiment(self.experiment)
         if not isinstance(self.config, Listed):
             experiment = experiment.with_config(self.config)
+        start = None
+        if self.init_from is not None:
+            start = functools.partial(open_start, self.init_from, experiment.config)
         try:
-            summary = train(experiment, self.workdir, self.resume, log_pictures)
+            summary = train(experiment, self.workdir, self.resume, log_pictures, start)
         except TrainingDiverged as error:
             return _say(error, 1)
         return 130 if summary.interrupted else 0
@@ -293,6 +299,47 @@ class Info:
         print(describe(self.checkpoint))
 
 
+@dataclass(frozen=True)
+class Import:
+    """Make an ordinary checkpoint of a file of the authors' PyTorch release.
+
+    Takes their tokenizer or transformer, as `.pt` in any of PyTorch's formats or as `.safetensors`, with sizes from the file's
+    configuration or from the shapes. Nothing in the file is run, and PyTorch is not needed. The names dar_tokenizer_v1, dar_l
+    and dar_xl stand for the authors' files, which are downloaded if they are not in the cache folder (DAR_JAX_CACHE).
+
+    Example: dar-jax import D-AR-L-360K.pt --tokenizer D-AR-tokenizer_v1.pt --workdir runs/dar_l
+    """
+
+    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]  # to read
+    workdir: str  # the folder to make; `sample`, `reconstruct`, `info` and `train --resume` take it as a checkpoint
+    tokenizer: Optional[str] = None  # of a transformer: a file of the release, or a checkpoint; it is copied into the folder
+    heads: Optional[int] = None  # of a transformer's attention, where its size is none of the release's
+
+    def run(self) -> None:
+        from dar_jax.release.checkpoints import import_checkpoint
+
+        print("\n".join(import_checkpoint(self.file, self.workdir, self.tokenizer, self.heads)))
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a checkpoint in the names and the format of the authors' PyTorch release.
+
+    The tokenizer of a transformer is in its folder's sub-folder `tokenizer`.
+
+    Example: dar-jax export runs/tokenizer tokenizer.pt
+    """
+
+    checkpoint: Place  # a run's folder, or one of its checkpoints/STEP
+    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]  # to write
+    format: Literal["pt", "safetensors"] = "pt"  # pt: trained weights and moving average; safetensors: the moving average
+
+    def run(self) -> None:
+        from dar_jax.release.checkpoints import export_checkpoint
+
+        print("\n".join(export_checkpoint(self.checkpoint, self.file, self.format)))
+
+
 COMMANDS = {
     "quickstart": Quickstart,
     "train": Train,
@@ -300,6 +347,8 @@ COMMANDS = {
     "reconstruct": Reconstruct,
     "tokenize": Tokenize,
     "info": Info,
+    "import": Import,
+    "export": Export,
 }
 
 

@@ -26,6 +26,12 @@ def pytest_addoption(parser):
     parser.addoption("--golden", type=Path, default=Path(__file__).parent / "golden", help="folder of parity cases")
 
 
+@pytest.fixture(scope="session")
+def golden(pytestconfig):
+    """The folder of parity cases."""
+    return pytestconfig.getoption("--golden")
+
+
 def golden_cases(config, prefix: str) -> list[str]:
     return sorted(path.stem for path in config.getoption("--golden").glob(f"{prefix}*.json"))
 

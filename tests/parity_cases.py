@@ -11,9 +11,18 @@ import numpy as np
 
 from dar_jax.config import LlamaConfig
 from dar_jax.llama import Llama
-from dar_jax.release.convert import from_release, tokenizer_config
+from dar_jax.release.convert import from_release
 from dar_jax.release.names import llama_entries, tokenizer_entries
+from dar_jax.release.sizes import tokenizer_config
 from dar_jax.tokenizer.tokenizer import Tokenizer
+
+
+def load_rules(folder: Path):
+    """The module that makes the weights and inputs of a folder of cases."""
+    spec = importlib.util.spec_from_file_location("parity_rules", folder / "params.py")
+    rules = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(rules)
+    return rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +35,9 @@ class Case:
 
     @classmethod
     def load(cls, folder: Path, name: str) -> "Case":
-        spec = importlib.util.spec_from_file_location("parity_rules", folder / "params.py")
-        rules = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(rules)
         with np.load(folder / f"{name}.npz") as arrays:
             expected = dict(arrays)
-        return cls(name, json.loads((folder / f"{name}.json").read_text()), expected, rules)
+        return cls(name, json.loads((folder / f"{name}.json").read_text()), expected, load_rules(folder))
 
     @property
     def seed(self) -> int:

@@ -5,7 +5,7 @@ import pytest
 from parity_cases import Case
 
 from dar_jax.errors import InputError
-from dar_jax.release.convert import from_release, to_release, tokenizer_config
+from dar_jax.release.convert import from_release, to_release
 from dar_jax.release.names import tokenizer_entries
 
 
@@ -36,13 +36,6 @@ def test_what_does_not_fit_is_named(converted):
         from_release(entries, tensors | {first: np.zeros((3, 3), np.float32)}, params)
     with pytest.raises(InputError, match="the parameters do not fit the model: 1 left over .extra"):
         from_release(entries, tensors, params | {"extra": np.zeros(3)})
-
-
-def test_configuration_of_the_release():
-    with pytest.raises(InputError, match="num_query_groups"):
-        tokenizer_config({"diff_decoder": {"dim": 1, "depth": 1, "patch_size": 1, "in_dim": 3}, "encoder_patch_size": 16,
-                          "num_encoder_layers": 1, "encoder_dim": 8, "num_decoder_layers": 1, "decoder_dim": 8,
-                          "num_all_queries": 8}, 64)  # fmt: skip
 
 
 def test_every_parameter_stands_once_in_the_table():

@@ -21,6 +21,7 @@ from dar_jax.training import checkpoint
 from dar_jax.training.experiment import Experiment, load_experiment
 from dar_jax.training.logs import read_records
 from dar_jax.training.loop import TrainingDiverged, train
+from dar_jax.training.state import learning_rate
 
 TRAIN = """
 import dataclasses, sys
@@ -102,6 +103,20 @@ def test_asked_to_stop_it_saves_and_leaves(tmp_path, number):
     step = checkpoint.latest_step(tmp_path)
     assert 3 < step < 30 and "interrupted=True" in out
     assert f"stopped at step {step}, which is saved; go on with --resume" in out
+
+
+def test_weights_alone_are_trained_on_from_their_step(uninterrupted, tmp_path):
+    source = checkpoint.load(uninterrupted, stand_in.experiment)
+    experiment = with_train(steps=20, log_every=1)
+    checkpoint.save_for_inference(tmp_path, experiment.config, source.params, 16, source.class_names)
+    summary = train(experiment, tmp_path, resume=True)
+    records = read_records(tmp_path)
+    assert (summary.step, [record["step"] for record in records]) == (20, [17, 18, 19, 20])
+    rates = learning_rate(experiment.config.optimizer, 20)
+    np.testing.assert_allclose([record["learning_rate"] for record in records], [rates(step) for step in range(16, 20)])
+    parts = [jax.device_get(checkpoint.load(tmp_path, stand_in.experiment, part).params) for part in ("params", "ema")]
+    moved = [np.abs(new - old).max() for new, old in zip(jax.tree.leaves(parts[0]), jax.tree.leaves(source.params))]
+    assert 0 < max(moved) < 4 * rates(16)  # the rate of this step and no more: Adam moves by at most the rate
 
 
 def test_resume_on_another_mesh(tmp_path):

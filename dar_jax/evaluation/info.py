@@ -13,7 +13,7 @@ from orbax.checkpoint import v1 as ocp
 from dar_jax import parallel
 from dar_jax.config import TokenizerTraining
 from dar_jax.errors import InputError
-from dar_jax.evaluation.loading import find
+from dar_jax.training import checkpoint
 from dar_jax.training.checkpoint import Info
 
 PARTS = ("params", "ema", "opt_state")
@@ -24,9 +24,12 @@ def describe(path: str | os.PathLike) -> str:
 
     Reads no weights. Raises InputError where there is no checkpoint or it is damaged.
     """
-    found = find(path)
-    infos = [info for info in (found.transformer, found.tokenizer) if info is not None]
-    return "\n\n".join(_describe(info) for info in infos)
+    info = checkpoint.inspect(path)
+    if isinstance(info.config, TokenizerTraining):
+        return _describe(info)
+    folder = info.workdir / "tokenizer"
+    tokenizer = _describe(checkpoint.inspect(folder)) if folder.is_dir() else f"its tokenizer is missing in {folder}"
+    return f"{_describe(info)}\n\n{tokenizer}"
 
 
 def parameter_counts(info: Info) -> dict[str, int]:
@@ -50,7 +53,7 @@ def _describe(info: Info) -> str:
     lines = [
         f"{kind} {config.name!r} in {info.workdir}",
         f"step {info.step} of {config.train.steps}; checkpoints of steps {', '.join(map(str, steps))}",
-        f"holds {', '.join(parts)}" + ("" if "opt_state" in parts else " (training cannot be resumed from it)"),
+        f"holds {', '.join(parts)}" + ("" if "opt_state" in parts else " (resumed training starts a new optimizer)"),
         f"{sum(counts.values()):,} parameters: " + ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items())),
         f"{len(info.class_names)} classes: {names}",
     ]

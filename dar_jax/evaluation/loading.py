@@ -69,7 +69,10 @@ def find(path: str | os.PathLike) -> Found:
     info = checkpoint.inspect(path)
     if isinstance(info.config, TokenizerTraining):
         return Found(info, None)
-    return Found(checkpoint.inspect(info.workdir / "tokenizer"), info)
+    folder = info.workdir / "tokenizer"
+    if not folder.is_dir():
+        raise InputError(f"{info.workdir} lacks its tokenizer; put one there with: dar-jax import FILE --workdir {folder}")
+    return Found(checkpoint.inspect(folder), info)
 
 
 def find_transformer(path: str | os.PathLike) -> Found:

@@ -3,16 +3,16 @@
 import re
 from collections.abc import Mapping
 
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from dar_jax.config import TokenizerConfig, VelocityConfig
 from dar_jax.errors import InputError
 from dar_jax.release.names import Entry
 
 
 def from_release(entries: list[Entry], tensors: Mapping[str, np.ndarray], abstract: dict, unused: str | None = None) -> dict:
-    """Our parameters from the release's tensors.
+    """Our parameters, float32 and without ties to the file the tensors may be mapped to, from the release's tensors.
 
     Args:
       entries: the table for the model.
@@ -33,7 +33,7 @@ def from_release(entries: list[Entry], tensors: Mapping[str, np.ndarray], abstra
         shape = tuple(wanted[entry.ours].shape)
         shape = shape if entry.layers is None else shape[1:]
         copies = [_to_ours(entry, [tensors[name] for name in names], shape, names) for names in _names_by_layer(entry)]
-        params[entry.ours] = copies[0] if entry.layers is None else np.stack(copies)
+        params[entry.ours] = np.array(copies[0] if entry.layers is None else copies, np.float32)
     return traverse_util.unflatten_dict(params, sep="/")
 
 
@@ -46,7 +46,7 @@ def to_release(entries: list[Entry], params: dict) -> dict[str, np.ndarray]:
         array = np.asarray(flat[entry.ours])
         copies = [array] if entry.layers is None else list(array)
         for names, copy in zip(_names_by_layer(entry), copies, strict=True):
-            tensors.update(zip(names, map(np.ascontiguousarray, entry.layout.to_theirs(copy)), strict=True))
+            tensors.update(zip(names, entry.layout.to_theirs(copy), strict=True))
     return tensors
 
 
@@ -65,55 +65,14 @@ def _to_ours(entry: Entry, tensors: list[np.ndarray], shape: tuple[int, ...], na
     for name, tensor, wanted in zip(names, tensors, expected, strict=True):
         if tensor.shape != wanted:
             raise InputError(f"{name} has the shape {tensor.shape}, the model takes {wanted}")
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise InputError(f"{name} holds {tensor.dtype}, not floating-point numbers")
     return entry.layout.to_ours(tensors, shape)
 
 
 def _require_same(kind: str, table: list[str], given: Mapping) -> None:
     missing, left_over = sorted(set(table) - set(given)), sorted(set(given) - set(table))
     if missing or left_over:
-        parts = [f"{len(names)} {word} ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''})"
+        parts = [f"{len(names)} {word} ({', '.join(names[:8])}{' ...' if len(names) > 8 else ''})"
                  for names, word in ((missing, "missing"), (left_over, "left over")) if names]  # fmt: skip
         raise InputError(f"the {kind} do not fit the model: {'; '.join(parts)}")
-
-
-def tokenizer_config(release: Mapping, image_size: int) -> TokenizerConfig:
-    """The sizes of a tokenizer from the release's own configuration (its YAML or a checkpoint's `config`).
-
-    Args: release, a mapping with keys such as `encoder_patch_size` and `diff_decoder`; image_size, which it does not name.
-    Raises: InputError where a key is missing.
-    """
-    try:
-        core = release["diff_decoder"]
-        velocity = VelocityConfig(
-            width=core["dim"],
-            layers=core["depth"],
-            patch_size=core["patch_size"],
-            data_std=core.get("data_std", 1.0),
-            time_shift=core.get("time_shift", 1.0),
-            share_time_encoding=core.get("share_time_encoding", False),
-            mlp_head=core.get("mlp_head", False),
-            repa_layer=core.get("repa_layer", 8),
-        )
-        return TokenizerConfig(
-            image_size=image_size,
-            channels=core["in_dim"],
-            encoder_patch_size=release["encoder_patch_size"],
-            encoder_layers=release["num_encoder_layers"],
-            encoder_width=release["encoder_dim"],
-            decoder_layers=release["num_decoder_layers"],
-            decoder_width=release["decoder_dim"],
-            num_tokens=release["num_all_queries"],
-            num_groups=release["num_query_groups"],
-            queries_per_step=release.get("queries_per_step"),
-            num_denoising_steps=release["num_denoising_steps"],
-            query_low_rank=release.get("query_low_rank", True),
-            vq_enable=release.get("vq_enable", True),
-            codebook_size=release["vq_codebook_size"],
-            code_dim=release["vq_dim"],
-            sampling_resolution=release.get("sampling_resolution", 256),
-            output_resolution=release.get("output_resolution") or None,
-            rope_theta=release.get("rope_base_len", 10000.0),
-            velocity=velocity,
-        )
-    except KeyError as error:
-        raise InputError(f"the release's configuration has no {error}") from None

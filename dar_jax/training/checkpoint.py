@@ -1,9 +1,9 @@
 """Checkpoints: WORKDIR/checkpoints/STEP, written by Orbax in the background and whole or not at all.
 
-A checkpoint has the parts `params`, `ema` and `opt_state` (only `ema` if it was made for inference), and beside them, as JSON,
-what it is: the run's settings, its class names, and which parts of the method the experiment had replaced (hooks). So a
-checkpoint alone can be sampled from, and reading the weights needs no optimizer. `files.json` lists the sizes of the parts'
-files, which tells a checkpoint that was copied in part, or cut short by a full disk, before anything is read.
+A checkpoint has the parts `params`, `ema` and `opt_state` (perhaps only `ema` if it was imported or made for inference), and
+beside them, as JSON, what it is: the run's settings, its class names, and which parts of the method the experiment had replaced
+(hooks). So a checkpoint alone can be sampled from, and reading the weights needs no optimizer. `files.json` lists the sizes of
+the parts' files, which tells a checkpoint that was copied in part, or cut short by a full disk, before anything is read.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -99,11 +99,17 @@ def save_for_inference(
     step: int,
     class_names: Sequence[str],
     hooks: Sequence[str] = (),
+    others: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a checkpoint that holds weights only, replacing one of the same step. Raises InputError if that is impossible."""
+    """Writes a checkpoint that holds weights only, replacing one of the same step.
+
+    Args: params, written as `ema`, from which everything but training works; others, further parts by name.
+    Raises InputError if WORKDIR cannot be written to.
+    """
     with _checkpointer(workdir) as checkpointer:
         about = _about(config, class_names, hooks)
-        checkpointer.save_checkpointables(step, {"ema": params}, custom_metadata=about, force=True, overwrite=True)
+        parts = {"ema": params, **(others or {})}
+        checkpointer.save_checkpointables(step, parts, custom_metadata=about, force=True, overwrite=True)
 
 
 def latest_step(workdir: PathLike) -> int | None:
@@ -148,19 +154,23 @@ def restore(path: PathLike, state: TrainState) -> TrainState:
       path: a WORKDIR (its newest checkpoint) or WORKDIR/checkpoints/STEP.
       state: `abstract_state` of this run; the arrays are read into its shardings, whatever mesh they were written from.
 
-    Raises InputError where there is no checkpoint, it is damaged, was made for inference, or is of another experiment, in which
-    case the first differing names are given.
+    Where the checkpoint holds weights only (it was imported, or made for inference), `opt_state` is None, and the parameters
+    are the moving average if it holds nothing else.
+
+    Raises InputError where there is no checkpoint, it is damaged, or is of another experiment, in which case the first
+    differing names are given.
     """
     info = inspect(path)
-    if not (info.path / "opt_state").is_dir():
-        raise InputError(f"{info.path} was made for inference, training cannot be resumed from it")
     wanted = {"params": state.params, "ema": state.ema, "opt_state": state.opt_state}
-    for part in ("params", "opt_state"):
+    stored = {name: tree for name, tree in wanted.items() if (info.path / name).is_dir()}
+    for part, tree in stored.items():
         _require_whole(info.path, part)
-        _require_same(info.path, part, wanted[part])
+        _require_same(info.path, part, tree)
     with _reading(info.path):
-        parts = {name: ocp.load_checkpointables(info.path, {name: tree})[name] for name, tree in wanted.items()}
-    return TrainState(step=jax.device_put(jnp.int32(info.step), state.step.sharding), **parts)
+        parts = {name: ocp.load_checkpointables(info.path, {name: tree})[name] for name, tree in stored.items()}
+    params = parts["params"] if "params" in parts else jax.tree.map(jnp.copy, parts["ema"])
+    step = jax.device_put(jnp.int32(info.step), state.step.sharding)
+    return TrainState(step, params, parts["ema"], parts.get("opt_state"))
 
 
 def load(
@@ -182,17 +192,22 @@ def load(
     experiment = (experiment or Experiment(info.config)).with_config(info.config)
     if not (info.path / weights).is_dir():
         raise InputError(f"{info.path} was made for inference and holds no {weights}, only ema")
-    _require_whole(info.path, weights)
+    params = load_part(info, weights, mesh, experiment.rules)
+    return Loaded(info.config, params, info.step, info.class_names, info.hooks, info.workdir, experiment)
+
+
+def load_part(info: Info, part: str, mesh: Mesh | None = None, rules: parallel.Rules = ()) -> Any:
+    """Reads one part of a checkpoint, onto the mesh or the first device. Raises InputError where it is missing or damaged."""
+    _require_whole(info.path, part)
     with _reading(info.path):
-        stored = ocp.metadata(info.path, checkpointable_name=weights).metadata
+        stored = ocp.metadata(info.path, checkpointable_name=part).metadata
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
     if mesh is None:
         places = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), target)
     else:
-        places = parallel.shardings(target, mesh, experiment.rules)
+        places = parallel.shardings(target, mesh, rules)
     with _reading(info.path):
-        params = ocp.load_checkpointables(info.path, {weights: parallel.placed(target, places)})[weights]
-    return Loaded(info.config, params, info.step, info.class_names, info.hooks, info.workdir, experiment)
+        return ocp.load_checkpointables(info.path, {part: parallel.placed(target, places)})[part]
 
 
 def _about(config: TokenizerTraining | TransformerTraining, class_names: Sequence[str], hooks: Sequence[str]) -> dict[str, Any]:
@@ -203,6 +218,7 @@ def _checkpointer(workdir: PathLike, preserve: Any = None) -> ocp.training.Check
     folder = writable_folder(workdir) / "checkpoints"
     context = ocp.Context()
     context.async_options.post_finalization_callback = lambda: _write_sizes(folder)
+    context.memory_options.deepcopy_host_arrays = False  # nobody changes them while they are written
     return ocp.training.Checkpointer(folder, context=context, preservation_policy=preserve, cleanup_tmp_directories=True)
 
 

@@ -61,6 +61,14 @@ class Experiment:
         default = Tokenizer if isinstance(self.config, TokenizerTraining) else Llama
         return (self.model or default)(self.config.model, dtype, remat)
 
+    def init_params(self, model: nn.Module) -> Any:
+        """The network's parameters before training; they depend on the settings only."""
+        config = self.config.model
+        key = jax.random.key(self.config.train.seed)
+        if isinstance(self.config, TokenizerTraining):
+            return model.init(key, jnp.zeros((1, config.image_size, config.image_size, config.channels)))["params"]
+        return model.init(key, jnp.zeros(1, jnp.int32), jnp.zeros((1, config.num_tokens), jnp.int32))["params"]
+
 
 def load_experiment(path: str | os.PathLike) -> Experiment:
     """Runs an experiment file and returns its `experiment`.

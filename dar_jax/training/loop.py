@@ -25,7 +25,8 @@ from dar_jax.training import checkpoint
 from dar_jax.training.experiment import Experiment
 from dar_jax.training.logs import Log
 from dar_jax.training.stages import Stage, tokenizer_stage, transformer_stage
-from dar_jax.training.state import Params, abstract_state, init_state, make_optimizer
+from dar_jax.training.start import Start, start_from
+from dar_jax.training.state import Params, abstract_state, init_state, make_optimizer, with_new_optimizer
 from dar_jax.training.step import Metrics, is_count, make_train_step
 
 # (stage, EMA parameters, batch on the devices) -> pictures by name, uint8 [H, W, 3]
@@ -48,7 +49,11 @@ class Summary:
 
 
 def train(
-    experiment: Experiment, workdir: str | os.PathLike, resume: bool = False, pictures: Pictures | None = None
+    experiment: Experiment,
+    workdir: str | os.PathLike,
+    resume: bool = False,
+    pictures: Pictures | None = None,
+    start: Callable[[], Start] | None = None,
 ) -> Summary:
     """Runs an experiment in WORKDIR, from the beginning or from its last checkpoint, to its last step.
 
@@ -57,6 +62,7 @@ def train(
 
     Args:
       pictures: makes what is logged every `sample_every` steps.
+      start: gives weights to begin with, as far as they fit; called where there is no checkpoint to resume from.
 
     Raises InputError where the settings, the data or WORKDIR are unfit, TrainingDiverged where training is.
     """
@@ -71,6 +77,7 @@ def train(
         raise InputError(f"{folder} already holds a run (step {found}); pass --resume or choose another folder")
     mesh = parallel.make_mesh(config.mesh)
     _check_batch(config.train, mesh)
+    weights = start() if start is not None and found is None else None
 
     with jax.set_mesh(mesh):
         if isinstance(config, TokenizerTraining):
@@ -79,17 +86,27 @@ def train(
             stage = transformer_stage(experiment, folder, mesh, resumed=found is not None)
         optimizer = make_optimizer(config.optimizer, config.train.steps)
         abstract = abstract_state(stage.init_params, optimizer, mesh, experiment.rules)
-        if found is None:
-            state = init_state(stage.init_params, optimizer, mesh, experiment.rules)
-        else:
+        notes = []
+        if found is not None:
             state = checkpoint.restore(folder, abstract)
+            if state.opt_state is None:
+                state = with_new_optimizer(state, optimizer, abstract)
+                notes.append("the checkpoint holds no optimizer, a new one starts here")
+            if start is not None:
+                notes.append("the weights to start from are not read again")
+            if found >= config.train.steps:
+                notes.append("nothing is left to do; to go on, raise train.steps")
+        else:
+            state = init_state(stage.init_params, optimizer, mesh, experiment.rules)
+            if weights is not None:
+                state, notes = start_from(weights, state)
         train_step = make_train_step(stage.loss_fn, optimizer, config, abstract, mesh)
         with (
             Log(folder, config.train.steps, found or 0, active=jax.process_index() == 0) as log,
             checkpoint.open_checkpoints(folder, config.train) as checkpoints,
             _stop_signals() as asked_to_stop,
         ):
-            log.say(_opening(stage, state.params, mesh, found, resume))
+            log.say("\n".join([_opening(stage, state.params, mesh, found, resume), *notes]))
             return _run(stage, state, train_step, mesh, log, checkpoints, asked_to_stop, pictures)
 
 

