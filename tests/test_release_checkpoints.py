@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 from parity_cases import load_rules
 
+from dar_jax import parallel
 from dar_jax.cli import main
 from dar_jax.config import SamplingConfig, TokenizerTraining
 from dar_jax.errors import InputError
@@ -18,6 +20,7 @@ from dar_jax.release import torch_file
 from dar_jax.release.checkpoints import export_checkpoint, import_checkpoint, open_start, read_checkpoint
 from dar_jax.sampling.sampler import decode, generate, make_settings
 from dar_jax.training import checkpoint
+from dar_jax.training.state import abstract_state, make_optimizer
 
 GREEDY = SamplingConfig(guidance=(4.0, 4.0), temperature=0.0)
 
@@ -134,6 +137,37 @@ def test_every_form_of_a_file_gives_the_same(files, tmp_path):
     for leaf, close in zip(jax.tree.leaves(found.ema), jax.tree.leaves(wanted.ema)):
         assert leaf.dtype == np.float32
         np.testing.assert_allclose(leaf, close, rtol=2**-8)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_optimizer_is_taken(files, imported, tmp_path, groups):
+    contents = torch_file.read(files[1])
+    names = list(contents["model"])
+    order = names if groups == 1 else sorted(names, key=lambda name: contents["model"][name].ndim < 2)
+    weights = contents["model"]
+    state = {
+        number: {"step": np.array(7.0, np.float32), "exp_avg": weights[name] * 2, "exp_avg_sq": weights[name] ** 2}
+        for number, name in enumerate(order)
+    }
+    cut = len(names) if groups == 1 else sum(contents["model"][name].ndim > 1 for name in names)
+    numbers = [list(range(cut)), list(range(cut, len(names)))][:groups]
+    optimizer = {"state": state, "param_groups": [{"lr": 1e-4, "params": group} for group in numbers]}
+    torch_file.write(tmp_path / "file.pt", contents | {"optimizer": optimizer})
+    assert "with the optimizer" in import_checkpoint(tmp_path / "file.pt", tmp_path / "run")[0]
+
+    loaded = checkpoint.load(tmp_path / "run")
+    config, model = loaded.config, loaded.experiment.build_model()
+    target = abstract_state(
+        lambda: loaded.experiment.init_params(model), make_optimizer(config.optimizer, 10), parallel.make_mesh(config.mesh)
+    )
+    found = checkpoint.restore(tmp_path / "run", target)
+    adam = next(part for part in found.opt_state[1] if isinstance(part, optax.ScaleByAdamState))
+    jax.tree.map(lambda mu, nu, w: np.testing.assert_array_equal((mu, nu), (2 * w, w**2)), adam.mu, adam.nu, found.params)
+    assert adam.count == 7
+
+    del state[3]["exp_avg"]
+    torch_file.write(tmp_path / "file.pt", contents | {"optimizer": optimizer})
+    assert "does not fit its weights, it lacks exp_avg" in str(read_checkpoint(tmp_path / "file.pt").notes)
 
 
 def test_a_repa_head_is_taken_with_its_sizes(files, imported, tmp_path):

@@ -1,16 +1,18 @@
 """The release's checkpoints made ours, and ours made the release's."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
+import optax
 import safetensors
 from flax import traverse_util
 from safetensors.numpy import save_file
@@ -35,7 +37,7 @@ from dar_jax.release.weights import SOURCES, resolve
 from dar_jax.training import checkpoint
 from dar_jax.training.experiment import Experiment
 from dar_jax.training.start import Start
-from dar_jax.training.state import Params
+from dar_jax.training.state import Params, make_optimizer
 
 PathLike = str | os.PathLike
 Tensors = Mapping[str, np.ndarray]
@@ -51,13 +53,15 @@ GUIDANCE = {LLAMA_SIZES["XL"]["layers"]: (1.1, 10.0)}  # the paper's, where it i
 class Released:
     """A network from a file of the release.
 
-    params: what was trained, None where the file holds one set of weights only. ema: what is used, the moving average if there
-    is one. buffers: what belongs to neither. notes: what was assumed or left out, for people.
+    ema: what is used, the moving average if there is one. params: what was trained, None where the file holds one set of
+    weights only. opt_state: the optimizer, as `make_optimizer` has it, None where there is none. buffers: what belongs to none
+    of these. notes: what was assumed or left out, for people.
     """
 
     config: TokenizerTraining | TransformerTraining
     ema: Params
     params: Params | None
+    opt_state: optax.OptState | None
     buffers: dict[str, np.ndarray]
     step: int
     notes: tuple[str, ...]
@@ -95,14 +99,17 @@ def read_checkpoint(path: PathLike, tokenizer: TokenizerConfig | None = None, he
         experiment = Experiment(config)
         network = experiment.build_model()
         abstract = jax.eval_shape(lambda: experiment.init_params(network))
-        converted = {
-            "ema": from_release(entries, tensors, abstract, unused),
-            "params": from_release(entries, model, abstract, unused) if ema is not None and model is not None else None,
-        }
+        convert = functools.partial(from_release, entries, abstract=abstract, unused=unused)
+        converted = {"ema": convert(tensors), "params": None if ema is None or model is None else convert(model)}
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+    try:
+        names = [name for name in model or {} if not re.fullmatch(unused, name)]
+        converted["opt_state"] = _optimizer(_mapping(contents, "optimizer"), model, names, convert, config)
+    except InputError as error:
+        converted["opt_state"], notes = None, (*notes, f"its optimizer does not fit its weights, {error}")
     buffers = {name: np.array(tensors[name]) for name in (CODEBOOK_USED,) if name in tensors}
-    taken = {"model", "module", "state_dict", "ema", "config", "steps", "args"}
+    taken = {"model", "module", "state_dict", "ema", "config", "steps", "args", "optimizer"}
     if left := [name for name, value in contents.items() if name not in taken and not isinstance(value, np.ndarray)]:
         notes += (f"not taken: {_some(left)}",)
     if narrow := {str(tensor.dtype) for tensor in tensors.values()} - {"float32"}:
@@ -157,7 +164,7 @@ def open_weights(path: PathLike) -> Released:
     if Path(path).is_file():
         return read_checkpoint(path)
     info = checkpoint.inspect(path)
-    return Released(info.config, checkpoint.load_part(info, "ema"), None, _buffers(info), info.step, ())
+    return Released(info.config, checkpoint.load_part(info, "ema"), None, None, _buffers(info), info.step, ())
 
 
 def open_start(path: PathLike, config: TokenizerTraining | TransformerTraining) -> Start:
@@ -314,7 +321,46 @@ def _transformer(path: PathLike, tensors: Tensors, tokenizer: TokenizerConfig | 
     return _valid(config), llama_entries(model), CACHES, notes
 
 
-def _mapping(values: dict[str, Any], name: str) -> dict[str, Any]:
+def _optimizer(
+    contents: dict[str, Any],
+    tensors: Tensors,
+    names: list[str],
+    convert: Callable[[Tensors], Params],
+    config: TokenizerTraining | TransformerTraining,
+) -> optax.OptState | None:
+    """The state of the release's AdamW, None where there is none.
+
+    It numbers its parameters: in the order of the weights if they are one group, else those of two and more dimensions first.
+    """
+    state, groups = _mapping(contents, "state"), contents.get("param_groups")
+    if not state:
+        return None
+    if not isinstance(groups, list) or len(groups) not in (1, 2):
+        raise InputError("it has not one or two groups of parameters")
+    if len(groups) == 2:
+        names = sorted(names, key=lambda name: tensors[name].ndim < 2)
+    numbers = [number for group in groups for number in (group.get("params") if isinstance(group, dict) else None) or ()]
+    if not all(type(number) is int for number in numbers) or len(numbers) != len(names):
+        raise InputError(f"it has {len(numbers)} parameters, the weights {len(names)}")
+    parts = {name: _mapping(state, number) for name, number in zip(names, numbers)}
+    moments = []
+    for kind in ("exp_avg", "exp_avg_sq"):
+        if not all(isinstance(part.get(kind), np.ndarray) for part in parts.values()):
+            raise InputError(f"it lacks {kind} of some")
+        moments.append(convert({name: part[kind] for name, part in parts.items()}))
+    step = next(iter(parts.values())).get("step")
+    if not isinstance(step, int | float | np.ndarray) or np.size(step) != 1 or not 0 <= step < 2**31:
+        raise InputError("it names no step")
+    count = np.array(step, np.int32).reshape(())
+    known = {
+        optax.ScaleByAdamState: lambda _: optax.ScaleByAdamState(count, *moments),
+        optax.ScaleByScheduleState: lambda _: optax.ScaleByScheduleState(count),
+    }
+    empty = jax.eval_shape(make_optimizer(config.optimizer, config.train.steps).init, moments[0])
+    return jax.tree.map(lambda part: known[type(part)](part), empty, is_leaf=lambda part: type(part) in known)
+
+
+def _mapping(values: dict[str, Any], name: Any) -> dict[str, Any]:
     value = values.get(name)
     return value if isinstance(value, dict) else {}
 
@@ -346,8 +392,8 @@ def _some(names: Any) -> str:
 
 
 def _write(released: Released, workdir: PathLike) -> None:
-    others = {"params": released.params} if released.params is not None else {}
-    others |= {"buffers": released.buffers} if released.buffers else {}
+    others = {"params": released.params, "opt_state": released.opt_state, "buffers": released.buffers or None}
+    others = {name: part for name, part in others.items() if part is not None}
     names = released.class_names
     checkpoint.save_for_inference(workdir, released.config, released.ema, released.step, names, others=others)
 
@@ -356,6 +402,7 @@ def _summary(path: PathLike, released: Released) -> str:
     kind = "tokenizer" if isinstance(released.config, TokenizerTraining) else "transformer"
     count = sum(array.size for array in jax.tree.leaves(released.ema))
     weights = "moving average and trained weights" if released.params is not None else "weights"
+    weights += ", with the optimizer" if released.opt_state is not None else ""
     notes = f" ({'; '.join(released.notes)})" if released.notes else ""
     return f"{Path(path).name}: {kind} of {count:,} parameters at step {released.step}, {weights}{notes}"
 
