@@ -48,6 +48,7 @@ T = TypeVar("T")
 OfRun = Annotated[T | None, tyro.conf.DisallowNone, tyro.conf.arg(help_behavior_hint="(default: of the checkpoint's run)")]
 Optional = Annotated[T | None, tyro.conf.DisallowNone, tyro.conf.arg(help_behavior_hint="(optional)")]
 Settings = TypeVar("Settings")
+HELD_OUT = {"digits": "test", "cifar10": "test", "folder": "val"}  # splits to evaluate on
 
 
 @dataclass(frozen=True)
@@ -285,6 +286,53 @@ class Tokenize(Generic[Settings]):
 
 
 @dataclass(frozen=True)
+class EvaluateAr(Generic[Settings]):
+    """How well does a transformer predict the codes of real images?
+
+    Prints bits per token and the share of tokens that it finds most probable, given the class and without it, and writes
+    report.json and positions.png, the bits at every position. The defaults of `--data.*` are those of the run's own training,
+    but for the split: test for digits and CIFAR-10, val for folders.
+
+    Example: dar-jax evaluate-ar runs/ar --out evaluation
+    """
+
+    checkpoint: Place  # a transformer's run folder, or one of its checkpoints/STEP; comes first
+    out: str  # the folder to write to
+    data: Annotated[Settings, tyro.conf.FlagConversionOff]
+    num_images: Optional[int] = None  # only so many, from the first on
+    experiment: Optional[str] = None  # the run's experiment file, if that replaced the model or the source
+    weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
+    mesh: OfRun[Ints] = None  # devices along data, fsdp and tensor
+    batch_size: int = 64  # images at a time
+
+    @classmethod
+    def with_defaults(cls, checkpoint: str) -> tuple[Any, "EvaluateAr"]:
+        """The type to parse and the values of what is not given."""
+        from dar_jax.evaluation.loading import find_transformer
+
+        data = find_transformer(checkpoint).transformer.config.data
+        data = dataclasses.replace(data, split=HELD_OUT.get(data.source, data.split))
+        return cls[DataConfig], cls(checkpoint, tyro.MISSING, data)
+
+    def run(self) -> None:
+        from dar_jax.data.sources import open_source
+        from dar_jax.evaluation.likelihood import describe, evaluate_transformer, write_report
+        from dar_jax.evaluation.loading import load_sampler
+        from dar_jax.files import check_writable
+
+        _check_batch(self.batch_size)
+        if self.num_images is not None:
+            _check_batch(self.num_images, "number of images")
+        experiment = _experiment(self.experiment)
+        source = ((experiment and experiment.source) or open_source)(self.data)
+        check_writable(self.out)
+        trained = load_sampler(self.checkpoint, experiment, self.weights, _mesh(self.mesh))
+        report = evaluate_transformer(trained, source, self.data, self.batch_size, self.num_images)
+        written = write_report(report, self.out, trained.config.num_groups, trained.config.codebook_size)
+        print("\n".join([describe(report), *map(str, written)]))
+
+
+@dataclass(frozen=True)
 class Info:
     """Say what a checkpoint holds: networks and their sizes, steps, data and settings.
 
@@ -346,6 +394,7 @@ COMMANDS = {
     "sample": Sample,
     "reconstruct": Reconstruct,
     "tokenize": Tokenize,
+    "evaluate-ar": EvaluateAr,
     "info": Info,
     "import": Import,
     "export": Export,

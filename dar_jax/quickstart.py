@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import math
 import os
 import time
 from collections.abc import Callable
@@ -31,12 +30,12 @@ from dar_jax.data.sources import open_source
 from dar_jax.errors import InputError
 from dar_jax.evaluation import pictures
 from dar_jax.evaluation.generate import sample
+from dar_jax.evaluation.likelihood import score
 from dar_jax.evaluation.loading import Trained, load_sampler, load_tokenizer, to_host
 from dar_jax.evaluation.progress import Progress
 from dar_jax.evaluation.reconstruct import codebook_usage, encode, reconstruct
 from dar_jax.evaluation.tokenize import tokenize
 from dar_jax.files import write_json
-from dar_jax.objectives import next_token_loss
 from dar_jax.training import checkpoint
 from dar_jax.training.experiment import Experiment
 from dar_jax.training.loop import train
@@ -161,7 +160,7 @@ def _evaluate(workdir: Path) -> dict[str, float]:
     return {
         "reconstruction_psnr": float(result.psnr.mean()),
         "codebook_usage": codebook_usage(encode(trained, images, 250), trained.config.codebook_size),
-        "bits_per_token": _bits_per_token(trained, result.codes, held_out_labels),
+        "bits_per_token": float(_bits(trained, result.codes, held_out_labels).mean()),
         "class_accuracy": float(np.mean(read(previews[-1]) == wanted)),
         "reconstruction_accuracy": float(np.mean(read(result.images) == held_out_labels)),
         "real_accuracy": float(np.mean(read(held_out) == held_out_labels)),
@@ -229,12 +228,7 @@ def _classifier(images: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray]
     return lambda images: classifier.predict(features(images))
 
 
-def _bits_per_token(trained: Trained, codes: np.ndarray, labels: np.ndarray) -> float:
-    """What the transformer takes to write down codes [N, T] of images of these labels [N], given the label."""
-
-    @jax.jit
-    def nats(params: dict, codes: jax.Array, labels: jax.Array) -> jax.Array:
-        return next_token_loss(trained.networks.llama, params, codes, labels)[0]
-
+def _bits(trained: Trained, codes: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """What the transformer takes to write down each of the codes [N, T] of images of these labels [N], given the label."""
     with jax.set_mesh(trained.mesh):
-        return float(to_host(nats(trained.params["llama"], codes, labels.astype(np.int32)))) / math.log(2)
+        return to_host(score(trained.networks.llama, trained.params["llama"], codes, labels.astype(np.int32))[0])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dar_jax.config import DataConfig, LlamaConfig, MeshConfig, SamplingConfig, TokenizerTraining, TransformerTraining
+from dar_jax.config import DataConfig, MeshConfig, SamplingConfig, TransformerTraining
 from dar_jax.data import codes
 from dar_jax.data.sources import open_source
 from dar_jax.data.transforms import ten_crops
@@ -17,8 +17,6 @@ from dar_jax.evaluation.loading import find, find_transformer, load_sampler, loa
 from dar_jax.evaluation.pictures import to_uint8
 from dar_jax.evaluation.reconstruct import encode, psnr, reconstruct
 from dar_jax.evaluation.tokenize import tokenize
-from dar_jax.llama import Llama
-from dar_jax.training.checkpoint import save_for_inference
 from dar_jax.training.experiment import Experiment
 
 NAMES = tuple("0123456789")
@@ -28,22 +26,8 @@ LABELS, SEEDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [8, 9, 7, 9, 3, 2, 3, 8, 4, 6
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, tiny_tokenizer):
-    """The folder of a transformer's run."""
-    folder = tmp_path_factory.mktemp("run")
-    tokenizer, params = tiny_tokenizer()
-    save_for_inference(folder / "tokenizer", TokenizerTraining(model=tokenizer.config, data=DIGITS), params, 1, NAMES)
-    config = LlamaConfig(layers=1, heads=2, width=16, mlp_multiple=8, num_tokens=16, vocab_size=64, num_classes=10)
-    inputs = (jnp.zeros(1, jnp.int32), jnp.zeros((1, 16), jnp.int32))
-    params = jax.jit(Llama(config).init)(jax.random.key(2), *inputs)["params"]
-    params |= {"output": 0.3 * jax.random.normal(jax.random.key(3), params["output"].shape)}
-    save_for_inference(folder, TransformerTraining(name="tiny", model=config, data=DIGITS, sampling=SAMPLING), params, 1, NAMES)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trained(run):
-    return load_sampler(run)
+def trained(tiny_run):
+    return load_sampler(tiny_run)
 
 
 @pytest.fixture(scope="module")
@@ -103,23 +87,23 @@ def test_start_image_shows_through(trained):
     assert (one[0].astype(float) - other[0])[:, image[..., 0] > 0].mean() > 20
 
 
-def test_guidance_of_an_experiment_is_used(run):
+def test_guidance_of_an_experiment_is_used(tiny_run):
     experiment = Experiment(TransformerTraining(), guidance=lambda tokens, first, last: np.ones(tokens))
-    tokens, _ = draw(load_sampler(run, experiment))
-    unguided, _ = draw(load_sampler(run), sampling=dataclasses.replace(SAMPLING, guidance=(1.0, 1.0)))
+    tokens, _ = draw(load_sampler(tiny_run, experiment))
+    unguided, _ = draw(load_sampler(tiny_run), sampling=dataclasses.replace(SAMPLING, guidance=(1.0, 1.0)))
     np.testing.assert_array_equal(tokens, unguided)
-    assert (tokens != draw(load_sampler(run))[0]).any()
+    assert (tokens != draw(load_sampler(tiny_run))[0]).any()
 
 
-def test_higher_resolution(run, trained):
-    request = make_request(find(run), ["3"], [1], SAMPLING, resolution=16, output_resolution=12)
+def test_higher_resolution(tiny_run, trained):
+    request = make_request(find(tiny_run), ["3"], [1], SAMPLING, resolution=16, output_resolution=12)
     tokens, images = draw(trained.with_tokenizer(request.tokenizer), [3], [1], batch_size=8)
     np.testing.assert_array_equal(tokens, draw(trained, [3], [1], batch_size=8)[0])
     assert images.shape[1:] == (1, 12, 12, 1)
 
 
-def test_request(run):
-    found = find_transformer(run)
+def test_request(tiny_run):
+    found = find_transformer(tiny_run)
     request = make_request(found, ["3", "7"], [1], SAMPLING, prefix_tokens=[5, 6, 7], prefix_length=2)
     assert (request.labels, request.seeds) == ((3, 7), (1, 1))
     np.testing.assert_array_equal(request.prefix, [5, 6])
@@ -142,14 +126,14 @@ def test_request(run):
         ("output resolution 9 should be 1 .. 8", {"output_resolution": 9}),
     ],
 )
-def test_request_that_does_not_fit(run, message, given):
+def test_request_that_does_not_fit(tiny_run, message, given):
     with pytest.raises(InputError, match=message):
-        make_request(find(run), ["3"], [1], SAMPLING, **given)
+        make_request(find(tiny_run), ["3"], [1], SAMPLING, **given)
 
 
-def test_start_step_without_an_image(run):
+def test_start_step_without_an_image(tiny_run):
     with pytest.raises(InputError, match="start_step is 2"):
-        make_request(find(run), ["3"], [1], SamplingConfig(start_step=2))
+        make_request(find(tiny_run), ["3"], [1], SamplingConfig(start_step=2))
 
 
 def test_class_number():
@@ -172,12 +156,12 @@ def test_pair():
         pair([3], [-1])
 
 
-def test_kinds_of_checkpoints(run):
-    assert find(run).transformer.config.name == "tiny"
-    assert find(run / "tokenizer").transformer is None
+def test_kinds_of_checkpoints(tiny_run):
+    assert find(tiny_run).transformer.config.name == "tiny"
+    assert find(tiny_run / "tokenizer").transformer is None
     with pytest.raises(InputError, match="holds a tokenizer"):
-        find_transformer(run / "tokenizer")
-    assert load_tokenizer(run).config == load_tokenizer(run / "tokenizer").config
+        find_transformer(tiny_run / "tokenizer")
+    assert load_tokenizer(tiny_run).config == load_tokenizer(tiny_run / "tokenizer").config
 
 
 def test_mesh_of_a_run_on_other_devices():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,15 +26,13 @@ from dar_jax.training.state import abstract_state, make_optimizer
 GREEDY = SamplingConfig(guidance=(4.0, 4.0), temperature=0.0)
 
 
+GOLDEN = Path(__file__).parent / "golden"
+
+
 @pytest.fixture(scope="module")
-def files(golden):
-    """(tokenizer's file, transformer's file, expected values by kind, what makes inputs)."""
-    paths = [golden / f"{kind}_checkpoint.pt" for kind in ("tokenizer", "ar")]
-    if not all(path.exists() for path in paths):
-        pytest.skip("this folder holds no checkpoints")
-    expected = {path.stem: dict(np.load(path.with_suffix(".npz"))) for path in paths}
-    seed, rules = json.loads((golden / "checkpoints.json").read_text())["seed"], load_rules(golden)
-    return *paths, expected, lambda name, *arguments: getattr(rules, name)(seed, *arguments)
+def files():
+    """The small tokenizer's and transformer's file."""
+    return GOLDEN / "tokenizer_checkpoint.pt", GOLDEN / "ar_checkpoint.pt"
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +41,19 @@ def imported(files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("imported") / "run"
     import_checkpoint(files[1], folder, tokenizer=files[0])
     return folder
+
+
+@pytest.fixture(scope="module")
+def parity(golden, tmp_path_factory):
+    """(what was imported from the folder of parity cases, expected values by kind, what makes inputs)."""
+    paths = [golden / f"{kind}_checkpoint.pt" for kind in ("tokenizer", "ar")]
+    if not all(path.exists() for path in paths):
+        pytest.skip("this folder holds no checkpoints")
+    expected = {path.stem: dict(np.load(path.with_suffix(".npz"))) for path in paths}
+    seed, rules = json.loads((golden / "checkpoints.json").read_text())["seed"], load_rules(golden)
+    folder = tmp_path_factory.mktemp("parity") / "run"
+    import_checkpoint(paths[1], folder, tokenizer=paths[0])
+    return folder, expected, lambda name, *arguments: getattr(rules, name)(seed, *arguments)
 
 
 def plain(tensors):
@@ -55,9 +67,9 @@ def assert_same(tensors, others):
         np.testing.assert_array_equal(tensor, others[name], err_msg=name)
 
 
-def test_an_imported_tokenizer_gives_the_stored_numbers(files, imported):
-    *_, expected, inputs = files
-    trained = load_tokenizer(imported)
+def test_an_imported_tokenizer_gives_the_stored_numbers(parity):
+    folder, expected, inputs = parity
+    trained = load_tokenizer(folder)
     config = trained.config
     batch = len(expected["tokenizer_checkpoint"]["codes"])
     images = inputs("smooth_images", "images", batch, config.image_size).transpose(0, 2, 3, 1)
@@ -72,9 +84,9 @@ def test_an_imported_tokenizer_gives_the_stored_numbers(files, imported):
     np.testing.assert_allclose(np.asarray(decoded).transpose(0, 3, 1, 2)[:, :, ::step, ::step], stored, rtol=0, atol=2e-4)
 
 
-def test_an_imported_transformer_gives_the_stored_tokens(files, imported):
-    expected = files[2]["ar_checkpoint"]
-    trained = load_sampler(imported)
+def test_an_imported_transformer_gives_the_stored_tokens(parity):
+    expected = parity[1]["ar_checkpoint"]
+    trained = load_sampler(parity[0])
     settings = make_settings(GREEDY, trained.config)
     labels = jnp.asarray(expected["labels"])
     samples = generate(trained.networks, trained.params, settings, labels, jnp.arange(len(labels)))
@@ -218,7 +230,7 @@ def test_unfit_files_are_refused_in_one_line(files, tmp_path, capsys, change, co
 
 
 def test_what_does_not_fit_together_is_refused(files, imported, tmp_path):
-    tokenizer, transformer = files[:2]
+    tokenizer, transformer = files
     with pytest.raises(InputError, match="already holds a run"):
         import_checkpoint(transformer, imported)
     with pytest.raises(InputError, match="is a transformer, not a tokenizer"):
