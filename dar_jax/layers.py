@@ -237,17 +237,23 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
 
 
-def resize_bicubic(images: Array, height: int, width: int) -> Array:
+def resize_bicubic(images: Array, height: int, width: int, scale: tuple[float, float] | None = None) -> Array:
     """Bicubic resizing as PyTorch's `interpolate` does it: a = -0.75, no antialiasing, half-pixel centres, edges repeated.
 
-    Args: images [B, H, W, C] float32. Returns [B, height, width, C].
+    Args:
+      images: [B, H, W, C] float32.
+      scale: enlargement of rows and columns by which pixels are placed (PyTorch's `scale_factor`), where it is not exactly
+        height / H and width / W.
+
+    Returns: [B, height, width, C].
     """
-    rows, columns = (_bicubic_matrix(*sizes) for sizes in ((images.shape[1], height), (images.shape[2], width)))
+    factors = (height / images.shape[1], width / images.shape[2]) if scale is None else scale
+    rows, columns = map(_bicubic_matrix, images.shape[1:3], (height, width), factors)
     return jnp.einsum("oh,bhwc,pw->bopc", rows, images, columns, precision=jax.lax.Precision.HIGHEST)
 
 
-def _bicubic_matrix(size: int, wanted: int, a: float = -0.75) -> np.ndarray:
-    position = (np.arange(wanted) + 0.5) * size / wanted - 0.5
+def _bicubic_matrix(size: int, wanted: int, scale: float, a: float = -0.75) -> np.ndarray:
+    position = (np.arange(wanted) + 0.5) / scale - 0.5
     first = np.floor(position).astype(int)
     matrix = np.zeros((wanted, size), np.float32)
     for offset in range(-1, 3):

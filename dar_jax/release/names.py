@@ -100,19 +100,23 @@ class Entry:
     layers: int | None = None
 
 
-def _entries(theirs: str, ours: str, table: list[tuple], layers: int | None = None) -> list[Entry]:
+def prefixed(theirs: str, ours: str, table: list[tuple], layers: int | None = None) -> list[Entry]:
+    """Entries from rows (their name or names, our path, layout), with what stands before the names on each side."""
+
     def names(name):
         return tuple(theirs + n for n in ((name,) if isinstance(name, str) else name))
 
     return [Entry(names(name), ours + path, layout, layers) for name, path, layout in table]
 
 
-def _linear(theirs: str, ours: str, ones: int = 0, bias: bool = True) -> list[tuple]:
+def linear(theirs: str, ours: str, ones: int = 0, bias: bool = True) -> list[tuple]:
+    """The rows of a linear, which is a 1x1 convolution there if `ones` is 2."""
     weight = [(f"{theirs}.weight", f"{ours}/kernel", Matrix(ones=ones))]
     return weight + ([(f"{theirs}.bias", f"{ours}/bias", Flat())] if bias else [])
 
 
-def _norm(theirs: str, ours: str) -> list[tuple]:
+def norm(theirs: str, ours: str) -> list[tuple]:
+    """The rows of an affine norm."""
     return [(f"{theirs}.weight", f"{ours}/scale", Same()), (f"{theirs}.bias", f"{ours}/bias", Same())]
 
 
@@ -127,25 +131,25 @@ def _attention(theirs: str, ours: str) -> list[tuple]:
         (f"{theirs}.proj.weight", f"{ours}/out/kernel", Matrix(inputs=2)),
         (f"{theirs}.proj.bias", f"{ours}/out/bias", Same()),
     ]
-    return table + _norm(f"{theirs}.q_norm", f"{ours}/q_norm") + _norm(f"{theirs}.k_norm", f"{ours}/k_norm")
+    return table + norm(f"{theirs}.q_norm", f"{ours}/q_norm") + norm(f"{theirs}.k_norm", f"{ours}/k_norm")
 
 
-_MLP = _linear("mlp.fc1", "mlp/in") + _linear("mlp.fc2", "mlp/out")
+_MLP = linear("mlp.fc1", "mlp/in") + linear("mlp.fc2", "mlp/out")
 _BLOCK = (
     [("gate1", "gate1", Same()), ("gate2", "gate2", Same())]
     + _attention("attention", "attention")
     + _MLP
-    + _norm("norm1", "norm1")
-    + _norm("norm2", "norm2")
+    + norm("norm1", "norm1")
+    + norm("norm2", "norm2")
 )
-_TIME = _linear("time_embed.mlp.0", "time_embedding/in") + _linear("time_embed.mlp.2", "time_embedding/out")
+_TIME = linear("time_embed.mlp.0", "time_embedding/in") + linear("time_embed.mlp.2", "time_embedding/out")
 _VELOCITY_BLOCK = (
     _attention("attention", "attention")
     + _attention("cross_attn", "cross_attention")
     + _MLP
-    + _linear("adaLN_modulation.1", "modulation")
-    + _linear("cond_embed.0", "condition_embedding/in")
-    + _linear("cond_embed.2", "condition_embedding/out")
+    + linear("adaLN_modulation.1", "modulation")
+    + linear("cond_embed.0", "condition_embedding/in")
+    + linear("cond_embed.2", "condition_embedding/out")
 )
 
 
@@ -156,32 +160,32 @@ def tokenizer_entries(config: TokenizerConfig) -> list[Entry]:
         ("patchify.weight", "encoder/patchify/kernel", Convolution()),
         ("patchify.bias", "encoder/patchify/bias", Same()),
         ("query_embedding.weight", "encoder/query_table", Same()),
-        *_linear("quant_in_conv", "encoder/to_code", ones=2, bias=False),
-        *_linear("quant_out_conv", "token_decoder/from_code", ones=2, bias=False),
+        *linear("quant_in_conv", "encoder/to_code", ones=2, bias=False),
+        *linear("quant_out_conv", "token_decoder/from_code", ones=2, bias=False),
         ("decoder_embedding.weight", "token_decoder/position_table", Same()),
     ]
     if config.query_low_rank:
-        table += _linear("query_linear", "encoder/query_linear")
+        table += linear("query_linear", "encoder/query_linear")
     if config.vq_enable:
         table += [("quantize.embedding.weight", "quantizer/codebook", Same())]
-    entries = _entries("", "", table)
-    entries += _entries("encoder_layers.{i}.", "encoder/blocks/", _BLOCK, config.encoder_layers)
-    entries += _entries("decoder_layers.{i}.", "token_decoder/blocks/", _BLOCK, config.decoder_layers)
+    entries = prefixed("", "", table)
+    entries += prefixed("encoder_layers.{i}.", "encoder/blocks/", _BLOCK, config.encoder_layers)
+    entries += prefixed("decoder_layers.{i}.", "token_decoder/blocks/", _BLOCK, config.decoder_layers)
 
-    net = [*_linear("cond_mlp", "condition_in"), *_linear("conv_in", "patch_in", ones=2)]
+    net = [*linear("cond_mlp", "condition_in"), *linear("conv_in", "patch_in", ones=2)]
     if velocity.mlp_head:
-        net += _linear("linear_out.linear", "patch_out")
-        net += _linear("linear_out.adaLN_modulation.1", "head_modulation")
+        net += linear("linear_out.linear", "patch_out")
+        net += linear("linear_out.adaLN_modulation.1", "head_modulation")
     else:
-        net += _linear("conv_out", "patch_out", ones=2)
+        net += linear("conv_out", "patch_out", ones=2)
     if velocity.share_time_encoding:
         net += _TIME
     if velocity.repa_layer is not None:
         for index in range(3):
-            net += _linear(f"repa_out.{2 * index}", f"repa/linear{index}")
-    entries += _entries("diff_decoder.net.", "velocity/", net)
+            net += linear(f"repa_out.{2 * index}", f"repa/linear{index}")
+    entries += prefixed("diff_decoder.net.", "velocity/", net)
     block = _VELOCITY_BLOCK + ([] if velocity.share_time_encoding else _TIME)
-    return entries + _entries("diff_decoder.net.blocks.{i}.", "velocity/blocks/", block, velocity.layers)
+    return entries + prefixed("diff_decoder.net.blocks.{i}.", "velocity/blocks/", block, velocity.layers)
 
 
 def llama_entries(config: LlamaConfig) -> list[Entry]:
@@ -200,4 +204,4 @@ def llama_entries(config: LlamaConfig) -> list[Entry]:
         ("norm.weight", "norm/scale", Same()),
         ("output.weight", "output", Matrix()),
     ]
-    return _entries("", "", table) + _entries("layers.{i}.", "blocks/", block, config.layers)
+    return prefixed("", "", table) + prefixed("layers.{i}.", "blocks/", block, config.layers)

@@ -8,12 +8,14 @@ Three containers are read: the zip archive of today's `torch.save` and of TorchS
 storages, and a bare pickle (of NumPy arrays, as JAX ports of weights use).
 """
 
+import dataclasses
 import io
 import math
 import mmap
 import os
 import pickletools
 import struct
+import types
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -26,9 +28,13 @@ from dar_jax.errors import InputError
 from dar_jax.files import replacing
 
 STREAM_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of the older format
-MAX_OPCODES = 2_000_000  # the files this is for need about a hundred thousand
+MAX_STEPS = 500_000  # of a pickle: opcodes and copied items; the files this is for need about a hundred thousand
+MAX_DEPTH = 100  # of dicts, lists and tuples within each other
 MAX_REPEATS = 8  # tensors may share storage, but not claim more than this many times the file's size
 MAX_RANK = 32
+MAX_DIRECTORY = 1 << 20  # bytes of a zip archive's list of entries, which needs less than a hundred an entry
+MAX_NAME = 500  # characters
+MAX_ARGUMENTS = 8  # of a call
 DTYPES = {
     "FloatStorage": np.dtype("<f4"),
     "DoubleStorage": np.dtype("<f8"),
@@ -41,6 +47,7 @@ DTYPES = {
     "ByteStorage": np.dtype("u1"),
     "BoolStorage": np.dtype("?"),
 }
+NUMPY_DTYPES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")
 
 
 class Record(dict):
@@ -52,12 +59,13 @@ def read(path: str | os.PathLike) -> Any:
 
     Returns dicts, lists, tuples, numbers, strings, `Record`s, and for tensors read-only NumPy arrays that are mapped to the
     file (bfloat16 is that of ml_dtypes). A TorchScript archive gives a flat dict: its modules' tensors by their dotted names
-    and its constants as CONSTANTS.c0, CONSTANTS.c1, ...
+    and its constants as CONSTANTS.c0, CONSTANTS.c1, ... What is returned is a tree without cycles, not deeper than MAX_DEPTH
+    and with at most MAX_STEPS values, so that it can be walked through, copied and printed.
 
     Raises InputError where the file names anything but known harmless types, is damaged, or is something else; OSError where it
     cannot be opened.
     """
-    with open(path, "rb") as file:
+    with _File(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size == 0:
             raise InputError(f"{path} is empty")
@@ -65,9 +73,9 @@ def read(path: str | os.PathLike) -> Any:
         try:
             return _read(file, mapped)
         except InputError as error:
-            raise InputError(f"{path}: {error}") from error
+            raise InputError(f"{path}: {_one_line(error)}") from error
         except Exception as error:  # whatever parsing a hostile file may raise
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:150]
+            reason = f"{type(error).__name__}: {_one_line(error)}"
             raise InputError(f"{path} is damaged or no file of PyTorch ({reason})") from error
 
 
@@ -87,16 +95,29 @@ def write(path: str | os.PathLike, contents: Any) -> None:
         _store(archive, "archive/version", np.frombuffer(b"3\n", np.uint8))
 
 
+class _File(io.FileIO):
+    """A file that does not let `zipfile` read more at a time than a list of entries may take."""
+
+    def read(self, size: int = -1) -> bytes:
+        _require(size <= MAX_DIRECTORY, "its list of entries has no end")
+        return super().read(size)
+
+
+def _one_line(error: Exception) -> str:
+    """The message of an error, which may quote names from a hostile file."""
+    return "".join(character if character.isprintable() else "?" for character in str(error)[:200])
+
+
 def _read(file: BinaryIO, mapped: mmap.mmap) -> Any:
     if mapped[:4] == b"PK\x03\x04":
         return _read_zip(zipfile.ZipFile(file), mapped)
     if mapped[:1] != b"\x80":
         raise InputError("neither a zip archive nor a pickle; this is no file of PyTorch")
     first = _unpickle(pickletools.genops(mapped), _Tensors(len(mapped)))
-    if first != STREAM_MAGIC:
-        _require(mapped.tell() == len(mapped), f"{len(mapped) - mapped.tell()} bytes follow the pickle")
-        return first
-    return _read_stream(mapped)
+    if isinstance(first, int) and first == STREAM_MAGIC:
+        return _read_stream(mapped)
+    _require(mapped.tell() == len(mapped), f"{len(mapped) - mapped.tell()} bytes follow the pickle")
+    return first
 
 
 # --- containers ------------------------------------------------------------------------------------------------------------
@@ -105,8 +126,10 @@ def _read(file: BinaryIO, mapped: mmap.mmap) -> Any:
 def _read_zip(archive: zipfile.ZipFile, mapped: mmap.mmap) -> Any:
     entries = {info.filename: info for info in archive.infolist()}
     _require(len(entries) == len(archive.infolist()), "two entries have the same name")
+    # Entries that overlap would let a small file keep the checksums busy for ever.
+    _require(sum(info.compress_size for info in entries.values()) <= len(mapped), "its entries are larger than the file")
     pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
-    _require(len(pickles) == 1, "there is no data.pkl in the archive")
+    _require(len(pickles) == 1, f"the archive has {len(pickles)} files data.pkl, not one")
     root = pickles[0].removesuffix("data.pkl")
     tensors = _Tensors(len(mapped))
 
@@ -115,18 +138,18 @@ def _read_zip(archive: zipfile.ZipFile, mapped: mmap.mmap) -> Any:
         return _stored(entries[root + name], mapped)
 
     if root + "byteorder" in entries:
-        _require(bytes(content("byteorder")) == b"little", "it was written on a big-endian machine")
+        _require(content("byteorder") == b"little", "it was written on a big-endian machine")
 
     def load(name: str, folder: str, torchscript: bool) -> Any:
         loaded: dict[str, memoryview] = {}
 
-        def storage(dtype: np.dtype, key: str, count: int) -> np.ndarray:
+        def storage(dtype: np.dtype, key: str, count: int) -> memoryview:
             if key not in loaded:
                 loaded[key] = content(f"{folder}/{key}")
             _require(
                 len(loaded[key]) == count * dtype.itemsize, f"storage {key} has {len(loaded[key])} bytes, not as announced"
             )
-            return np.frombuffer(loaded[key], dtype)
+            return loaded[key]
 
         operations = pickletools.genops(io.BytesIO(content(name)))
         return _unpickle(operations, tensors.of(storage), torchscript)
@@ -134,7 +157,7 @@ def _read_zip(archive: zipfile.ZipFile, mapped: mmap.mmap) -> Any:
     if root + "constants.pkl" not in entries:
         return load("data.pkl", "data", torchscript=False)
     constants = load("constants.pkl", "constants", torchscript=True)
-    named = {f"CONSTANTS.c{i}": value for i, value in enumerate(constants) if isinstance(value, np.ndarray)}
+    named = {f"CONSTANTS.c{i}": value for i, value in enumerate(_only(tuple, constants)) if isinstance(value, np.ndarray)}
     return _tensors_by_name(load("data.pkl", "data", torchscript=True)) | named
 
 
@@ -142,6 +165,7 @@ def _stored(info: zipfile.ZipInfo, mapped: mmap.mmap) -> memoryview:
     """The bytes of an entry, in place. Archives of PyTorch are not compressed, so an entry cannot be larger than the file."""
     name = info.filename
     _require(info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1, f"{name} is compressed or encrypted")
+    _require(info.compress_size == info.file_size, f"{name} has two sizes")
     _require(info.header_offset >= 0, f"{name} is not where the archive says")
     header = mapped[info.header_offset : info.header_offset + 30]
     _require(len(header) == 30 and header[:4] == b"PK\x03\x04", f"{name} is not where the archive says")
@@ -156,8 +180,8 @@ def _stored(info: zipfile.ZipInfo, mapped: mmap.mmap) -> memoryview:
 def _read_stream(mapped: mmap.mmap) -> Any:
     """The older format: magic number, version, machine, contents, list of storages, each a pickle; then the storages."""
     version, machine = (_unpickle(pickletools.genops(mapped), _Tensors(len(mapped))) for _ in range(2))
-    _require(version == 1001, f"version {version} of the format is not known")
-    _require(machine.get("little_endian") is True, "it was written on a big-endian machine")
+    _require(isinstance(version, int) and version == 1001, "this version of the format is not known")
+    _require(_only(dict, machine).get("little_endian") is True, "it was written on a big-endian machine")
     start = mapped.tell()
 
     # The contents name storages that come after them, whose places follow from their types: so they are gone through twice.
@@ -176,20 +200,20 @@ def _read_stream(mapped: mmap.mmap) -> Any:
         _require(mapped[position : position + 8] == struct.pack("<q", count), f"storage {key} has not the announced size")
         position += 8 + count * dtype.itemsize
         _require(position <= len(mapped), f"storage {key} reaches beyond the end of the file")
-        storages[key] = np.frombuffer(mapped, dtype, count, position - count * dtype.itemsize)
+        storages[key] = memoryview(mapped)[position - count * dtype.itemsize : position]
     _require(position == len(mapped), f"{len(mapped) - position} bytes follow the last storage")
     mapped.seek(start)
     return _unpickle(pickletools.genops(mapped), _Tensors(len(mapped)).of(lambda dtype, key, count: storages[key]))
 
 
-def _tensors_by_name(module: Any, limit: int = 100_000) -> dict[str, np.ndarray]:
+def _tensors_by_name(module: Any) -> dict[str, np.ndarray]:
     """The tensors of a tree of modules by dotted names."""
     tensors, pending = {}, [("", module)]
     while pending:
         name, value = pending.pop()
-        limit -= 1
-        _require(limit > 0, "the modules are nested without end")
+        _require(len(name) <= MAX_NAME, "a name of a tensor has no end")
         if isinstance(value, np.ndarray):
+            _require(name not in tensors, "two tensors have the same name")
             tensors[name] = value
         elif isinstance(value, Record):
             pending.extend((f"{name}.{key}".lstrip("."), item) for key, item in reversed(value.items()))
@@ -203,46 +227,74 @@ class _Global(str):
     """The name of something that a pickle refers to."""
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Storage:
+    """The numbers of one or more tensors."""
+
+    dtype: np.dtype
+    content: memoryview | None  # bytes; None where their place in the file is not known yet
+
+
 class _Tensors:
     """Makes arrays of storages. All tensors of a file together are limited to a multiple of its size."""
 
     def __init__(self, file_size: int):
         self.left = MAX_REPEATS * file_size
-        self.storage: Callable[[np.dtype, str, int], np.ndarray | None] | None = None
+        self.content: Callable[[np.dtype, str, int], memoryview | None] | None = None
 
-    def of(self, storage: Callable[[np.dtype, str, int], np.ndarray | None]) -> "_Tensors":
-        """Sets where storages come from: (dtype, key, number of elements) -> 1-D array, or None where it is not yet known."""
-        self.storage = storage
+    def of(self, content: Callable[[np.dtype, str, int], memoryview | None]) -> "_Tensors":
+        """Sets where storages come from: (dtype, key, number of elements) -> bytes, or None where they are not yet known."""
+        self.content = content
         return self
 
-    def open(self, identity: Any) -> np.ndarray | None:
+    def spend(self, size: int) -> None:
+        self.left -= size
+        _require(self.left >= 0, f"its contents claim more than {MAX_REPEATS} times the size of the file")
+
+    def open(self, identity: Any) -> _Storage:
         """The storage that a persistent id of a pickle names, ("storage", type, key, device, elements[, view])."""
-        _require(self.storage is not None and isinstance(identity, tuple) and len(identity) in (5, 6), "unknown persistent id")
+        _require(self.content is not None and isinstance(identity, tuple) and len(identity) in (5, 6), "unknown persistent id")
         tag, kind, key, _, count, *view = identity
         kind = kind.removeprefix("torch.") if isinstance(kind, _Global) else None
-        _require(tag == "storage" and kind in DTYPES, "a storage is of no known type")
-        _require(isinstance(key, str) and type(count) is int and count >= 0, "a storage has no proper name and size")
-        array = self.storage(DTYPES[kind], key, count)
-        if view and view[0] is not None and array is not None:
-            _, offset, length = view[0]
-            array = self.view(array, offset, (length,), (1,))
-        return array
+        _require(isinstance(tag, str) and tag == "storage" and kind in DTYPES, "a storage is of no known type")
+        _require(isinstance(key, str) and _is_size(count), "a storage has no proper name and size")
+        dtype = DTYPES[kind]
+        content = self.content(dtype, key, count)
+        if view and view[0] is not None:
+            _, offset, length = _only(tuple, view[0])
+            _require(_is_size(offset) and _is_size(length) and offset + length <= count, "a storage reaches beyond its end")
+            content = content and content[offset * dtype.itemsize : (offset + length) * dtype.itemsize]
+        return _Storage(dtype, content)
 
-    def view(self, storage: np.ndarray | None, offset: Any, size: Any, stride: Any) -> np.ndarray | None:
+    def rebuild(self, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> np.ndarray | None:
         """A tensor in a storage; offset and strides count elements."""
-        numbers = (offset, *size, *stride)
-        _require(all(type(n) is int and 0 <= n < 2**62 for n in numbers), "a tensor has no proper shape")
-        _require(len(size) == len(stride) <= MAX_RANK, "a tensor has no proper shape")
-        if storage is None:
+        # A tensor in place of a storage would be dangerous: it can have more elements than there are bytes behind it.
+        storage = _only(_Storage, storage)
+        _require(len(_only(tuple, size)) == len(_only(tuple, stride)) <= MAX_RANK, "a tensor has no proper shape")
+        _require(all(map(_is_size, (offset, *size, *stride))), "a tensor has no proper shape")
+        if storage.content is None:
             return None
-        if math.prod(size) == 0:
+        itemsize, count = storage.dtype.itemsize, math.prod(size)
+        if count == 0:
             return np.zeros(size, storage.dtype)
         last = offset + sum((n - 1) * step for n, step in zip(size, stride))
-        _require(last < len(storage), "a tensor reaches beyond the end of its storage")
-        self.left -= math.prod(size) * storage.itemsize
-        _require(self.left >= 0, f"the tensors claim more than {MAX_REPEATS} times the size of the file")
-        strides = [step * storage.itemsize for step in stride]
-        return np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False)
+        _require(last < len(storage.content) // itemsize, "a tensor reaches beyond the end of its storage")
+        self.spend(count * itemsize)
+        strides = [step * itemsize if n > 1 else 0 for n, step in zip(size, stride)]
+        array = np.ndarray(size, storage.dtype, storage.content, offset * itemsize, strides)
+        # NumPy relies on that when it counts truth values and indexes with them.
+        _require(array.dtype != bool or array.view(np.uint8).max() <= 1, "a truth value is neither 0 nor 1")
+        return array
+
+    def encode(self, text: Any, encoding: Any) -> bytes:
+        """Bytes, as protocol 2 stores them: `_codecs.encode(text, "latin1")`."""
+        _require(_only(str, encoding) == "latin1", "it has bytes of no known encoding")
+        self.spend(len(_only(str, text)))
+        return text.encode("latin1")
+
+
+def _is_size(number: Any) -> bool:
+    return type(number) is int and 0 <= number < 2**62
 
 
 class _NumpyArray:
@@ -250,41 +302,46 @@ class _NumpyArray:
 
     value: np.ndarray | None = None
 
+    def set(self, state: Any) -> None:
+        _, shape, dtype, fortran, content = _only(tuple, state)
+        self.value = _only(_NumpyDtype, dtype).array(content, shape, "F" if fortran is True else "C")
+
 
 class _NumpyDtype:
     """A NumPy dtype of plain numbers, little-endian."""
 
     def __init__(self, name: Any, *_: Any):
-        _require(isinstance(name, str), "a NumPy array is of no known type")
-        self.value = np.dtype(name)
-        _require(self.value.kind in "biuf", f"NumPy arrays of {self.value} are not read")
+        _require(_only(str, name) in NUMPY_DTYPES, f"NumPy arrays of type {name[:100]} are not read")
+        self.value = np.dtype(f"<{name}")
 
     def set(self, state: Any) -> None:
-        _require(state[1] in ("<", "|"), "a NumPy array is big-endian")
+        _require(_only(str, _only(tuple, state)[1]) in ("<", "|"), "a NumPy array is big-endian")
 
-    def array(self, content: Any, shape: Any, fortran: bool) -> np.ndarray:
-        _require(isinstance(content, bytes) and isinstance(shape, tuple), "a NumPy array has no content")
-        return np.frombuffer(content, self.value).reshape(shape, order="F" if fortran else "C")
+    def array(self, content: Any, shape: Any, order: str = "C") -> np.ndarray:
+        _require(isinstance(content, bytes), "a NumPy array has no content")
+        _require(len(_only(tuple, shape)) <= MAX_RANK and all(map(_is_size, shape)), "a NumPy array has no proper shape")
+        return np.frombuffer(content, self.value).reshape(shape, order=order)
 
 
 _NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray")
 _LISTS = ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist", "restore_type_tag")
 # What a pickle may call, and what is done instead.
 _CALLS: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": lambda pairs=(): {_key(key): item for key, item in pairs},
+    "collections.OrderedDict": lambda pairs=(): {_key(key): item for key, item in _only(list | tuple, pairs)},
     "torch._utils._rebuild_parameter": lambda data, *_: data,
-    "torch.Size": lambda size: tuple(size),
+    "torch.Size": lambda size: tuple(_only(list | tuple, size)),
     "torch.device": lambda *device: device,
-    "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # how protocol 2 stores bytes
+    "__builtin__.bytes": lambda: b"",  # how protocol 2 stores no bytes
     "numpy.dtype": _NumpyDtype,
     **{f"{module}._reconstruct": lambda *_: _NumpyArray() for module in _NUMPY},
-    **{f"{module}.scalar": lambda dtype, content: dtype.array(content, (), False).item() for module in _NUMPY},
+    **{f"{module}.scalar": lambda dtype, content: _only(_NumpyDtype, dtype).array(content, ()).item() for module in _NUMPY},
 }
 _TORCHSCRIPT_CALLS = {f"torch.jit._pickle.{name}": lambda items, *_: items for name in _LISTS}
 _REBUILD = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor")
 _RECORDS = ("argparse.Namespace", "config_util.Config")
 _SCALARS = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 _VALUES = (*(f"torch.{name}" for name in (*DTYPES, *_SCALARS)), "numpy.ndarray")  # named, never called
+_LEAVES = (bool, int, float, str, bytes, np.ndarray, types.NoneType)
 
 
 def _unpickle(operations: Any, tensors: _Tensors, torchscript: bool = False) -> Any:
@@ -293,11 +350,17 @@ def _unpickle(operations: Any, tensors: _Tensors, torchscript: bool = False) -> 
     Values of a hostile pickle are neither hashed, compared nor printed before their type is known: tuples of tuples that share
     their parts can make each of these take for ever.
     """
-    calls = dict.fromkeys(_REBUILD, lambda storage, offset, size, stride, *_: tensors.view(storage, offset, size, stride))
-    calls |= _CALLS | (_TORCHSCRIPT_CALLS if torchscript else {})
+    calls = _CALLS | dict.fromkeys(_REBUILD, tensors.rebuild) | {"_codecs.encode": tensors.encode}
+    calls |= _TORCHSCRIPT_CALLS if torchscript else {}
+    steps = 0
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
+
+    def step(count: int = 1) -> None:
+        nonlocal steps
+        steps += count
+        _require(steps <= MAX_STEPS, "its description of the contents has no end")
 
     def is_record(name: str) -> bool:
         return name in _RECORDS or (torchscript and name.startswith("__torch__."))
@@ -313,8 +376,8 @@ def _unpickle(operations: Any, tensors: _Tensors, torchscript: bool = False) -> 
         del stack[start:]
         return items
 
-    for count, (opcode, value, _) in enumerate(operations):
-        _require(count < MAX_OPCODES, "its description of the contents has no end")
+    for opcode, value, _ in operations:
+        step()
         match opcode.name:
             case "BINGET" | "LONG_BINGET":
                 known = memo[value]
@@ -351,7 +414,7 @@ def _unpickle(operations: Any, tensors: _Tensors, torchscript: bool = False) -> 
                 _only(list, stack[-1]).extend(items)
             case "SETITEM":
                 item = stack.pop()
-                _only(dict, stack[-2]).update(_checked({_key(stack.pop()): item}))
+                _only(dict, stack[-2]).update({_key(stack.pop()): item})
             case "SETITEMS":
                 items = since_mark()
                 _only(dict, stack[-1]).update({_key(key): item for key, item in zip(items[::2], items[1::2], strict=True)})
@@ -363,57 +426,70 @@ def _unpickle(operations: Any, tensors: _Tensors, torchscript: bool = False) -> 
             case "BINPERSID":
                 stack.append(tensors.open(stack.pop()))
             case "NEWOBJ":
-                arguments = stack.pop()
-                _require(isinstance(stack[-1], _Global) and is_record(stack[-1]) and arguments == (), "an object is not plain")
+                _require(len(_only(tuple, stack.pop())) == 0, "an object is not plain")
+                _require(isinstance(stack[-1], _Global) and is_record(stack[-1]), "an object is not plain")
                 stack[-1] = Record()
             case "REDUCE":
-                arguments = stack.pop()
+                arguments = _only(tuple, stack.pop())
                 _require(isinstance(stack[-1], _Global) and stack[-1] in calls, "its pickle calls what cannot be called")
-                stack[-1] = calls[stack[-1]](*_only(tuple, arguments))
+                _require(len(arguments) <= MAX_ARGUMENTS, "its pickle contradicts itself")
+                step(sum(len(argument) for argument in arguments if isinstance(argument, list | tuple)))
+                stack[-1] = calls[stack[-1]](*arguments)
             case "BUILD":
-                state = stack.pop()
+                state = _only(dict | tuple, stack.pop())
+                step(len(state))
                 stack[-1] = _with_state(stack[-1], state)
             case "PROTO" | "FRAME":
                 pass
             case "POP":
                 stack.pop()
             case "STOP":
-                (result,) = stack
-                return result
+                _require(len(stack) == 1, "its pickle contradicts itself")
+                return _tree(stack[0])
             case name:
                 raise InputError(f"refused, because its pickle uses {name}, which is not needed for weights")
     raise InputError("its description of the contents is cut short")
 
 
-def _with_state(target: Any, state: Any) -> Any:
+def _with_state(target: Any, state: dict | tuple) -> Any:
     if isinstance(target, Record):
-        target.update(_checked(_only(dict, state)))
+        target.update(_only(dict, state))
     elif isinstance(target, _NumpyDtype):
         target.set(state)
     elif isinstance(target, _NumpyArray):
-        _, shape, dtype, fortran, content = state
-        target.value = dtype.array(content, shape, fortran)
+        target.set(state)
         return target.value
     else:  # an OrderedDict with attributes, of which state dicts have one: the versions of modules
-        _require(type(target) is dict and type(state) is dict and set(state) <= {"_metadata"}, "an object is not plain")
+        _require(type(target) is dict and set(_only(dict, state)) <= {"_metadata"}, "an object is not plain")
     return target
 
 
-def _only(kind: type, value: Any) -> Any:
-    _require(isinstance(value, kind), "its pickle contradicts itself")
+def _tree(contents: Any) -> Any:
+    """Refuses cycles, parts that are shared so often that they unfold to more than the file holds, and unfinished values."""
+    pending, values = [(contents, 0)], 0
+    while pending:
+        value, depth = pending.pop()
+        _require(depth <= MAX_DEPTH, "its contents are nested without end")
+        if isinstance(value, dict | list | tuple):
+            values += len(value)
+            _require(values <= MAX_STEPS, "its contents have no end")
+            parts = value.values() if isinstance(value, dict) else value
+            pending.extend((part, depth + 1) for part in parts)
+        else:
+            _require(isinstance(value, _LEAVES), "it contains what is neither a tensor nor plain data")
+    return contents
+
+
+def _only(kind: type | types.UnionType, value: Any) -> Any:
+    _require(isinstance(value, kind), f"its pickle contradicts itself: {type(value).__name__} in a wrong place")
     return value
 
 
 def _key(key: Any) -> Any:
-    # Nothing nested: hashing tuples within tuples can be made to take for ever.
-    _require(isinstance(key, str | int | float | bytes | None), "a dict has keys that are neither text nor numbers")
+    # Hashing tuples within tuples can be made to take for ever; so can large numbers, chosen to have the same hash.
+    proper = isinstance(key, str | bytes | None) or (isinstance(key, int) and 0 <= key < 2**16)
+    _require(proper, "a dict has keys that are neither text nor small numbers")
     return key
-
-
-def _checked(mapping: dict) -> dict:
-    for key in mapping:
-        _key(key)
-    return mapping
 
 
 def _require(condition: bool, message: str) -> None:

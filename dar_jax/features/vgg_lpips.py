@@ -1,0 +1,71 @@
+"""LPIPS: how different two images look, by the features of VGG16 (Zhang et al. 2018, arXiv 1801.03924).
+
+Everything is float32, and products are taken at the highest precision, so that TPUs and GPUs give the same numbers as a CPU.
+Shapes: B batch, H W pixels, C channels of a feature map.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dar_jax.errors import InputError
+from dar_jax.layers import Array
+
+# (convolutions, channels) of the stages; each but the first begins by halving the map, and the last activation is compared.
+STAGES = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
+SMALLEST = 2 ** (len(STAGES) - 1)  # pixels that leave one pixel in the last stage
+SHIFT = (-0.030, -0.088, -0.188)
+SCALE = (0.458, 0.448, 0.450)
+
+
+class Vgg16(nn.Module):
+    """The convolutions of VGG16 (Simonyan and Zisserman 2015) up to relu5_3."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> list[Array]:
+        """Normalised images [B, H, W, 3] -> relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3, each [B, H / 2^i, W / 2^i, C]."""
+        features = []
+        for stage, (count, channels) in enumerate(STAGES, 1):
+            x = x if stage == 1 else nn.max_pool(x, (2, 2), (2, 2))
+            for index in range(1, count + 1):
+                convolution = nn.Conv(channels, (3, 3), precision=jax.lax.Precision.HIGHEST, name=f"conv{stage}_{index}")
+                x = nn.relu(convolution(x))
+            features.append(x)
+        return features
+
+
+class Lpips(nn.Module):
+    """The learned perceptual distance with VGG16 features."""
+
+    @nn.compact
+    def __call__(self, images: Array, others: Array) -> Array:
+        """[B, H, W, 3] float32 in [-1, 1], twice -> distances [B] float32.
+
+        The two are encoded one after the other: where gradients are asked for one of them only, as in training, nothing of
+        the other has to be kept for the backward pass. As one batch, all of both would be.
+
+        Raises InputError for images of less than 16 pixels, which leave nothing to compare in the last stage.
+        """
+        if min(images.shape[1:3]) < SMALLEST:
+            raise InputError(
+                f"LPIPS needs images of at least {SMALLEST} pixels, these have {images.shape[1]}x{images.shape[2]}"
+            )
+        vgg = Vgg16(name="vgg")
+        features = [vgg((x - jnp.asarray(SHIFT)) / jnp.asarray(SCALE)) for x in (images, others)]
+        distance = jnp.zeros(len(images))
+        for stage, (a, b) in enumerate(zip(*features), 1):
+            weights = self.param(f"head{stage}", nn.initializers.constant(1 / a.shape[-1]), (a.shape[-1],))
+            distance += _compare(a, b, weights)
+        return distance
+
+
+def _compare(a: Array, b: Array, weights: Array) -> Array:
+    """Mean over the map of the weighted squared difference of unit vectors: [B, H, W, C] twice, [C] -> [B]."""
+    return jnp.mean(jnp.sum(weights * jnp.square(unit(a) - unit(b)), axis=-1), axis=(1, 2))
+
+
+def unit(x: Array, eps: float = 1e-10) -> Array:
+    """x / (|x| + eps) over the last axis [..., C], with a gradient of zero, not NaN, where all of x is zero."""
+    squared = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    positive = squared > 0
+    return jnp.where(positive, x / (jnp.sqrt(jnp.where(positive, squared, 1.0)) + eps), 0.0)
