@@ -19,6 +19,8 @@ from dar_jax.errors import InputError
 from dar_jax.evaluation.loading import load_sampler, load_tokenizer
 from dar_jax.release import torch_file
 from dar_jax.release.checkpoints import export_checkpoint, import_checkpoint, open_start, read_checkpoint
+from dar_jax.release.convert import from_release
+from dar_jax.release.names import tokenizer_entries
 from dar_jax.sampling.sampler import decode, generate, make_settings
 from dar_jax.training import checkpoint
 from dar_jax.training.state import abstract_state, make_optimizer
@@ -112,6 +114,20 @@ def test_export_of_an_import_is_identical(files, imported, tmp_path):
     again = read_checkpoint(tmp_path / "ar.safetensors")
     assert again.step == original["steps"]
     jax.tree.map(np.testing.assert_array_equal, again.ema, read_checkpoint(files[1]).ema)
+
+
+def test_models_of_ones_own_are_exported_with_a_word_of_warning(tiny_run, tmp_path):
+    notes = export_checkpoint(tiny_run / "tokenizer", tmp_path / "file.pt")
+    assert "channels 1 (there 3), head size 8 (there 64)" in notes[-1]
+    params = checkpoint.load(tiny_run / "tokenizer").params
+    config = checkpoint.inspect(tiny_run / "tokenizer").config.model
+    tensors = torch_file.read(tmp_path / "file.pt")["model"]
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    unused = r"quantize\.codebook_used|diff_decoder\.net\.repa_out\..*"
+    jax.tree.map(np.testing.assert_array_equal, from_release(tokenizer_entries(config), tensors, abstract, unused), params)
+    export_checkpoint(tiny_run, tmp_path / "ar.pt")
+    again = read_checkpoint(tmp_path / "ar.pt", heads=2)
+    jax.tree.map(np.testing.assert_array_equal, again.ema, jax.device_get(checkpoint.load(tiny_run).params))
 
 
 def test_every_form_of_a_file_gives_the_same(files, tmp_path):

@@ -47,6 +47,7 @@ def test_a_configuration_that_lacks_something_is_refused():
 def llama_tensors(layers, width, rows, vocabulary=64, classes=10):
     shapes = {"cls_embedding.embedding_table.weight": (classes + 1, width), "tok_embeddings.weight": (vocabulary, width)}
     shapes |= {f"layers.{layer}.attention.wqkv.weight": (rows, width) for layer in range(layers)}
+    shapes |= {"layers.0.feed_forward.w1.weight": (LlamaConfig(width=width).mlp_width, width)}
     return {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
 
 

@@ -32,7 +32,7 @@ from dar_jax.files import check_writable, replacing
 from dar_jax.release import torch_file
 from dar_jax.release.convert import from_release, to_release
 from dar_jax.release.names import Entry, llama_entries, tokenizer_entries
-from dar_jax.release.sizes import llama_config, release_config, tokenizer_config, tokenizer_shapes
+from dar_jax.release.sizes import beyond_release, llama_config, release_config, tokenizer_config, tokenizer_shapes
 from dar_jax.release.weights import SOURCES, resolve
 from dar_jax.training import checkpoint
 from dar_jax.training.experiment import Experiment
@@ -199,6 +199,8 @@ def export_checkpoint(path: PathLike, file: PathLike, kind: Literal["pt", "safet
             added, notes = _completed(info, tensors)
             tensors |= added
         states.append(tensors)
+    if is_tokenizer and (beyond := beyond_release(info.config.model)):
+        notes += (f"the release's code cannot build this model: {', '.join(beyond)}",)
     about = {"steps": info.step, "args": {"image_size": info.config.data.image_size}}
     if is_tokenizer:
         about["config"] = {"model": release_config(info.config.model)}

@@ -1,5 +1,6 @@
 """The sizes of the networks in the release's files: from its own configuration, and from the shapes of the tensors."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -92,6 +93,22 @@ def release_config(config: TokenizerConfig) -> dict[str, Any]:
     }
 
 
+def beyond_release(config: TokenizerConfig) -> list[str]:
+    """Sizes of a tokenizer that the release's code has as constants, where they differ: it cannot build such a model."""
+    velocity = config.velocity
+    constants = {
+        "channels": (config.channels, 3),
+        "head size": (config.head_size, HEAD_SIZE),
+        "head size of the velocity network": (velocity.head_size, HEAD_SIZE),
+        "rows of the tables of positions": (config.max_tokens, 1024),
+    }
+    if config.query_low_rank:
+        constants["rank of the queries"] = (config.query_rank, 8)
+    if velocity.repa_layer is not None:
+        constants |= {"REPA hidden size": (velocity.repa_hidden, 2048), "REPA features": (velocity.repa_width, 768)}
+    return [f"{name} {size} (there {constant})" for name, (size, constant) in constants.items() if size != constant]
+
+
 def tokenizer_shapes(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """What the shapes of the release's tensors say about a tokenizer, in the form of `release_config`.
 
@@ -146,7 +163,7 @@ def llama_config(tensors: Mapping[str, np.ndarray], num_tokens: int, heads: int 
     kv_heads, rest = divmod(fused - width, 2 * width // heads)
     if rest or kv_heads < 1:
         raise InputError(f"{fused} rows of queries, keys and values do not fit {heads} heads of {width // heads}")
-    return LlamaConfig(
+    config = LlamaConfig(
         layers=layers,
         heads=heads,
         kv_heads=None if kv_heads == heads else kv_heads,
@@ -155,6 +172,8 @@ def llama_config(tensors: Mapping[str, np.ndarray], num_tokens: int, heads: int 
         vocab_size=vocabulary,
         num_classes=classes - 1,
     )
+    hidden = _shape(tensors, "layers.0.feed_forward.w1.weight", 2)[0]
+    return config if config.mlp_width == hidden else dataclasses.replace(config, mlp_multiple=hidden)
 
 
 def _shape(tensors: Mapping[str, np.ndarray], name: str, rank: int | None = None) -> tuple[int, ...]:
