@@ -9,6 +9,7 @@ import contextlib
 import faulthandler
 import functools
 import io
+import mmap
 import pickle
 import pickletools
 import re
@@ -195,6 +196,7 @@ def check_inside(leaf: np.ndarray, file_size: int) -> None:
     owner = leaf
     while isinstance(owner, np.ndarray | memoryview):
         owner = owner.base if isinstance(owner, np.ndarray) else owner.obj
+    assert isinstance(owner, mmap.mmap | bytes), type(owner)
     memory = np.frombuffer(owner, np.uint8)
     assert memory.size <= file_size
     (start, end), (first, last) = map(np.lib.array_utils.byte_bounds, (memory, leaf))
@@ -298,7 +300,8 @@ def random_value(random: Random, depth: int) -> bytes:
 
     def rebuilt() -> bytes:
         size = numbers()
-        return tensor(place(), choose((0, choose(SIZES), choose(INTEGERS))), size, choose((size, (1,) * len(size), numbers())))
+        zeros, ones = (0,) * len(size), (1,) * len(size)
+        return tensor(place(), choose((0, choose(SIZES), choose(INTEGERS))), size, choose((size, ones, zeros, numbers())))
 
     def numpy_array() -> bytes:
         content, dtype = choose((b"", STORAGE[:4], STORAGE)), choose(("f4", "i1", "u1", "u1", "O"))
