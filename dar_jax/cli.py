@@ -286,6 +286,109 @@ class Tokenize(Generic[Settings]):
 
 
 @dataclass(frozen=True)
+class Evaluate:
+    """Measure images against a reference: FID, sFID, inception score, precision and recall, as the ADM suite defines them.
+
+    Images are an NPZ file with `arr_0` (uint8, N x height x width x channels) or a folder of images of one size. The reference
+    is such a one too, or an NPZ file of statistics: ADM's VIRTUAL_*.npz, pytorch-fid's, or one of --save-statistics. Says which
+    reference, how many images and which weights were used.
+
+    Example: dar-jax evaluate samples.npz --reference VIRTUAL_imagenet256_labeled.npz --json report.json
+    """
+
+    samples: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SAMPLES")]  # NPZ file or folder
+    reference: str  # NPZ file or folder
+    json: Optional[str] = None  # also write the report to this file
+    save_statistics: Optional[str] = None  # also keep the statistics of the samples in this NPZ file, as a later reference
+    weights: Optional[str] = None  # file of the Inception network; else looked for as the README says
+    resize: Literal["tensorflow1", "half_pixel"] = "tensorflow1"  # how images come to 299 pixels; all of ADM's: tensorflow1
+    num_images: Optional[int] = None  # only so many samples, drawn at random with a fixed seed
+    batch_size: int = 64  # images at a time
+    mesh: OfRun[Ints] = None  # devices along data, fsdp and tensor
+
+    def run(self) -> None:
+        from dar_jax.evaluation.evaluate import evaluate, table
+        from dar_jax.evaluation.statistics import open_extractor
+        from dar_jax.files import check_writable, write_json
+
+        _check_batch(self.batch_size)
+        if self.num_images is not None:
+            _check_batch(self.num_images, "number of images")
+        for path in (self.json, self.save_statistics):
+            if path is not None:
+                check_writable(Path(path).absolute().parent)
+        extractor = open_extractor(self.weights, self.resize, self.batch_size, _mesh(self.mesh))
+        report = evaluate(self.samples, self.reference, extractor, self.num_images, keep_as=self.save_statistics)
+        if self.json is not None:
+            write_json(self.json, report)
+        print(table(report))
+
+
+@dataclass(frozen=True)
+class EvaluateTokenizer(Generic[Settings]):
+    """How well does a tokenizer keep images? PSNR, SSIM, LPIPS, rFID and codebook usage on held-out images.
+
+    The defaults of `--data.*` are those of the tokenizer's own training, but for the split: test for digits and CIFAR-10, val
+    for folders. A metric whose weights are missing is left out, with a line that says so.
+
+    Example: dar-jax evaluate-tokenizer runs/tokenizer --json report.json
+    """
+
+    checkpoint: Place  # a run's folder, of a tokenizer or a transformer, or one of its checkpoints/STEP; comes first
+    data: Annotated[Settings, tyro.conf.FlagConversionOff]
+    json: Optional[str] = None  # also write the report to this file
+    num_images: Optional[int] = None  # only so many, from the first on
+    inception: Optional[str] = None  # file of the Inception network; else looked for as the README says
+    lpips: Optional[str] = None  # file or folder with the weights of LPIPS; else looked for likewise
+    resize: Literal["tensorflow1", "half_pixel"] = "tensorflow1"  # how images come to 299 pixels for rFID
+    solver: OfRun[Literal["adams2", "euler"]] = None  # of the denoising steps
+    num_denoising_steps: OfRun[int] = None  # steps from noise to image
+    seed: int = 0  # image i is denoised from the noise of seed + i
+    experiment: Optional[str] = None  # the run's experiment file, if that replaced the model or the source
+    weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
+    mesh: OfRun[Ints] = None  # devices along data, fsdp and tensor
+    batch_size: int = 64  # images at a time
+
+    @classmethod
+    def with_defaults(cls, checkpoint: str) -> tuple[Any, "EvaluateTokenizer"]:
+        """The type to parse and the values of what is not given."""
+        from dar_jax.evaluation.loading import find
+
+        data = find(checkpoint).tokenizer.config.data
+        return cls[DataConfig], cls(checkpoint, dataclasses.replace(data, split=HELD_OUT.get(data.source, data.split)))
+
+    def run(self) -> None:
+        from dar_jax.data.sources import open_source
+        from dar_jax.evaluation.evaluate_tokenizer import evaluate_tokenizer, open_lpips, table
+        from dar_jax.evaluation.loading import find, load_tokenizer
+        from dar_jax.evaluation.statistics import open_extractor
+        from dar_jax.files import check_writable, write_json
+        from dar_jax.sampling.sampler import make_settings
+
+        _check_batch(self.batch_size)
+        if self.num_images is not None:
+            _check_batch(self.num_images, "number of images")
+        if self.json is not None:
+            check_writable(Path(self.json).absolute().parent)
+        experiment, model = _experiment(self.experiment), find(self.checkpoint).tokenizer.config.model
+        given = {"solver": self.solver, "num_denoising_steps": self.num_denoising_steps}
+        sampling = dataclasses.replace(SamplingConfig(), **_given(given))
+        make_settings(sampling, model)
+        source = ((experiment and experiment.source) or open_source)(self.data)
+        mesh = _mesh(self.mesh)
+        extractor = _unless_missing(lambda: open_extractor(self.inception, self.resize, self.batch_size, mesh), self.inception)
+        lpips = _unless_missing(lambda: open_lpips(self.lpips), self.lpips)
+        trained = load_tokenizer(self.checkpoint, experiment, self.weights, mesh)
+        data = dataclasses.replace(self.data, image_size=model.image_size)
+        report = evaluate_tokenizer(
+            trained, source, data, extractor, lpips, sampling, self.seed, self.batch_size, self.num_images
+        )
+        if self.json is not None:
+            write_json(self.json, report)
+        print(table(report))
+
+
+@dataclass(frozen=True)
 class EvaluateAr(Generic[Settings]):
     """How well does a transformer predict the codes of real images?
 
@@ -330,6 +433,61 @@ class EvaluateAr(Generic[Settings]):
         report = evaluate_transformer(trained, source, self.data, self.batch_size, self.num_images)
         written = write_report(report, self.out, trained.config.num_groups, trained.config.codebook_size)
         print("\n".join([describe(report), *map(str, written)]))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Try sampling settings: FID and company of samples for every combination, and for previews.
+
+    The samples are of all classes in turn, with seeds from --seed on. Writes report.json and fid.png. The sampler is compiled
+    once for all settings, and previews come from the same samples.
+
+    Example: dar-jax sweep runs/ar --reference images.npz --guidance 1:1,1.1:4,1.1:8 --groups 2,4,6,8 --out sweep
+    """
+
+    checkpoint: Place  # a transformer's run folder, or one of its checkpoints/STEP
+    reference: str  # NPZ file or folder, as of `dar-jax evaluate`
+    out: str  # the folder to write to
+    num: int = 1000  # samples for each setting
+    guidance: OfRun[Words] = None  # scales of the first and the last token, such as 1:1,1.1:4
+    temperature: OfRun[Floats] = None  # such as 0.9,1
+    top_k: OfRun[Ints] = None  # such as 0,600
+    top_p: OfRun[Floats] = None  # such as 0.9,1
+    groups: Optional[Ints] = None  # measure previews after so many groups, such as 2,4,6,8
+    seed: int = 0  # of the first sample
+    inception: Optional[str] = None  # file of the Inception network; else looked for as the README says
+    resize: Literal["tensorflow1", "half_pixel"] = "tensorflow1"  # how images come to 299 pixels
+    experiment: Optional[str] = None  # the run's experiment file, if that replaced the model or the guidance
+    weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
+    mesh: OfRun[Ints] = None  # devices along data, fsdp and tensor
+    batch_size: int = 64  # samples at a time
+
+    def run(self) -> None:
+        from dar_jax.evaluation.loading import find_transformer, load_sampler
+        from dar_jax.evaluation.statistics import open_extractor
+        from dar_jax.evaluation.sweep import sweep, table, variants, write_report
+        from dar_jax.files import check_writable
+
+        _check_batch(self.batch_size)
+        _check_batch(self.num, "number of samples")
+        found, experiment = find_transformer(self.checkpoint), _experiment(self.experiment)
+        base = found.transformer.config.sampling
+        pairs = [_pair(text) for text in self.guidance or ()]
+        configs = variants(base, pairs, self.temperature or (), self.top_k or (), self.top_p or ())
+        check_writable(self.out)
+        mesh = _mesh(self.mesh)
+        extractor = open_extractor(self.inception, self.resize, self.batch_size, mesh)
+        trained = load_sampler(self.checkpoint, experiment, self.weights, mesh)
+        rows = sweep(trained, extractor, self.reference, configs, self.groups, self.num, self.batch_size, self.seed)
+        about = {
+            "checkpoint": str(found.transformer.path),
+            "reference": self.reference,
+            "samples": self.num,
+            "seed": self.seed,
+            "weights": f"{extractor.network.weights} (SHA-256 {extractor.network.sha256})",
+            "resize": self.resize,
+        }
+        print("\n".join([table(rows), *map(str, write_report(rows, self.out, about))]))
 
 
 @dataclass(frozen=True)
@@ -394,7 +552,10 @@ COMMANDS = {
     "sample": Sample,
     "reconstruct": Reconstruct,
     "tokenize": Tokenize,
+    "evaluate": Evaluate,
+    "evaluate-tokenizer": EvaluateTokenizer,
     "evaluate-ar": EvaluateAr,
+    "sweep": Sweep,
     "info": Info,
     "import": Import,
     "export": Export,
@@ -447,7 +608,7 @@ def parse(arguments: Sequence[str]) -> Any:
 
 def overview() -> str:
     """What `dar-jax --help` prints."""
-    lines = [f"  {name:12}{command.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:20}{command.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: dar-jax COMMAND ...",
@@ -522,6 +683,16 @@ def _two(guidance: tuple[float, ...] | None) -> tuple[float, float] | None:
     return guidance and (guidance[0], guidance[-1])
 
 
+def _pair(text: str) -> tuple[float, float]:
+    try:
+        numbers = [float(part) for part in text.split(":")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2):
+        raise InputError(f"guidance {text!r} is not two scales, of the first and the last token, such as 1.1:8")
+    return numbers[0], numbers[-1]
+
+
 def _mesh(sizes: tuple[int, ...] | None) -> Any:
     from dar_jax.parallel import make_mesh
 
@@ -534,6 +705,17 @@ def _experiment(path: str | None) -> Any:
     from dar_jax.training.experiment import load_experiment
 
     return None if path is None else load_experiment(path)
+
+
+def _unless_missing(load: Callable[[], T], path: str | None) -> T | None:
+    """What `load` gives; None, with a warning, where weights are missing that nobody asked for by name."""
+    try:
+        return load()
+    except InputError as error:
+        if path is not None:
+            raise
+        logging.getLogger("dar_jax").warning("%s", error)
+        return None
 
 
 def _check_batch(size: int, name: str = "batch size") -> None:

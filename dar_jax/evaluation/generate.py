@@ -21,7 +21,7 @@ from dar_jax.evaluation import pictures
 from dar_jax.evaluation.loading import Found, Trained, full_batch, pad, put_batch, to_host
 from dar_jax.evaluation.progress import Progress
 from dar_jax.evaluation.reconstruct import encode, open_image
-from dar_jax.sampling.sampler import generate, make_settings, stream
+from dar_jax.sampling.sampler import Settings, generate, make_settings, stream
 from dar_jax.training.stages import to_float
 
 
@@ -43,7 +43,7 @@ def sample(
     trained: Trained,
     labels: Sequence[int],
     seeds: Sequence[int],
-    sampling: SamplingConfig,
+    sampling: SamplingConfig | Settings,
     batch_size: int = 64,
     prefix: np.ndarray | None = None,
     image: np.ndarray | None = None,
@@ -53,12 +53,15 @@ def sample(
 
     Args:
       labels, seeds: N integers each; seeds in [0, 2**32).
+      sampling: settings, or what `make_settings` made of them.
       batch_size: samples at a time, rounded up to fit the devices; the last batch is padded, so that one compilation serves.
       prefix: int32 [k] or [N, k], the first k tokens of all or of each (layout control).
       image: uint8 [R, R, C] to start all of them from at `sampling.start_step`.
       previews: whether to yield every batch after each of its groups, as soon as that one ends, and not only in the end.
     """
-    settings = make_settings(sampling, trained.config, trained.guidance)
+    settings = sampling
+    if isinstance(sampling, SamplingConfig):
+        settings = make_settings(sampling, trained.config, trained.guidance)
     networks, params, mesh = trained.networks, trained.params, trained.mesh
     labels, seeds = np.asarray(labels, np.int32), np.asarray(seeds, np.uint32)
     size = full_batch(batch_size, mesh)

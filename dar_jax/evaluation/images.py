@@ -1,0 +1,130 @@
+"""Images to be judged: of one size, read in order, never all in memory, from an NPZ file, a folder, or any data source.
+
+Shapes: N images, n of them at a time, H W pixels, C channels (1 grey, 3 RGB).
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dar_jax.config import DataConfig
+from dar_jax.data.pipeline import epoch
+from dar_jax.data.sources import Source, open_source
+from dar_jax.data.transforms import center_crop
+from dar_jax.errors import InputError
+from dar_jax.evaluation import npz
+
+READ = 64  # images of a source at a time
+LARGEST = 1 << 28  # bytes of an image
+ARRAY = "arr_0"  # where ADM's sample files keep the images
+
+
+@dataclass(frozen=True)
+class Images:
+    """N images [H, W, C] of one size.
+
+    source: where they come from, one line.
+    count: N, including files of a folder that turn out unreadable, which are left out.
+    shape: (H, W, C).
+    chunks: starts reading; yields uint8 [n, H, W, C], n as it comes.
+    """
+
+    source: str
+    count: int
+    shape: tuple[int, int, int]
+    chunks: Callable[[], Iterator[np.ndarray]]
+
+
+def from_array(images: np.ndarray, source: str) -> Images:
+    """Of uint8 [N, H, W, C] in memory. Raises InputError for anything else."""
+    _check(images.dtype, images.shape, source)
+    return Images(source, len(images), images.shape[1:], lambda: iter([images]))
+
+
+def from_npz(path: str | os.PathLike) -> Images:
+    """Of the uint8 array `arr_0` [N, H, W, C] of an NPZ file.
+
+    Raises InputError where there is none; reading does where it is damaged.
+    """
+    dtype, shape = npz.header(path, ARRAY)
+    _check(dtype, shape, f"{ARRAY} in {path}")
+    return Images(str(path), shape[0], shape[1:], lambda: npz.chunks(path, ARRAY))
+
+
+def from_source(source: Source, image_size: int | None = None) -> Images:
+    """Of a data source: centre crops of `image_size` pixels, or with None the images as they are.
+
+    Raises InputError for stored codes; reading does where the images are taken as they are and differ in size.
+    """
+    first = source[0]
+    if "image" not in first:
+        raise InputError(f"{source.description}: these are codes, not images; give the images that they were made of")
+    shape = first["image"].shape if image_size is None else (image_size, image_size, first["image"].shape[-1])
+
+    def same_size(image: np.ndarray) -> np.ndarray:
+        if image.shape != shape:
+            sizes = [f"{width} x {height}" for height, width, _ in (shape, image.shape)]
+            raise InputError(
+                f"{source.description}: the images should be of one size, but there are {' and '.join(sizes)} pixels; "
+                "give the data source with an image_size to crop them to"
+            )
+        return image
+
+    def chunks() -> Iterator[np.ndarray]:
+        crop = same_size if image_size is None else lambda image: center_crop(image, image_size)
+        for batch in epoch(source, DataConfig(image_size=shape[0]), batch_size=READ, crop=crop):
+            yield batch["image"][batch["valid"]]
+
+    return Images(source.description, len(source), shape, chunks)
+
+
+def open_images(what: str | os.PathLike | DataConfig) -> Images:
+    """Images of an NPZ file, of a folder as they are, or of a data source, centre-cropped to the image_size of its config.
+
+    Raises InputError where there are none.
+    """
+    if isinstance(what, DataConfig):
+        return from_source(open_source(what), what.image_size)
+    if Path(what).is_dir():
+        return from_source(open_source(DataConfig(path=str(what))))
+    return from_npz(what)
+
+
+def subset(images: Images, count: int) -> Images:
+    """`count` of the images, drawn at random with a fixed seed, in their order: the first ones would often be of one class.
+
+    Raises InputError where there are fewer.
+    """
+    if not 1 <= count <= images.count:
+        raise InputError(f"{images.source} has {images.count:,} images, {count:,} of them cannot be taken")
+    if count == images.count:
+        return images
+    chosen = choose(images.count, count)
+
+    def chunks() -> Iterator[np.ndarray]:
+        start = 0
+        for chunk in images.chunks():
+            yield chunk[chosen[start : start + len(chunk)]]
+            start += len(chunk)
+
+    source = f"{images.source}; {count:,} of {images.count:,} drawn at random"
+    return dataclasses.replace(images, source=source, count=count, chunks=chunks)
+
+
+def choose(total: int, count: int) -> np.ndarray:
+    """Which `count` of `total` things are taken, drawn at random with a fixed seed; all, if there are fewer: bool [total]."""
+    chosen = np.zeros(total, bool)
+    chosen[np.random.default_rng(0).permutation(total)[:count]] = True
+    return chosen
+
+
+def _check(dtype: np.dtype, shape: tuple[int, ...], what: str) -> None:
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3):
+        raise InputError(f"{what} is {dtype} {shape}; images are uint8 (N, height, width, 1 or 3)")
+    if math.prod(shape[1:]) > LARGEST:
+        raise InputError(f"{what} has images of {shape[2]} x {shape[1]} pixels, which is too large")

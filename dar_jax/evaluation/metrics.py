@@ -1,0 +1,324 @@
+"""The numbers by which generated and decoded images are judged. Pure functions of arrays: no networks, no files.
+
+The definitions are those of ADM's evaluation suite (Dhariwal and Nichol 2021, arXiv 2105.05233). Sums over a data set are kept
+on the host in float64; what compares every image with every other runs on the device, block by block.
+Shapes: N samples, M reference images, D features, K classes or codes, B batch, b rows of a block, H W pixels, C channels.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dar_jax.errors import InputError
+from dar_jax.layers import Array
+
+SPLIT = 5000  # images of one inception score
+NEIGHBOURS = 3  # of precision and recall
+BLOCK = 2048  # rows and columns of a block of distances
+NOISE = 4e-6  # a squared distance below this share of the squared norms is rounding: the points are the same
+WINDOW, SIGMA = 11, 1.5  # of SSIM, in pixels
+K1, K2 = 0.01, 0.03
+
+
+# --- Frechet distance ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a Fréchet distance knows of a set of features: mean [D] and unbiased covariance [D, D], float64.
+
+    `count` is the number of features, None where it is not known, as of files that do not say it.
+    """
+
+    mean: np.ndarray
+    covariance: np.ndarray
+    count: int | None
+
+
+class RunningMoments:
+    """The moments of features that arrive in batches, in float64 and in memory of D x D numbers.
+
+    Every batch is centred on its own mean before anything is squared (Chan, Golub and LeVeque 1979), so that features far from
+    zero lose no digits.
+    """
+
+    def __init__(self):
+        self.count, self._mean, self._scatter = 0, 0.0, 0.0
+
+    def add(self, features: np.ndarray) -> None:
+        """Adds features [B, D] of any float dtype."""
+        features = np.asarray(features, np.float64)
+        if len(features):
+            mean = features.mean(axis=0)
+            centred = features - mean
+            self._merge(len(features), mean, centred.T @ centred)
+
+    def merge(self, other: "RunningMoments") -> None:
+        """Adds everything that `other` has seen."""
+        if other.count:
+            self._merge(other.count, other._mean, other._scatter)
+
+    def result(self) -> Moments:
+        """Raises InputError for fewer than two features, which have no covariance."""
+        if self.count < 2:
+            raise InputError(f"a covariance needs at least 2 images, there are {self.count}")
+        return Moments(self._mean, self._scatter / (self.count - 1), self.count)
+
+    def _merge(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
+        total = self.count + count
+        apart = mean - self._mean
+        self._scatter = self._scatter + scatter
+        self._scatter += np.outer(apart * (self.count * count / total), apart)
+        self._mean = self._mean + apart * (count / total)
+        self.count = total
+
+
+def moments(features: np.ndarray) -> Moments:
+    """The moments of features [N, D], N >= 2."""
+    running = RunningMoments()
+    running.add(features)
+    return running.result()
+
+
+@dataclass(frozen=True)
+class FrechetDistance:
+    """`value` is the squared distance, which is what is called FID. `ranks` are those of the two covariances.
+
+    Where a rank is below D, the covariance is singular: there were too few images, or some features never change.
+    """
+
+    value: float
+    ranks: tuple[int, int]
+
+
+def frechet_distance(a: Moments, b: Moments) -> FrechetDistance:
+    """The squared Fréchet distance between two normal distributions, of features: FID (Heusel et al. 2017, arXiv 1706.08500).
+
+    |mean_a - mean_b|^2 + tr A + tr B - 2 tr (A B)^(1/2). The last trace is the sum of the singular values of
+    A^(1/2) B^(1/2), with square roots from symmetric eigen-decompositions: unlike a square root of the product A B it stays
+    real, and keeps its digits, where a covariance is singular.
+    """
+    difference = a.mean - b.mean
+    roots = [_root(moments.covariance) for moments in (a, b)]  # [rank, D] each, root.T @ root is the covariance
+    overlap = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
+    value = difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap
+    return FrechetDistance(max(float(value), 0.0), (len(roots[0]), len(roots[1])))
+
+
+def _root(covariance: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
+    kept = values > len(values) * np.finfo(np.float64).eps * values[-1]
+    return np.sqrt(values[kept])[:, None] * vectors[:, kept].T
+
+
+# --- inception score -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Score:
+    """An inception score: mean and standard deviation over the splits."""
+
+    mean: float
+    std: float
+
+
+class RunningScore:
+    """The inception score of logits that arrive in batches; see `inception_score`. Keeps 2 K numbers at most."""
+
+    def __init__(self, split: int = SPLIT):
+        self._split, self._scores = split, []
+        self._begin()
+
+    def add(self, logits: np.ndarray) -> None:
+        """Adds logits [B, K] of any float dtype."""
+        logits = np.asarray(logits, np.float64)
+        while len(logits):
+            part, logits = np.split(logits, [self._split - self._count])
+            log_p = part - part.max(axis=1, keepdims=True)
+            log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
+            self._count += len(part)
+            self._probabilities = self._probabilities + np.exp(log_p).sum(axis=0)
+            self._negative_entropy += _p_log_p(np.exp(log_p))
+            if self._count == self._split:
+                self._scores.append(self._score())
+                self._begin()
+
+    def result(self) -> Score:
+        """Raises InputError if nothing was added."""
+        scores = self._scores + ([self._score()] if self._count else [])
+        if not scores:
+            raise InputError("an inception score needs at least one image")
+        return Score(float(np.mean(scores)), float(np.std(scores)))
+
+    def _begin(self) -> None:
+        self._count, self._probabilities, self._negative_entropy = 0, 0.0, 0.0
+
+    def _score(self) -> float:
+        return np.exp(self._negative_entropy / self._count - _p_log_p(self._probabilities / self._count))
+
+
+def inception_score(logits: np.ndarray, split: int = SPLIT) -> Score:
+    """How certain a classifier is of each image, and how varied its answers are (Salimans et al. 2016, arXiv 1606.03498).
+
+    exp(mean over the images of KL(p(class | image) || p(class))), for each `split` images in the order given (the last split
+    takes what is left), as ADM computes it. Of logits [N, K], or of the logarithms of probabilities.
+    """
+    running = RunningScore(split)
+    running.add(logits)
+    return running.result()
+
+
+def _p_log_p(p: np.ndarray) -> float:
+    positive = p[p > 0]
+    return float(positive @ np.log(positive))
+
+
+# --- precision and recall --------------------------------------------------------------------------------------------------
+
+
+def precision_recall(reference: np.ndarray, samples: np.ndarray, k: int = NEIGHBOURS) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991).
+
+    A set's manifold is the union of balls about its points that reach to the k-th nearest other point. Precision is the share
+    of the samples in the manifold of the reference, recall the share of the reference in the manifold of the samples; so
+    recall depends on how many samples there are.
+
+    Args:
+      reference, samples: float32 [M, D] and [N, D]. Distances are computed about the reference's mean, which keeps float32
+        exact enough, and those that could as well be rounding count as zero.
+
+    Raises: InputError where one set has no more than k points.
+    """
+    if min(len(reference), len(samples)) <= k:
+        raise InputError(f"precision and recall need more than {k} images, not {min(len(reference), len(samples))}")
+    centre = reference.mean(axis=0, dtype=np.float64).astype(np.float32)
+    real, fake = _in_blocks(reference - centre), _in_blocks(samples - centre)
+    inside_real, inside_fake = _inside(fake, _radii(fake, k), real, _radii(real, k))
+    return int(inside_real.sum()) / len(samples), int(inside_fake.sum()) / len(reference)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Points:
+    """Rows [blocks, b, D] with their squared norms [blocks, b], filled up with points at infinity."""
+
+    rows: Array
+    norms: Array
+
+
+def _in_blocks(rows: np.ndarray) -> _Points:
+    size = min(BLOCK, len(rows))
+    missing = -len(rows) % size
+    norms = np.pad(np.square(rows).sum(axis=1), (0, missing), constant_values=np.inf)
+    rows = np.pad(rows, ((0, missing), (0, 0)))
+    return _Points(jnp.asarray(rows.reshape(-1, size, rows.shape[1])), jnp.asarray(norms.reshape(-1, size)))
+
+
+def _squared_distances(a: _Points, b: _Points) -> Array:
+    """Between the rows of two blocks: [b, b], infinite for points at infinity."""
+    norms = a.norms[:, None] + b.norms
+    squared = norms - 2 * jnp.matmul(a.rows, b.rows.T, precision=jax.lax.Precision.HIGHEST)
+    return jnp.where(squared < NOISE * norms, 0, squared)
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def _radii(points: _Points, k: int) -> Array:
+    """Squared distances [blocks, b] to the k-th nearest other point; of points at infinity -1, so that nothing is near them."""
+
+    def of_block(block: _Points) -> Array:
+        def nearer(nearest: Array, others: _Points) -> tuple[Array, None]:
+            candidates = jnp.concatenate([nearest, _squared_distances(block, others)], axis=1)
+            return -jax.lax.top_k(-candidates, k + 1)[0], None
+
+        nearest = jax.lax.scan(nearer, jnp.full((len(block.norms), k + 1), jnp.inf), points)[0]
+        return jnp.where(jnp.isinf(block.norms), -1, nearest[:, k])  # the nearest of all, at 0, is the point itself
+
+    return jax.lax.map(of_block, points)
+
+
+@jax.jit
+def _inside(a: _Points, radii_a: Array, b: _Points, radii_b: Array) -> tuple[Array, Array]:
+    """Which points of a lie in a ball of b, and which of b in a ball of a: two bool arrays [blocks, b]."""
+
+    def of_block(block: tuple[_Points, Array]) -> tuple[Array, Array]:
+        rows, radii = block
+
+        def look(inside: Array, others: tuple[_Points, Array]) -> tuple[Array, Array]:
+            squared = _squared_distances(rows, others[0])
+            return inside | (squared <= others[1]).any(axis=1), (squared <= radii[:, None]).any(axis=0)
+
+        return jax.lax.scan(look, jnp.zeros(len(radii), bool), (b, radii_b))
+
+    in_b, in_a = jax.lax.map(of_block, (a, radii_a))
+    return in_b, in_a.any(axis=0)
+
+
+# --- pairs of images -------------------------------------------------------------------------------------------------------
+
+
+def psnr(images: np.ndarray, others: np.ndarray, data_range: float = 255.0) -> np.ndarray:
+    """Peak signal-to-noise ratio of each pair of images [N, H, W, C] of any dtype: float64 [N] in dB.
+
+    data_range: largest minus smallest possible value. Equal images have no ratio; they get that of a mean squared error of
+    1e-10 grey levels of 255, which is 148 dB.
+    """
+    error = np.square(images.astype(np.float64) - others).mean(axis=(1, 2, 3)) * (255 / data_range) ** 2
+    return 10 * np.log10(255**2 / np.maximum(error, 1e-10))
+
+
+def ssim(images: Array, others: Array, data_range: float = 255.0) -> Array:
+    """Structural similarity of each pair of images (Wang et al. 2004, IEEE Transactions on Image Processing 13 (4)).
+
+    A Gaussian window of 11 pixels (sigma 1.5) wherever it fits as a whole, K1 = 0.01, K2 = 0.03, each channel by itself, then
+    the mean over places and channels.
+
+    Args:
+      images, others: [B, H, W, C] of any dtype, values in [0, data_range].
+
+    Returns: [B] float32. Raises InputError for images of less than 11 pixels.
+    """
+    if min(images.shape[1:3]) < WINDOW:
+        raise InputError(f"SSIM needs images of at least {WINDOW} pixels, these have {images.shape[1]}x{images.shape[2]}")
+    offset = data_range / 2  # variances are the same without it, and lose fewer digits
+    x, y = (jnp.asarray(image, jnp.float32) - offset for image in (images, others))
+    mean_x, mean_y, xx, yy, xy = jnp.split(_blur(jnp.concatenate([x, y, x * x, y * y, x * y])), 5)
+    variances = xx - mean_x**2 + yy - mean_y**2
+    covariance = xy - mean_x * mean_y
+    mean_x, mean_y = mean_x + offset, mean_y + offset
+    c1, c2 = (K1 * data_range) ** 2, (K2 * data_range) ** 2
+    similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2) / ((mean_x**2 + mean_y**2 + c1) * (variances + c2))
+    return similarity.mean(axis=(1, 2, 3))
+
+
+def _blur(x: Array) -> Array:
+    """The Gaussian window over [B, H, W, C] where it fits: [B, H - 10, W - 10, C]. Sums, not products of matrices, whose
+    operands some devices round."""
+    taps = np.exp(-0.5 * np.square((np.arange(WINDOW) - WINDOW // 2) / SIGMA))
+    for axis in (1, 2):
+        length = x.shape[axis] - WINDOW + 1
+        x = sum(tap * jax.lax.slice_in_dim(x, i, i + length, axis=axis) for i, tap in enumerate(taps / taps.sum()))
+    return x
+
+
+# --- codes -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CodeStatistics:
+    """How a codebook is used: share of the codes that occur, entropy of their frequencies in bits, and 2 to that power."""
+
+    usage: float
+    entropy: float
+    perplexity: float
+
+
+def code_statistics(counts: np.ndarray) -> CodeStatistics:
+    """Of how often each code occurs, integers [K]. Raises InputError if none does."""
+    counts = np.asarray(counts, np.float64)
+    if not counts.sum() > 0:
+        raise InputError("no codes were counted, so there is nothing to say about their use")
+    entropy = max(0.0, -_p_log_p(counts / counts.sum()) / np.log(2))
+    return CodeStatistics(float(np.mean(counts > 0)), float(entropy), float(2**entropy))

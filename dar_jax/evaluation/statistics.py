@@ -1,0 +1,303 @@
+"""What the metrics need to know of a set of images, by the Inception network on all devices, and the files that keep it.
+
+Shapes: N images, n of them at a time, B batch, D pooled features (2048), H W pixels, C channels.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dar_jax import parallel
+from dar_jax.config import MeshConfig
+from dar_jax.errors import InputError
+from dar_jax.evaluation import npz
+from dar_jax.evaluation.images import Images, choose
+from dar_jax.evaluation.loading import full_batch, pad, put_batch, to_host
+from dar_jax.evaluation.metrics import Moments, RunningMoments, RunningScore, Score
+from dar_jax.features.inception import Inception, InceptionFeatures
+from dar_jax.files import replacing
+from dar_jax.release.features import load_inception
+from dar_jax.release.weights import hash_file, resolve
+
+LARGEST = 1 << 14  # features that a file may have
+LONGEST = 1 << 16  # bytes of what a file says about itself
+
+Resize = Literal["tensorflow1", "half_pixel"]
+
+
+# --- features --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Network:
+    """What computed features: the file of the weights, its SHA-256, and how images came to 299 pixels."""
+
+    weights: str
+    sha256: str
+    resize: str
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A feature network ready for use on a mesh: parameters on every device, batches cut over all of them.
+
+    features: (params, uint8 [B, H, W, 3]) -> features, traced once for each size of images.
+    batch_size: images at a time, rounded up to fit the devices.
+    """
+
+    features: Callable[[Any, jax.Array], InceptionFeatures]
+    params: Any
+    mesh: Mesh
+    batch_size: int
+    network: Network
+
+    def __call__(self, chunks: Iterable[np.ndarray]) -> Iterator[InceptionFeatures]:
+        """The features of uint8 images [n, H, W, C], n as it comes and C = 1 (taken for grey) or 3.
+
+        Yields NumPy arrays, at most a batch at a time. While the devices work on a batch, the caller handles the one before
+        and the next one is read. Where there are several processes, each of them gives the same images and gets all features.
+        """
+        size = full_batch(self.batch_size, self.mesh)
+        waiting = None
+        for batch in _batches(chunks, size):
+            running = len(batch), _features(self.features, self.params, put_batch(pad(batch, size), self.mesh))
+            if waiting:
+                yield _to_host(*waiting)
+            waiting = running
+        if waiting:
+            yield _to_host(*waiting)
+
+
+def open_extractor(
+    weights: str | os.PathLike | None = None,
+    resize: Resize = "tensorflow1",
+    batch_size: int = 64,
+    mesh: Mesh | None = None,
+) -> Extractor:
+    """The FID Inception network.
+
+    Args:
+      weights: a file, or a folder that holds it; None: looked for as `release.weights.resolve` does.
+      resize: how images come to 299 pixels. ADM's figures, and all others of TensorFlow 1, take "tensorflow1".
+      mesh: None: all devices.
+
+    Raises InputError where there are no weights or they are damaged.
+    """
+    found = resolve("fid_inception", weights)
+    (path,), (sha256,) = found.files, found.sha256
+    params = load_inception(path)
+    model = Inception("fc" in params, resize)
+    mesh = mesh or parallel.make_mesh(MeshConfig())
+    return Extractor(
+        features=lambda params, images: model.apply({"params": params}, images),
+        params=jax.device_put(params, parallel.replicated(mesh)),
+        mesh=mesh,
+        batch_size=batch_size,
+        network=Network(str(path), sha256, resize),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="features")
+def _features(features: Callable, params: Any, images: jax.Array) -> InceptionFeatures:
+    return features(params, jnp.broadcast_to(images, (*images.shape[:3], 3)))
+
+
+def _to_host(count: int, features: InceptionFeatures) -> InceptionFeatures:
+    return jax.tree.map(lambda x: to_host(x)[:count], features)
+
+
+def _batches(chunks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """Parts of any length [n, ...] as batches [size, ...]; the last one may be shorter."""
+    held, count = [], 0
+    for chunk in chunks:
+        while count + len(chunk) >= size:
+            first, chunk = np.split(chunk, [size - count])
+            yield np.concatenate([*held, first])
+            held, count = [], 0
+        if len(chunk):
+            held.append(chunk)
+            count += len(chunk)
+    if held:
+        yield np.concatenate(held)
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the metrics need to know of a set of images.
+
+    pool, spatial: moments of the features of FID and sFID; `spatial` is None where a file lacks them.
+    features: float32 [n, D], the pooled features of some of the images, for precision and recall; None where a file lacks them.
+    score: the inception score; None without the network's classifier.
+    source: where the images come from, one line.
+    shape: (H, W, C) of the images; None where a file does not say.
+    unreadable: images of the source that could not be read, and are left out.
+    network: what computed the moments; None where a file does not say.
+    """
+
+    pool: Moments
+    spatial: Moments | None
+    features: np.ndarray | None
+    score: Score | None
+    source: str
+    shape: tuple[int, ...] | None
+    unreadable: int
+    network: Network | None
+
+
+def collect(
+    extractor: Extractor, images: Images, keep: int, progress: Callable[[int], None] = lambda count: None
+) -> Statistics:
+    """The statistics of images, each looked at once, in memory that does not grow with their number.
+
+    Args:
+      keep: of how many the pooled features are kept (of all, if there are fewer), drawn at random with a fixed seed.
+      progress: told how many more are done.
+
+    Raises InputError for fewer than two images, and what reading the images raises.
+    """
+    running = RunningStatistics(extractor.network, images.count, keep)
+    for features in extractor(images.chunks()):
+        running.add(features)
+        progress(len(features.pool))
+    return running.result(images.source, images.shape)
+
+
+class RunningStatistics:
+    """The statistics of features that arrive in batches.
+
+    Args: count, of how many images they will be at most; keep, of how many of these the pooled features are kept.
+    """
+
+    def __init__(self, network: Network, count: int, keep: int):
+        self.network, self.count, self.seen = network, count, 0
+        self._chosen, self._kept = choose(count, keep), []
+        self._pool, self._spatial, self._score = RunningMoments(), RunningMoments(), None
+
+    def add(self, features: InceptionFeatures) -> None:
+        """Adds the features of some more images, NumPy arrays."""
+        count = len(features.pool)
+        self._pool.add(features.pool)
+        self._spatial.add(features.spatial.reshape(count, -1))
+        self._kept.append(features.pool[self._chosen[self.seen : self.seen + count]])
+        if features.logits is not None:
+            self._score = self._score or RunningScore()
+            self._score.add(features.logits)
+        self.seen += count
+
+    def result(self, source: str, shape: tuple[int, ...]) -> Statistics:
+        """Args: where the images came from, and their (H, W, C). Raises InputError for fewer than two images."""
+        if not self.seen:
+            raise InputError(f"none of the {self.count:,} images of {source} can be read")
+        return Statistics(
+            pool=self._pool.result(),
+            spatial=self._spatial.result(),
+            features=np.concatenate(self._kept),
+            score=self._score and self._score.result(),
+            source=source,
+            shape=shape,
+            unreadable=self.count - self.seen,
+            network=self.network,
+        )
+
+
+# --- files -----------------------------------------------------------------------------------------------------------------
+
+
+def save(path: str | os.PathLike, statistics: Statistics) -> None:
+    """Writes statistics as NPZ, whole or not at all.
+
+    The moments have the names of ADM's reference files, mu, sigma, mu_s and sigma_s, so that other tools read them too;
+    `features` and, as JSON, `about` are this project's.
+    """
+    arrays = {"mu": statistics.pool.mean, "sigma": statistics.pool.covariance}
+    if statistics.spatial is not None:
+        arrays |= {"mu_s": statistics.spatial.mean, "sigma_s": statistics.spatial.covariance}
+    if statistics.features is not None:
+        arrays["features"] = statistics.features
+    about = {
+        "count": statistics.pool.count,
+        "score": statistics.score and dataclasses.astuple(statistics.score),
+        "source": statistics.source,
+        "shape": statistics.shape,
+        "unreadable": statistics.unreadable,
+        "network": statistics.network and dataclasses.astuple(statistics.network),
+    }
+    arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def load(path: str | os.PathLike) -> Statistics:
+    """Reads the statistics of `save`, of ADM's reference files, or of pytorch-fid, which has mu and sigma only.
+
+    Images that the file holds besides, as ADM's do, are not looked at.
+    Raises InputError where the file is damaged or holds none.
+    """
+    names = npz.names(path)
+    about = _about(path) if "about" in names else {}
+    pool = _moments(path, "mu", "sigma", about.get("count"))
+    spatial = _moments(path, "mu_s", "sigma_s", about.get("count")) if "mu_s" in names else None
+    features = None
+    if "features" in names:
+        dtype, shape = npz.header(path, "features")
+        if dtype != np.float32 or len(shape) != 2 or shape[1] != len(pool.mean):
+            raise InputError(f"features in {path} is {dtype} {shape}, it should be float32 (N, {len(pool.mean)})")
+        features = _finite(path, "features")
+    return Statistics(
+        pool=pool,
+        spatial=spatial,
+        features=features,
+        score=about.get("score"),
+        source=f"{about['source']}, as kept in {path}" if about else f"{path} (SHA-256 {hash_file(path)})",
+        shape=about.get("shape"),
+        unreadable=about.get("unreadable", 0),
+        network=about.get("network"),
+    )
+
+
+def _moments(path: str | os.PathLike, mean: str, covariance: str, count: int | None) -> Moments:
+    dtypes, shapes = zip(*(npz.header(path, name) for name in (mean, covariance)))
+    size = shapes[0][0]
+    if any(dtype.kind != "f" for dtype in dtypes) or shapes != ((size,), (size, size)) or size > LARGEST:
+        found = " and ".join(f"{name} {dtype} {shape}" for name, dtype, shape in zip((mean, covariance), dtypes, shapes))
+        raise InputError(f"{path} holds {found}; a mean and a covariance of features are floats (D,) and (D, D)")
+    return Moments(*(_finite(path, name).astype(np.float64) for name in (mean, covariance)), count)
+
+
+def _finite(path: str | os.PathLike, name: str) -> np.ndarray:
+    values = npz.read(path, name)
+    if not np.isfinite(values).all():
+        raise InputError(f"{name} in {path} holds values that are not finite")
+    return values
+
+
+def _about(path: str | os.PathLike) -> dict[str, Any]:
+    """What `save` wrote besides arrays."""
+    dtype, shape = npz.header(path, "about")
+    if dtype == np.uint8 and math.prod(shape) <= LONGEST:
+        try:
+            about = json.loads(npz.read(path, "about").tobytes())
+            return {
+                "count": int(about["count"]),
+                "score": about["score"] and Score(*map(float, about["score"])),
+                "source": str(about["source"]),
+                "shape": tuple(map(int, about["shape"])) if about["shape"] else None,
+                "unreadable": int(about["unreadable"]),
+                "network": about["network"] and Network(*map(str, about["network"])),
+            }
+        except (ValueError, KeyError, TypeError, AttributeError):
+            pass
+    raise InputError(f"about in {path} is not what dar-jax writes; make the file again")

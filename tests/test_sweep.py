@@ -1,0 +1,146 @@
+"""Sweeps: every combination, the same samples as without a sweep, one compilation, previews for free."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from test_evaluate import stand_in
+
+from dar_jax import parallel
+from dar_jax.cli import main
+from dar_jax.config import MeshConfig, SamplingConfig
+from dar_jax.errors import InputError
+from dar_jax.evaluation import statistics
+from dar_jax.evaluation.evaluate import evaluate
+from dar_jax.evaluation.generate import sample
+from dar_jax.evaluation.images import from_array
+from dar_jax.evaluation.loading import load_sampler
+from dar_jax.evaluation.statistics import Extractor, Network
+from dar_jax.evaluation.sweep import alike, sweep, variants
+from dar_jax.sampling.sampler import generate, make_settings
+
+CONFIGS = [
+    SamplingConfig(guidance=(1.0, 1.0)),
+    SamplingConfig(guidance=(1.0, 4.0), top_k=5),
+    SamplingConfig(guidance=(2.0, 2.0), top_p=0.9, temperature=0.7),
+]
+
+
+def make_extractor():
+    params = jax.random.normal(jax.random.key(0), (300, 19)) / 8
+    return Extractor(stand_in, params, parallel.make_mesh(MeshConfig()), 16, Network("stand-in.pt", "00ff", "tensorflow1"))
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_run):
+    return load_sampler(tiny_run)
+
+
+@pytest.fixture
+def reference(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8)
+    np.savez(tmp_path / "reference.npz", images)
+    return str(tmp_path / "reference.npz")
+
+
+def test_every_combination():
+    found = variants(SamplingConfig(top_p=0.5), guidance=[(1, 1), (1, 8)], temperature=[0.9, 1.0])
+    assert [(each.guidance, each.temperature, each.top_p) for each in found] == [
+        ((1, 1), 0.9, 0.5), ((1, 1), 1.0, 0.5), ((1, 8), 0.9, 0.5), ((1, 8), 1.0, 0.5)]  # fmt: skip
+
+
+def test_one_compilation_gives_the_samples_of_each_setting(trained):
+    labels, seeds = np.arange(8) % 10, np.arange(8)
+    made = [make_settings(config, trained.config, trained.guidance) for config in CONFIGS]
+    before = generate._cache_size()
+    tokens = [next(sample(trained, labels, seeds, each, 8)).tokens for each in alike(made, 16, 64)]
+    assert generate._cache_size() == before + 1
+    for config, found in zip(CONFIGS, tokens):
+        np.testing.assert_array_equal(found, next(sample(trained, labels, seeds, config, 8)).tokens)
+
+
+def test_rows_are_those_of_single_evaluations(trained, reference):
+    extractor = make_extractor()
+    rows = sweep(trained, extractor, reference, CONFIGS[:2], groups=(2, 4), num_samples=21, batch_size=16)
+    assert [(row["guidance"], row["groups"], row["tokens"]) for row in rows] == [
+        ([1.0, 1.0], 2, 8), ([1.0, 1.0], 4, 16), ([1.0, 4.0], 2, 8), ([1.0, 4.0], 4, 16)]  # fmt: skip
+    labels, seeds = np.arange(21) % 10, np.arange(21)
+    for row, config in zip(rows[1::2], CONFIGS):
+        drawn = np.concatenate([part.images for part in sample(trained, labels, seeds, config, 16)])
+        report = evaluate(from_array(drawn, "samples"), reference, extractor)
+        for name in ("fid", "sfid", "precision", "recall", "inception_score"):
+            np.testing.assert_allclose(row[name], report[name], rtol=1e-6, err_msg=name)
+    with pytest.raises(InputError, match="groups are"):
+        sweep(trained, extractor, reference, CONFIGS, groups=(5,))
+
+
+def test_the_command(tiny_run, reference, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(statistics, "open_extractor", lambda *arguments: make_extractor())
+    command = ["sweep", str(tiny_run), "--reference", reference, "--out", str(tmp_path / "out"), "--num", "12"]
+    assert main([*command, "--guidance", "1:1,1:4", "--groups", "2,4", "--batch-size", "16"]) == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert len(report["rows"]) == 4 and report["samples"] == 12
+    assert "1:4" in capsys.readouterr().out and Image.open(tmp_path / "out/fid.png").size[0] > 500
+    assert main([*command, "--guidance", "1:2:3"]) == 2
+    assert "is not two scales" in capsys.readouterr().err
+
+
+def test_evaluate_commands(tiny_run, reference, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(statistics, "open_extractor", lambda *arguments: make_extractor())
+    kept = str(tmp_path / "kept.npz")
+    assert (
+        main(["evaluate", reference, "--reference", reference, "--json", str(tmp_path / "a.json"), "--save-statistics", kept])
+        == 0
+    )
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert abs(report["fid"]) < 1e-6 and report["precision"] == 1.0
+    assert main(["evaluate", reference, "--reference", kept]) == 0
+    assert "as kept in" in capsys.readouterr().out
+    assert main(["evaluate", str(tmp_path / "none.npz"), "--reference", kept]) == 2
+
+    assert (
+        main(
+            ["evaluate-tokenizer", str(tiny_run), "--num-images", "19", "--batch-size", "8", "--json", str(tmp_path / "b.json")]
+        )
+        == 0
+    )
+    report = json.loads((tmp_path / "b.json").read_text())
+    assert report["images"] == 19 and report["rfid"] > 0 and 0 < report["codebook_usage"] <= 1
+    assert set(report["left_out"]) == {"ssim", "lpips"}  # of 8 pixels
+
+
+def test_what_evaluate_tokenizer_measures(tiny_tokenizer, tmp_path):
+    from dar_jax.config import DataConfig, TokenizerTraining
+    from dar_jax.evaluation.evaluate_tokenizer import LpipsWeights, evaluate_tokenizer
+    from dar_jax.evaluation.loading import load_tokenizer
+    from dar_jax.evaluation.metrics import psnr, ssim
+    from dar_jax.evaluation.reconstruct import reconstruct
+    from dar_jax.features.vgg_lpips import Lpips
+    from dar_jax.training.checkpoint import save_for_inference
+
+    class Noise:
+        class_names, description = ("a",), "noise"
+        images = np.random.default_rng(1).integers(0, 256, (5, 16, 16, 1), np.uint8)
+
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, index):
+            return {"image": self.images[index], "label": 0}
+
+    tokenizer, params = tiny_tokenizer(image_size=16)
+    data = DataConfig(source="digits", image_size=16, channels=1, crop="center")
+    save_for_inference(tmp_path, TokenizerTraining(model=tokenizer.config, data=data), params, 1, ("a",))
+    trained = load_tokenizer(tmp_path)
+    example = jnp.zeros((1, 16, 16, 3))
+    lpips = jax.jit(Lpips().init)(jax.random.key(0), example, example)["params"]
+    report = evaluate_tokenizer(trained, Noise(), data, lpips=LpipsWeights(lpips, "random"), batch_size=8, seed=3)
+    decoded = reconstruct(trained, Noise.images, np.arange(3, 8)).images
+    np.testing.assert_allclose(report["psnr"], psnr(Noise.images, decoded).mean())
+    np.testing.assert_allclose(report["ssim"], np.mean(ssim(Noise.images, decoded)), rtol=1e-5)
+    pair = [np.repeat(x, 3, axis=-1) / 127.5 - 1 for x in (Noise.images, decoded)]
+    np.testing.assert_allclose(report["lpips"], np.mean(Lpips().apply({"params": lpips}, *pair)), rtol=1e-4)
+    assert set(report["left_out"]) == {"rfid", "rsfid"}
