@@ -167,13 +167,20 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TokenizerLossConfig:
-    """Weights of the tokenizer's loss terms (paper section 3.2)."""
+    """Weights of the tokenizer's loss terms (paper section 3.2). A term of weight 0 costs nothing.
+
+    LPIPS and REPA need frozen networks, whose files not everyone has; the paper's weight of both is 0.5.
+    """
 
     flow: float = 1.0
     codebook: float = 1.0
     commitment: float = 0.25
     entropy: float = 0.0
     entropy_temperature: float = 0.01
+    lpips: float = 0.0  # LPIPS with VGG16 of the predicted image
+    repa: float = 0.0  # 1 - cosine between the REPA head and the patch tokens of DINOv2
+    lpips_weights: str | None = None  # file or folder; None: looked for by name
+    dinov2_weights: str | None = None  # file; None: looked for by name
 
 
 @dataclass(frozen=True)
@@ -304,6 +311,11 @@ def validate(config: TokenizerTraining | TransformerTraining) -> None:
             f"the model takes {config.model.image_size} and {config.model.channels}",
         )
         require(data.source != "codes", "a tokenizer is trained on images, data.source is codes")
+        require(
+            config.loss.repa == 0 or config.model.velocity.has_repa,
+            f"loss.repa needs the REPA head, but velocity.repa_layer is {config.model.velocity.repa_layer} "
+            f"in a network of {config.model.velocity.layers} layers",
+        )
     else:
         model = config.model
         require(model.width % model.heads == 0, f"model.width {model.width} should be a multiple of model.heads {model.heads}")

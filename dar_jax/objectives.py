@@ -3,6 +3,7 @@
 Shapes: B batch, H W pixels, C channels, T tokens, V codebook size.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -10,7 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from dar_jax.config import LlamaConfig, TokenizerLossConfig
-from dar_jax.layers import Array
+from dar_jax.features.dinov2 import Dinov2, Dinov2Config, preprocess
+from dar_jax.features.vgg_lpips import Lpips
+from dar_jax.layers import Array, DType
 from dar_jax.llama import Llama
 from dar_jax.tokenizer.quantizer import similarity
 from dar_jax.tokenizer.tokenizer import Tokenizer, TokenizerOutput
@@ -49,6 +52,29 @@ def tokenizer_loss(
     if output.quantized.codes is not None:
         metrics["code_counts"] = jnp.bincount(output.quantized.codes.reshape(-1), length=model.config.codebook_size)
     return loss, metrics
+
+
+def feature_terms(frozen: dict, config: TokenizerLossConfig, dtype: DType = jnp.float32) -> FeatureLoss:
+    """LPIPS between image and prediction, and REPA (paper section 3.2), those of them that have a weight.
+
+    Args:
+      frozen: parameters of `Lpips` as "lpips" and of `Dinov2` as "dinov2", where they are needed.
+      dtype: of DINOv2's matrix products; LPIPS is float32 throughout.
+    """
+
+    def terms(images: Array, output: TokenizerOutput) -> Metrics:
+        found = {}
+        images, predicted = (jnp.broadcast_to(x, (*x.shape[:3], 3)) for x in (images, output.image))  # grey ones too
+        if config.lpips != 0:
+            found["lpips"] = config.lpips * Lpips().apply({"params": frozen["lpips"]}, images, predicted).mean()
+        if config.repa != 0:
+            sizes = Dinov2Config()
+            side = math.isqrt(output.repa.shape[1]) * sizes.patch_size
+            tokens = Dinov2(sizes, dtype).apply({"params": frozen["dinov2"]}, preprocess(images, side))
+            found["repa"] = config.repa * (1 - optax.cosine_similarity(output.repa, tokens, epsilon=1e-8)).mean()
+        return found
+
+    return terms
 
 
 def tokenizer_terms(model: Tokenizer, output: TokenizerOutput, config: TokenizerLossConfig) -> Metrics:

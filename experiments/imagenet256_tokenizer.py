@@ -40,7 +40,7 @@ experiment = Experiment(
                 width=768, layers=12, head_size=64, patch_size=8, data_std=0.6, time_shift=2.0, repa_layer=8
             ),
         ),
-        loss=TokenizerLossConfig(flow=1.0, codebook=1.0, commitment=0.25),
+        loss=TokenizerLossConfig(flow=1.0, codebook=1.0, commitment=0.25, lpips=0.5, repa=0.5),
         data=DataConfig(source="folder", image_size=256, crop="random", crop_fraction=(0.8, 1.0), flip=True, workers=8),
         optimizer=OptimizerConfig(
             learning_rate=2e-4, schedule="constant", warmup_steps=500, beta1=0.9, beta2=0.95, clip_norm=1.0, ema_decay=0.999

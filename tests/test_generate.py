@@ -14,8 +14,9 @@ from dar_jax.data.transforms import ten_crops
 from dar_jax.errors import InputError
 from dar_jax.evaluation.generate import class_number, make_request, pair, sample
 from dar_jax.evaluation.loading import find, find_transformer, load_sampler, load_tokenizer, run_mesh
+from dar_jax.evaluation.metrics import psnr
 from dar_jax.evaluation.pictures import to_uint8
-from dar_jax.evaluation.reconstruct import encode, psnr, reconstruct
+from dar_jax.evaluation.reconstruct import encode, reconstruct
 from dar_jax.evaluation.tokenize import tokenize
 from dar_jax.training.experiment import Experiment
 

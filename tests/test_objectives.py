@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dar_jax.config import TokenizerLossConfig
-from dar_jax.objectives import entropy_loss, tokenizer_loss
+from dar_jax import objectives
+from dar_jax.config import TokenizerLossConfig, VelocityConfig
+from dar_jax.features.dinov2 import Dinov2, Dinov2Config, preprocess
+from dar_jax.features.vgg_lpips import Lpips
+from dar_jax.objectives import entropy_loss, feature_terms, tokenizer_loss
 
 IMAGES = jnp.tanh(jax.random.normal(jax.random.key(8), (64, 8, 8, 1)))
 
@@ -51,3 +54,36 @@ def test_feature_terms_are_added(tiny_tokenizer):
     assert float(with_hook - plain) == pytest.approx(float(metrics["pixels"]), rel=1e-4)
     gradients = [jax.grad(lambda p, hook=hook: loss(p, hook)[0])(params)["encoder"] for hook in (features, None)]
     assert any(not np.allclose(a, b) for a, b in zip(*map(jax.tree.leaves, gradients)))
+
+
+def test_lpips_and_repa_by_hand(tiny_tokenizer, monkeypatch):
+    velocity = VelocityConfig(width=16, layers=2, head_size=8, patch_size=4, repa_layer=1, repa_hidden=8, repa_width=24)
+    model, params = tiny_tokenizer(image_size=16, velocity=velocity)
+    sizes = Dinov2Config(width=24, layers=1, heads=2, table_side=5)
+    monkeypatch.setattr(objectives, "Dinov2Config", lambda: sizes)
+    images = IMAGES.reshape(16, 16, 16, 1)
+    rgb = jnp.repeat(images, 3, axis=-1)
+    frozen = {
+        "lpips": jax.jit(Lpips().init)(jax.random.key(1), rgb[:1], rgb[:1])["params"],
+        "dinov2": jax.jit(Dinov2(sizes).init)(jax.random.key(2), jnp.zeros((1, 56, 56, 3)))["params"],
+    }
+    output = model.apply(
+        {"params": params}, images, jnp.full(16, 0.4), jax.random.normal(jax.random.key(3), images.shape), True
+    )
+    terms = feature_terms(frozen, TokenizerLossConfig(lpips=0.5, repa=2.0))(images, output)
+
+    distances = Lpips().apply({"params": frozen["lpips"]}, rgb, jnp.repeat(output.image, 3, axis=-1))
+    assert float(terms["lpips"]) == pytest.approx(0.5 * float(distances.mean()), rel=1e-5)
+    tokens = np.asarray(Dinov2(sizes).apply({"params": frozen["dinov2"]}, preprocess(rgb, 56)), np.float64)  # 4 x 4 of 14
+    repa = np.asarray(output.repa, np.float64)
+    cosines = (repa * tokens).sum(-1) / np.linalg.norm(repa, axis=-1) / np.linalg.norm(tokens, axis=-1)
+    assert float(terms["repa"]) == pytest.approx(2 * (1 - cosines).mean(), rel=1e-5)
+    assert feature_terms({}, TokenizerLossConfig())(images, output) == {}  # needs no network
+
+    def loss(params, config):
+        return tokenizer_loss(model, params, images, jax.random.key(0), config, feature_terms(frozen, config))[0]
+
+    gradients = jax.grad(loss)(params, TokenizerLossConfig(flow=0, codebook=0, commitment=0, lpips=0.5, repa=2.0))
+    flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)}
+    assert all(jnp.isfinite(leaf).all() for leaf in flat.values())
+    assert all((jnp.abs(flat[name]) > 0).any() for name in flat if "repa" in name or "patch_out" in name or "patchify" in name)

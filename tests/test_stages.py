@@ -5,10 +5,19 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from dar_jax.config import VelocityConfig
+from dar_jax import parallel
+from dar_jax.config import DataConfig, MeshConfig, VelocityConfig
+from dar_jax.errors import InputError
+from dar_jax.features.vgg_lpips import Lpips
 from dar_jax.quickstart import TOKENIZER
+from dar_jax.release import torch_file
+from dar_jax.release.convert import to_release
+from dar_jax.release.feature_names import lpips_entries
+from dar_jax.training import stages
 from dar_jax.training.experiment import Experiment
+from dar_jax.training.loop import train
 from dar_jax.training.stages import tokenizer_stage
 
 
@@ -21,9 +30,55 @@ def test_feature_terms_join_the_loss_of_a_run():
         assert output.repa.shape == (3, 4, 12)
         return {"brightness": jnp.abs(images.mean() - output.image.mean()), "repa": jnp.square(output.repa).mean()}
 
-    stage = tokenizer_stage(Experiment(dataclasses.replace(TOKENIZER, model=model), features=features))
+    mesh = parallel.make_mesh(MeshConfig())
+    stage = tokenizer_stage(Experiment(dataclasses.replace(TOKENIZER, model=model), features=features), mesh)
     batch = {"image": np.stack([stage.source[i]["image"] for i in range(3)]), "label": np.arange(3)}
     loss, metrics = jax.jit(stage.loss_fn)(stage.init_params(), batch, jax.random.key(0), {})
     parts = ("flow", "codebook", "commitment", "entropy", "brightness", "repa")
     assert all(metrics[name] != 0 for name in parts)
     np.testing.assert_allclose(loss, sum(metrics[name] for name in parts), rtol=1e-5)
+
+
+def with_lpips(tmp_path, **changes):
+    """Settings of a small run whose loss has LPIPS with random weights in a file."""
+    rgb = jnp.zeros((1, 16, 16, 3))
+    params = jax.device_get(jax.jit(Lpips().init)(jax.random.key(1), rgb, rgb)["params"])
+    torch_file.write(tmp_path / "lpips.pt", to_release(lpips_entries(), params))
+    velocity = VelocityConfig(width=32, layers=1, head_size=16, patch_size=4, repa_layer=None)
+    sizes = {"image_size": 16, "encoder_layers": 1, "encoder_width": 32, "decoder_width": 32, "velocity": velocity}
+    loss = dataclasses.replace(TOKENIZER.loss, lpips=0.5, lpips_weights=str(tmp_path / "lpips.pt"), **changes)
+    data = DataConfig(source="digits", image_size=16, channels=1, crop="center")
+    settings = dataclasses.replace(TOKENIZER.train, steps=2, batch_size=8, log_every=1)
+    model = dataclasses.replace(TOKENIZER.model, **sizes)
+    return dataclasses.replace(TOKENIZER, model=model, loss=loss, data=data, train=settings)
+
+
+def test_lpips_takes_part_in_training_on_any_mesh(tmp_path):
+    config = with_lpips(tmp_path)
+    losses = {}
+    for sizes in ((8, 1, 1), (2, 2, 2)):
+        summary = train(Experiment(dataclasses.replace(config, mesh=MeshConfig(*sizes))), tmp_path / str(sizes))
+        losses[sizes] = summary.metrics
+        assert summary.metrics["lpips"] > 0
+    np.testing.assert_allclose(losses[8, 1, 1]["lpips"], losses[2, 2, 2]["lpips"], rtol=1e-5)
+    np.testing.assert_allclose(losses[8, 1, 1]["loss"], losses[2, 2, 2]["loss"], rtol=1e-5)
+
+
+def test_networks_are_opened_only_for_terms_with_a_weight(tmp_path, monkeypatch):
+    config = with_lpips(tmp_path, repa=0.5)
+    mesh = parallel.make_mesh(MeshConfig())
+    with pytest.raises(InputError, match="loss.repa needs the REPA head"):
+        train(Experiment(config), tmp_path / "run")
+    missing = dataclasses.replace(config, loss=dataclasses.replace(config.loss, repa=0.0, lpips_weights="nowhere"))
+    with pytest.raises(InputError, match="nowhere"):
+        tokenizer_stage(Experiment(missing), mesh)
+
+    def refuse(*arguments):
+        raise AssertionError("opened")
+
+    monkeypatch.setattr(stages, "resolve", refuse)
+    off = dataclasses.replace(config, loss=dataclasses.replace(config.loss, repa=0.0, lpips=0.0))
+    assert tokenizer_stage(Experiment(off), mesh).frozen == {}
+    small = dataclasses.replace(config, model=TOKENIZER.model, loss=dataclasses.replace(config.loss, repa=0.0))
+    with pytest.raises(InputError, match="at least 16 pixels"):
+        tokenizer_stage(Experiment(small), mesh)

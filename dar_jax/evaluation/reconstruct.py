@@ -23,6 +23,7 @@ from dar_jax.data.transforms import center_crop
 from dar_jax.errors import InputError
 from dar_jax.evaluation import pictures
 from dar_jax.evaluation.loading import Trained, full_batch, pad, put_batch, to_host
+from dar_jax.evaluation.metrics import psnr
 from dar_jax.evaluation.progress import Progress
 from dar_jax.files import write_json
 from dar_jax.sampling.sampler import Networks, decode, initial_noise, make_settings, sample_keys
@@ -84,12 +85,6 @@ def quantize(networks: Networks, params: dict, images: jax.Array) -> Quantized:
     """uint8 [B, H, W, C] -> the quantizer's result: codes [B, T] and the values [B, T, E] that `decode` takes."""
     apply = functools.partial(networks.tokenizer.apply, {"params": params["tokenizer"]})
     return apply(apply(to_float(images), method="encode"), method="quantize")
-
-
-def psnr(images: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio of each pair of uint8 images [N, H, W, C]: float64 [N] in dB, 148 where they agree."""
-    error = np.square(images.astype(np.float64) - others).mean(axis=(1, 2, 3))
-    return 10 * np.log10(255**2 / np.maximum(error, 1e-10))
 
 
 def codebook_usage(codes: np.ndarray, codebook_size: int) -> float:

@@ -31,7 +31,7 @@ class Experiment:
     model: (config.model, dtype, remat) -> the network, with the methods of `Tokenizer` or `Llama`.
     loss: (model, params, batch, key, config) -> (scalar, metrics). The batch is {"image": float32 [B, H, W, C] in
       [-1, 1], "label": int32 [B]} for a tokenizer, {"codes": int32 [B, T], "label": int32 [B]} for a transformer.
-    features: further terms of the default tokenizer loss, such as LPIPS and REPA, see `objectives.FeatureLoss`.
+    features: further terms of the default tokenizer loss beside those of config.loss, see `objectives.FeatureLoss`.
     source: opens the data, in place of `data.sources.open_source`.
     guidance: (tokens, first, last) -> the guidance scale of every token [T] float32.
     rules: how parameters with names of their own are cut over the mesh, see `parallel.RULES`.

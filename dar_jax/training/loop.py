@@ -81,7 +81,7 @@ def train(
 
     with jax.set_mesh(mesh):
         if isinstance(config, TokenizerTraining):
-            stage = tokenizer_stage(experiment)
+            stage = tokenizer_stage(experiment, mesh)
         else:
             stage = transformer_stage(experiment, folder, mesh, resumed=found is not None)
         optimizer = make_optimizer(config.optimizer, config.train.steps)

@@ -12,11 +12,16 @@ from etils import epath
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from dar_jax import parallel
 from dar_jax.config import TokenizerTraining, TransformerTraining
 from dar_jax.data.codes import CodesSource, fingerprint
 from dar_jax.data.sources import open_source
 from dar_jax.errors import InputError
-from dar_jax.objectives import FeatureLoss, next_token_loss, tokenizer_loss
+from dar_jax.features.dinov2 import Dinov2Config
+from dar_jax.features.vgg_lpips import SMALLEST
+from dar_jax.objectives import FeatureLoss, feature_terms, next_token_loss, tokenizer_loss
+from dar_jax.release.features import load_dinov2, load_lpips
+from dar_jax.release.weights import resolve
 from dar_jax.training.checkpoint import Loaded, load, save_for_inference
 from dar_jax.training.experiment import Experiment
 from dar_jax.training.state import Params
@@ -43,18 +48,22 @@ class Stage:
     tokenizer: Loaded | None
 
 
-def tokenizer_stage(experiment: Experiment) -> Stage:
-    """Stage 1. Raises InputError where the data cannot be opened."""
+def tokenizer_stage(experiment: Experiment, mesh: Mesh) -> Stage:
+    """Stage 1. Raises InputError where the data or the networks of a loss term cannot be opened."""
     config = experiment.config
     model = experiment.build_model(matmul_dtype(config.train.dtype), config.train.remat)
     source = (experiment.source or open_source)(config.data)
-    loss = experiment.loss or functools.partial(_tokenizer_loss, features=experiment.features)
+    frozen = {} if experiment.loss else _feature_networks(config, mesh)
     init_params = functools.partial(experiment.init_params, model)
 
     def loss_fn(params: Params, batch: dict, key: jax.Array, frozen: Params):
-        return loss(model, params, {**batch, "image": to_float(batch["image"])}, key, config)
+        images = to_float(batch["image"])
+        if experiment.loss is not None:
+            return experiment.loss(model, params, {**batch, "image": images}, key, config)
+        features = _both(feature_terms(frozen, config.loss, model.dtype) if frozen else None, experiment.features)
+        return tokenizer_loss(model, params, images, key, config.loss, features)
 
-    return Stage(experiment, model, source, tuple(source.class_names), init_params, loss_fn, {}, None)
+    return Stage(experiment, model, source, tuple(source.class_names), init_params, loss_fn, frozen, None)
 
 
 def transformer_stage(experiment: Experiment, workdir: epath.Path, mesh: Mesh, resumed: bool) -> Stage:
@@ -102,15 +111,25 @@ def to_float(images: jax.Array) -> jax.Array:
     return images.astype(jnp.float32) / 127.5 - 1
 
 
-def _tokenizer_loss(
-    model: nn.Module,
-    params: Params,
-    batch: dict,
-    key: jax.Array,
-    config: TokenizerTraining,
-    features: FeatureLoss | None,
-):
-    return tokenizer_loss(model, params, batch["image"], key, config.loss, features)
+def _feature_networks(config: TokenizerTraining, mesh: Mesh) -> Params:
+    """The frozen networks of the loss terms that have a weight, on the mesh."""
+    loss, networks = config.loss, {}
+    if loss.lpips != 0:
+        if config.model.image_size < SMALLEST:
+            raise InputError(f"loss.lpips needs images of at least {SMALLEST} pixels; set it to 0")
+        networks["lpips"] = load_lpips(*resolve("lpips_vgg16", loss.lpips_weights).files)
+    if loss.repa != 0:
+        sizes, width = Dinov2Config(), config.model.velocity.repa_width
+        if width != sizes.width:
+            raise InputError(f"model.velocity.repa_width is {width}, but DINOv2's features have {sizes.width} numbers")
+        networks["dinov2"] = load_dinov2(*resolve("dinov2_vitb14", loss.dinov2_weights).files, sizes)
+    return jax.device_put(networks, parallel.shardings(networks, mesh))
+
+
+def _both(first: FeatureLoss | None, second: FeatureLoss | None) -> FeatureLoss | None:
+    if first is None or second is None:
+        return first or second
+    return lambda images, output: first(images, output) | second(images, output)
 
 
 def _transformer_loss(model: nn.Module, params: Params, batch: dict, key: jax.Array, config: TransformerTraining):
