@@ -139,6 +139,8 @@ def import_checkpoint(
     donor = None if tokenizer is None else open_weights(tokenizer)
     if donor is not None and not isinstance(donor.config, TokenizerTraining):
         raise InputError(f"{tokenizer} is a transformer, not a tokenizer")
+    if donor is not None and Path(tokenizer).is_dir() and "model" in checkpoint.inspect(tokenizer).hooks:
+        raise InputError(f"{tokenizer} was trained with a model of its own, of which the release's transformers know nothing")
     released = read_checkpoint(path, donor and donor.config.model, heads)
     lines = [_summary(path, released)]
     if isinstance(released.config, TransformerTraining):
