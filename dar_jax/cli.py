@@ -192,6 +192,53 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Generate:
+    """Draw many samples into one NPZ file, for `dar-jax evaluate` and the ADM suite.
+
+    The file has the images in `arr_0` (uint8, N x height x width x channels) and their classes in `arr_1`. Sample i has the
+    seed --seed + i. An interrupted run goes on where it stopped, to the same file.
+
+    Example: dar-jax generate runs/ar --num 50000 --out samples.npz
+    """
+
+    checkpoint: Place  # a transformer's run folder, or one of its checkpoints/STEP
+    out: str  # the file to write
+    num: int = 50_000  # samples
+    labels: Literal["balanced", "uniform"] = "balanced"  # all classes in turn, or drawn at random
+    seed: int = 0  # of the first sample, and of the classes drawn
+    guidance: OfRun[Floats] = None  # classifier-free guidance scale, of the first and the last token; 1: none
+    cfg_interval: OfRun[int] = None  # N >= 0: tokens with an index above N + 1 are not guided
+    temperature: OfRun[float] = None  # 0: always the most probable token
+    top_k: OfRun[int] = None  # draw from the K most probable tokens only; 0: off
+    top_p: OfRun[float] = None  # draw from the most probable tokens that hold this share only; 1: off
+    solver: OfRun[Literal["adams2", "euler"]] = None  # of the denoising steps
+    num_denoising_steps: OfRun[int] = None  # steps from noise to image
+    groups: OfRun[int] = None  # stop after so many groups of tokens, with their preview
+    experiment: Optional[str] = None  # the run's experiment file, if that replaced the model or the guidance
+    weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
+    mesh: OfRun[Ints] = None  # devices along data, fsdp and tensor, such as 1,1,4
+    batch_size: int = 64  # samples at a time
+
+    def run(self) -> None:
+        from dar_jax.evaluation.bulk import generate_npz
+        from dar_jax.evaluation.loading import find_transformer, load_sampler
+        from dar_jax.files import check_writable
+        from dar_jax.sampling.sampler import make_settings
+
+        _check_batch(self.batch_size)
+        _check_batch(self.num, "number of samples")
+        found, experiment = find_transformer(self.checkpoint), _experiment(self.experiment)
+        names = ("cfg_interval", "temperature", "top_k", "top_p", "solver", "num_denoising_steps")
+        given = {name: getattr(self, name) for name in names}
+        given |= {"guidance": _two(self.guidance), "num_groups": self.groups}
+        sampling = dataclasses.replace(found.transformer.config.sampling, **_given(given))
+        make_settings(sampling, found.tokenizer.config.model)
+        check_writable(Path(self.out).absolute().parent)
+        trained = load_sampler(self.checkpoint, experiment, self.weights, _mesh(self.mesh))
+        print(generate_npz(trained, self.out, self.num, self.labels, sampling, self.batch_size, self.seed))
+
+
+@dataclass(frozen=True)
 class Reconstruct:
     """Encode and decode the images of a folder: how good is the tokenizer?
 
@@ -550,6 +597,7 @@ COMMANDS = {
     "quickstart": Quickstart,
     "train": Train,
     "sample": Sample,
+    "generate": Generate,
     "reconstruct": Reconstruct,
     "tokenize": Tokenize,
     "evaluate": Evaluate,

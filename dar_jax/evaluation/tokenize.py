@@ -46,7 +46,7 @@ def tokenize(
     missing = codes.missing_shards(out, info)
     size = full_batch(batch_size, trained.mesh)
     with Progress("tokenized", info.images) as progress:
-        progress.add(info.images - sum(len(info.elements(shard)) for shard in missing))
+        progress.skip(info.images - sum(len(info.elements(shard)) for shard in missing))
         for shard in missing:
             places = info.elements(shard)
             stored, labels = [], []
