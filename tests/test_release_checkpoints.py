@@ -245,6 +245,17 @@ def test_unfit_files_are_refused_in_one_line(files, tmp_path, capsys, change, co
     assert err.count("\n") == 1 and not out and not (tmp_path / "run").exists()
 
 
+def test_sizes_that_no_memory_holds_are_refused(files, tmp_path):
+    contents = torch_file.read(files[1])
+    model = plain(contents["model"])
+    classes, codes = (f"{name}.weight" for name in ("cls_embedding.embedding_table", "tok_embeddings"))
+    model |= {name: np.zeros((2, 1 << 22), np.float16) for name in (classes, codes)}
+    model |= {f"layers.{layer}.attention.wqkv.weight": np.zeros((3 << 22, 1), np.float16) for layer in range(2)}
+    torch_file.write(tmp_path / "file.pt", {"model": model})
+    with pytest.raises(InputError, match="the tensors hold .* numbers, the model takes"):
+        read_checkpoint(tmp_path / "file.pt", heads=1)
+
+
 def test_what_does_not_fit_together_is_refused(files, imported, tmp_path):
     tokenizer, transformer = files
     with pytest.raises(InputError, match="already holds a run"):

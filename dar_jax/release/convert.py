@@ -1,5 +1,6 @@
 """Parameters from and to the release's tensors, by the table in `names`."""
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -28,12 +29,16 @@ def from_release(entries: list[Entry], tensors: Mapping[str, np.ndarray], abstra
         tensors = {name: tensor for name, tensor in tensors.items() if not re.fullmatch(unused, name)}
     _require_same("tensors", theirs, tensors)
     _require_same("parameters", [entry.ours for entry in entries], wanted)
+    given, taken = (sum(math.prod(array.shape) for array in arrays.values()) for arrays in (tensors, wanted))
+    if taken > 2 * given:  # before memory is taken for what cannot fit; smaller differences are told tensor by tensor below
+        raise InputError(f"the tensors hold {given:,} numbers, the model takes {taken:,}")
     params = {}
     for entry in entries:
         shape = tuple(wanted[entry.ours].shape)
         shape = shape if entry.layers is None else shape[1:]
-        copies = [_to_ours(entry, [tensors[name] for name in names], shape, names) for names in _names_by_layer(entry)]
-        params[entry.ours] = np.array(copies[0] if entry.layers is None else copies, np.float32)
+        params[entry.ours] = array = np.empty(wanted[entry.ours].shape, np.float32)
+        for names, part in zip(_names_by_layer(entry), [array] if entry.layers is None else array, strict=True):
+            part[...] = _to_ours(entry, [tensors[name] for name in names], shape, names)  # layer by layer: memory for one more
     return traverse_util.unflatten_dict(params, sep="/")
 
 
