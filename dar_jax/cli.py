@@ -48,7 +48,6 @@ T = TypeVar("T")
 OfRun = Annotated[T | None, tyro.conf.DisallowNone, tyro.conf.arg(help_behavior_hint="(default: of the checkpoint's run)")]
 Optional = Annotated[T | None, tyro.conf.DisallowNone, tyro.conf.arg(help_behavior_hint="(optional)")]
 Settings = TypeVar("Settings")
-HELD_OUT = {"digits": "test", "cifar10": "test", "folder": "val"}  # splits to evaluate on
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ class Train(Generic[Settings]):
         return cls[type(config)], cls(experiment, tyro.MISSING, config)
 
     def run(self) -> int:
-        from dar_jax.evaluation.logged import log_pictures
+        from dar_jax.evaluation.logged import Evaluation, log_pictures
         from dar_jax.release.checkpoints import open_start
         from dar_jax.training.experiment import load_experiment
         from dar_jax.training.loop import TrainingDiverged, train
@@ -117,7 +116,7 @@ class Train(Generic[Settings]):
         if self.init_from is not None:
             start = functools.partial(open_start, self.init_from, experiment.config)
         try:
-            summary = train(experiment, self.workdir, self.resume, log_pictures, start)
+            summary = train(experiment, self.workdir, self.resume, log_pictures, start, Evaluation())
         except TrainingDiverged as error:
             return _say(error, 1)
         return 130 if summary.interrupted else 0
@@ -399,10 +398,10 @@ class EvaluateTokenizer(Generic[Settings]):
     @classmethod
     def with_defaults(cls, checkpoint: str) -> tuple[Any, "EvaluateTokenizer"]:
         """The type to parse and the values of what is not given."""
+        from dar_jax.data.sources import held_out
         from dar_jax.evaluation.loading import find
 
-        data = find(checkpoint).tokenizer.config.data
-        return cls[DataConfig], cls(checkpoint, dataclasses.replace(data, split=HELD_OUT.get(data.source, data.split)))
+        return cls[DataConfig], cls(checkpoint, held_out(find(checkpoint).tokenizer.config.data))
 
     def run(self) -> None:
         from dar_jax.data.sources import open_source
@@ -458,11 +457,10 @@ class EvaluateAr(Generic[Settings]):
     @classmethod
     def with_defaults(cls, checkpoint: str) -> tuple[Any, "EvaluateAr"]:
         """The type to parse and the values of what is not given."""
+        from dar_jax.data.sources import held_out
         from dar_jax.evaluation.loading import find_transformer
 
-        data = find_transformer(checkpoint).transformer.config.data
-        data = dataclasses.replace(data, split=HELD_OUT.get(data.source, data.split))
-        return cls[DataConfig], cls(checkpoint, tyro.MISSING, data)
+        return cls[DataConfig], cls(checkpoint, tyro.MISSING, held_out(find_transformer(checkpoint).transformer.config.data))
 
     def run(self) -> None:
         from dar_jax.data.sources import open_source

@@ -207,6 +207,8 @@ class TrainConfig:
     keep_checkpoints: int = 2
     keep_every: int | None = None  # checkpoints at multiples of this step stay for ever
     sample_every: int = 0  # a grid of samples (or reconstructions) in the log every so many steps; 0: never
+    evaluate_every: int = 0  # metrics on held-out images in the log every so many steps; 0: never
+    evaluate_images: int = 256  # on so many of them
 
 
 @dataclass(frozen=True)
@@ -299,7 +301,7 @@ def validate(config: TokenizerTraining | TransformerTraining) -> None:
         train.accumulate > 0 and train.batch_size % train.accumulate == 0,
         f"train.batch_size {train.batch_size} should be a multiple of train.accumulate {train.accumulate}",
     )
-    for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
+    for name in ("log_every", "checkpoint_every", "keep_checkpoints", "evaluate_images"):
         require(getattr(train, name) > 0, f"train.{name} is {getattr(train, name)}, it should be at least 1")
     require(0 <= optimizer.ema_decay < 1, f"optimizer.ema_decay is {optimizer.ema_decay}, it should be in [0, 1)")
     require(data.channels in (1, 3), f"data.channels is {data.channels}, it should be 1 (grey) or 3 (RGB)")

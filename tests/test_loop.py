@@ -105,6 +105,16 @@ def test_asked_to_stop_it_saves_and_leaves(tmp_path, number):
     assert f"stopped at step {step}, which is saved; go on with --resume" in out
 
 
+def test_what_evaluates_is_logged_at_its_steps(tmp_path):
+    def evaluate(stage, params):
+        return {"eval_mean": float(jax.tree.leaves(params)[0].mean())}
+
+    train(with_train(evaluate_every=3), tmp_path, evaluate=evaluate)
+    assert [record["step"] for record in read_records(tmp_path) if "eval_mean" in record] == [3, 6]
+    with pytest.raises(InputError, match="given nothing that evaluates"):
+        train(with_train(evaluate_every=3), tmp_path / "other")
+
+
 def test_weights_alone_are_trained_on_from_their_step(uninterrupted, tmp_path):
     source = checkpoint.load(uninterrupted, stand_in.experiment)
     experiment = with_train(steps=20, log_every=1)

@@ -1,5 +1,6 @@
 """Random access to labelled images: the embedded digits, a folder of images, the CIFAR-10 files, stored codes."""
 
+import dataclasses
 import logging
 import os
 import threading
@@ -36,6 +37,12 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+def held_out(config: DataConfig) -> DataConfig:
+    """The same data set in the split to evaluate on: test of the digits and CIFAR-10, val of a folder; codes as they are."""
+    split = {"digits": "test", "cifar10": "test", "folder": "val"}.get(config.source, config.split)
+    return dataclasses.replace(config, split=split)
 
 
 def open_source(config: DataConfig) -> Source:

@@ -1,20 +1,34 @@
-"""Pictures for the log of a training run, made with the moving average of its weights."""
+"""Pictures and metrics for the log of a training run, made with the moving average of its weights."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from dar_jax.config import SamplingConfig, TokenizerTraining
+from dar_jax.data.sources import held_out, open_source
+from dar_jax.errors import InputError
 from dar_jax.evaluation import pictures
-from dar_jax.evaluation.loading import to_host
+from dar_jax.evaluation.evaluate import compare
+from dar_jax.evaluation.evaluate_tokenizer import NAMES, evaluate_tokenizer, open_lpips
+from dar_jax.evaluation.generate import sample
+from dar_jax.evaluation.images import from_source, subset
+from dar_jax.evaluation.likelihood import evaluate_transformer
+from dar_jax.evaluation.loading import Trained, to_host
 from dar_jax.evaluation.reconstruct import at_image_size, quantize
+from dar_jax.evaluation.statistics import Extractor, RunningStatistics, Statistics, collect, open_extractor
 from dar_jax.sampling.logits import linear_guidance
 from dar_jax.sampling.sampler import Networks, decode, generate, initial_noise, make_settings, sample_keys
 from dar_jax.training.stages import Stage
 from dar_jax.training.state import Params
 
+log = logging.getLogger("dar_jax.evaluation")
+T = TypeVar("T")
+
 COUNT = 16
+BATCH = 64  # images at a time
 
 
 def log_pictures(stage: Stage, ema: Params, batch: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
@@ -44,3 +58,63 @@ def _samples(stage: Stage, ema: Params) -> np.ndarray:
     labels = np.arange(COUNT, dtype=np.int32) % len(stage.class_names)
     images = generate(networks, params, settings, labels, np.arange(COUNT, dtype=np.uint32)).images
     return pictures.sheet(pictures.to_uint8(to_host(images)), [stage.class_names[label] for label in labels])
+
+
+class Evaluation:
+    """What `training.loop.train` logs every `evaluate_every` steps, on `evaluate_images` images: scalars by name.
+
+    Of a tokenizer, what `evaluate_tokenizer` measures on held-out images; of a transformer, bits per token and accuracy on
+    them, and the FID of as many samples against as many images that it was trained on. So few images make a Fréchet distance
+    that only the same run can be compared with. What needs weights that are missing is left out, with a warning.
+    """
+
+    def __init__(self):
+        self._kept: dict[str, Any] = {}
+
+    def __call__(self, stage: Stage, ema: Params) -> dict[str, float]:
+        config = stage.experiment.config
+        count, data = config.train.evaluate_images, held_out(config.data)
+        size, mesh = min(BATCH, count), jax.tree.leaves(ema)[0].sharding.mesh
+        source = self._once("source", lambda: (stage.experiment.source or open_source)(data))
+        extractor = self._once("extractor", lambda: _unless_missing(lambda: open_extractor(batch_size=BATCH)))
+        if isinstance(config, TokenizerTraining):
+            lpips = self._once("lpips", lambda: _unless_missing(open_lpips))
+            trained = Trained(None, Networks(stage.model), {"tokenizer": ema}, linear_guidance, mesh)
+            report = evaluate_tokenizer(trained, source, data, extractor, lpips, batch_size=size, num_images=count)
+            names = tuple(NAMES)
+        else:
+            networks = Networks(stage.tokenizer.experiment.build_model(stage.model.dtype), stage.model)
+            params = {"tokenizer": stage.tokenizer.params, "llama": ema}
+            trained = Trained(None, networks, params, stage.experiment.guidance or linear_guidance, mesh)
+            report = evaluate_transformer(trained, source, data, size, count)
+            if extractor is not None and data.source != "codes":
+                report["fid"] = self._fid(stage, trained, extractor, count, size)
+            names = ("bits_per_token", "bits_per_token_without_class", "accuracy", "fid")
+        return {f"eval_{name}": report[name] for name in names if name in report}
+
+    def _fid(self, stage: Stage, trained: Trained, extractor: Extractor, count: int, size: int) -> float:
+        config, running = trained.config, RunningStatistics(extractor.network, count, 0)
+        labels = np.arange(count) % len(stage.class_names)
+        for drawn in sample(trained, labels, np.arange(count), stage.experiment.config.sampling, size):
+            for features in extractor([drawn.images]):
+                running.add(features)
+
+        def reference() -> Statistics:
+            images = from_source(stage.source, config.image_size)
+            return collect(extractor, subset(images, min(count, images.count)), 0)
+
+        samples = running.result("samples", (config.image_size, config.image_size, config.channels))
+        return compare(samples, self._once("reference", reference))["fid"]
+
+    def _once(self, name: str, make: Callable[[], T]) -> T:
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
+
+
+def _unless_missing(load: Callable[[], T]) -> T | None:
+    try:
+        return load()
+    except InputError as error:
+        log.warning("not evaluated: %s", error)
+        return None

@@ -31,6 +31,7 @@ from dar_jax.training.step import Metrics, is_count, make_train_step
 
 # (stage, EMA parameters, batch on the devices) -> pictures by name, uint8 [H, W, 3]
 Pictures = Callable[[Stage, Params, Mapping[str, jax.Array]], dict[str, np.ndarray]]
+Evaluate = Callable[[Stage, Params], dict[str, float]]  # (stage, EMA parameters) -> scalars by name
 
 LOOK_AHEAD = 2  # steps the host may be ahead of the device; a step's metrics are read only when later ones are queued
 
@@ -54,6 +55,7 @@ def train(
     resume: bool = False,
     pictures: Pictures | None = None,
     start: Callable[[], Start] | None = None,
+    evaluate: Evaluate | None = None,
 ) -> Summary:
     """Runs an experiment in WORKDIR, from the beginning or from its last checkpoint, to its last step.
 
@@ -64,12 +66,16 @@ def train(
       pictures: makes what is logged every `sample_every` steps.
       start: gives weights to begin with, as far as they fit; called where there is no checkpoint to resume from.
 
+      evaluate: makes what is logged every `evaluate_every` steps.
+
     Raises InputError where the settings, the data or WORKDIR are unfit, TrainingDiverged where training is.
     """
     config = experiment.config
     validate(config)
     if config.train.sample_every and pictures is None:
         raise InputError("train.sample_every is set, but this run was given nothing that makes pictures; set it to 0")
+    if config.train.evaluate_every and evaluate is None:
+        raise InputError("train.evaluate_every is set, but this run was given nothing that evaluates; set it to 0")
     folder = checkpoint.absolute(workdir)
     check_writable(folder)
     found = checkpoint.latest_step(folder)
@@ -107,10 +113,10 @@ def train(
             _stop_signals() as asked_to_stop,
         ):
             log.say("\n".join([_opening(stage, state.params, mesh, found, resume), *notes]))
-            return _run(stage, state, train_step, mesh, log, checkpoints, asked_to_stop, pictures)
+            return _run(stage, state, train_step, mesh, log, checkpoints, asked_to_stop, pictures, evaluate)
 
 
-def _run(stage: Stage, state, train_step, mesh: Mesh, log: Log, checkpoints, asked_to_stop, pictures) -> Summary:
+def _run(stage: Stage, state, train_step, mesh: Mesh, log: Log, checkpoints, asked_to_stop, pictures, evaluate) -> Summary:
     train = stage.experiment.config.train
     step, stopping = int(state.step), False
     reader, window = _Reader(train, log, checkpoints), Window()
@@ -127,6 +133,10 @@ def _run(stage: Stage, state, train_step, mesh: Mesh, log: Log, checkpoints, ask
             window = Window() if full else window
             if train.sample_every and step % train.sample_every == 0:
                 log.pictures(step, pictures(stage, state.ema, batch))
+            if train.evaluate_every and step % train.evaluate_every == 0:
+                reader.drain()
+                log.record(step, evaluate(stage, state.ema), None)
+                reader.restart_clock(step)
             if step % train.checkpoint_every == 0 or last:
                 reader.drain()
                 checkpoint.save(checkpoints, state, stage.experiment, stage.class_names)
@@ -189,6 +199,10 @@ class _Reader:
     def drain(self) -> None:
         while self._pending:
             self._read(*self._pending.popleft())
+
+    def restart_clock(self, step: int) -> None:
+        """Leaves what happened since `step` out of the rate."""
+        self._clock = (step, time.perf_counter())
 
     def _read(self, step: int, metrics: Metrics, window: Window | None) -> None:
         if not metrics["finite"]:
