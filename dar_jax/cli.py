@@ -333,9 +333,9 @@ class Tokenize(Generic[Settings]):
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure images against a reference: FID, sFID, inception score, precision and recall, as the ADM suite defines them.
+    """Measure images against a reference: FID, sFID, inception score, precision and recall.
 
-    Images are an NPZ file with `arr_0` (uint8, N x height x width x channels) or a folder of images of one size. The reference
+    The definitions are those of the ADM suite. Images are an NPZ file with `arr_0` (uint8, N x height x width x channels) or a folder of images of one size. The reference
     is such a one too, or an NPZ file of statistics: ADM's VIRTUAL_*.npz, pytorch-fid's, or one of --save-statistics. Says which
     reference, how many images and which weights were used.
 
@@ -350,7 +350,7 @@ class Evaluate:
     resize: Literal["tensorflow1", "half_pixel"] = "tensorflow1"  # how images come to 299 pixels; all of ADM's: tensorflow1
     num_images: Optional[int] = None  # only so many samples, drawn at random with a fixed seed
     batch_size: int = 64  # images at a time
-    mesh: OfRun[Ints] = None  # devices along data, fsdp and tensor
+    mesh: Optional[Ints] = None  # devices along data, fsdp and tensor; else all of them along data
 
     def run(self) -> None:
         from dar_jax.evaluation.evaluate import evaluate, table
