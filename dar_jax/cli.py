@@ -335,9 +335,9 @@ class Tokenize(Generic[Settings]):
 class Evaluate:
     """Measure images against a reference: FID, sFID, inception score, precision and recall.
 
-    The definitions are those of the ADM suite. Images are an NPZ file with `arr_0` (uint8, N x height x width x channels) or a folder of images of one size. The reference
-    is such a one too, or an NPZ file of statistics: ADM's VIRTUAL_*.npz, pytorch-fid's, or one of --save-statistics. Says which
-    reference, how many images and which weights were used.
+    The definitions are those of the ADM suite. Images are an NPZ file with `arr_0` (uint8, N x height x width x channels) or a
+    folder of images of one size. The reference is such a one too, or an NPZ file of statistics: ADM's VIRTUAL_*.npz,
+    pytorch-fid's, or one of --save-statistics. Says which reference, how many images and which weights were used.
 
     Example: dar-jax evaluate samples.npz --reference VIRTUAL_imagenet256_labeled.npz --json report.json
     """
