@@ -406,7 +406,7 @@ class EvaluateTokenizer(Generic[Settings]):
     def run(self) -> None:
         from dar_jax.data.sources import open_source
         from dar_jax.evaluation.evaluate_tokenizer import evaluate_tokenizer, open_lpips, table
-        from dar_jax.evaluation.loading import find, load_tokenizer
+        from dar_jax.evaluation.loading import find, load_tokenizer, unless_missing
         from dar_jax.evaluation.statistics import open_extractor
         from dar_jax.files import check_writable, write_json
         from dar_jax.sampling.sampler import make_settings
@@ -422,8 +422,8 @@ class EvaluateTokenizer(Generic[Settings]):
         make_settings(sampling, model)
         source = ((experiment and experiment.source) or open_source)(self.data)
         mesh = _mesh(self.mesh)
-        extractor = _unless_missing(lambda: open_extractor(self.inception, self.resize, self.batch_size, mesh), self.inception)
-        lpips = _unless_missing(lambda: open_lpips(self.lpips), self.lpips)
+        extractor = unless_missing(lambda: open_extractor(self.inception, self.resize, self.batch_size, mesh), self.inception)
+        lpips = unless_missing(lambda: open_lpips(self.lpips), self.lpips)
         trained = load_tokenizer(self.checkpoint, experiment, self.weights, mesh)
         data = dataclasses.replace(self.data, image_size=model.image_size)
         report = evaluate_tokenizer(
@@ -751,17 +751,6 @@ def _experiment(path: str | None) -> Any:
     from dar_jax.training.experiment import load_experiment
 
     return None if path is None else load_experiment(path)
-
-
-def _unless_missing(load: Callable[[], T], path: str | None) -> T | None:
-    """What `load` gives; None, with a warning, where weights are missing that nobody asked for by name."""
-    try:
-        return load()
-    except InputError as error:
-        if path is not None:
-            raise
-        logging.getLogger("dar_jax").warning("%s", error)
-        return None
 
 
 def _check_batch(size: int, name: str = "batch size") -> None:

@@ -6,8 +6,9 @@ A transformer's folder holds its tokenizer in the sub-folder `tokenizer`, so it 
 import dataclasses
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
@@ -26,6 +27,7 @@ from dar_jax.training.stages import matmul_dtype
 log = logging.getLogger("dar_jax.evaluation")
 
 Weights = Literal["ema", "params"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,17 @@ def load_sampler(
     tokenizer, tokenizer_params = _load(found.tokenizer, _tokenizer_part(experiment), "ema", mesh)
     guidance = (experiment and experiment.guidance) or linear_guidance
     return Trained(found, Networks(tokenizer, llama), {"tokenizer": tokenizer_params, "llama": llama_params}, guidance, mesh)
+
+
+def unless_missing(load: Callable[[], T], given: str | None = None) -> T | None:
+    """The weights that `load` finds; None, with a warning, where they are missing and nobody has `given` a path for them."""
+    try:
+        return load()
+    except InputError as error:
+        if given is not None:
+            raise
+        log.warning("not evaluated: %s", error)
+        return None
 
 
 def run_mesh(config: MeshConfig) -> Mesh:

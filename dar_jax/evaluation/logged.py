@@ -1,6 +1,5 @@
 """Pictures and metrics for the log of a training run, made with the moving average of its weights."""
 
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -9,14 +8,13 @@ import numpy as np
 
 from dar_jax.config import SamplingConfig, TokenizerTraining
 from dar_jax.data.sources import held_out, open_source
-from dar_jax.errors import InputError
 from dar_jax.evaluation import pictures
 from dar_jax.evaluation.evaluate import compare
 from dar_jax.evaluation.evaluate_tokenizer import NAMES, evaluate_tokenizer, open_lpips
 from dar_jax.evaluation.generate import sample
 from dar_jax.evaluation.images import from_source, subset
 from dar_jax.evaluation.likelihood import evaluate_transformer
-from dar_jax.evaluation.loading import Trained, to_host
+from dar_jax.evaluation.loading import Trained, to_host, unless_missing
 from dar_jax.evaluation.reconstruct import at_image_size, quantize
 from dar_jax.evaluation.statistics import Extractor, RunningStatistics, Statistics, collect, open_extractor
 from dar_jax.sampling.logits import linear_guidance
@@ -24,7 +22,6 @@ from dar_jax.sampling.sampler import Networks, decode, generate, initial_noise, 
 from dar_jax.training.stages import Stage
 from dar_jax.training.state import Params
 
-log = logging.getLogger("dar_jax.evaluation")
 T = TypeVar("T")
 
 COUNT = 16
@@ -76,9 +73,9 @@ class Evaluation:
         count, data = config.train.evaluate_images, held_out(config.data)
         size, mesh = min(BATCH, count), jax.tree.leaves(ema)[0].sharding.mesh
         source = self._once("source", lambda: (stage.experiment.source or open_source)(data))
-        extractor = self._once("extractor", lambda: _unless_missing(lambda: open_extractor(batch_size=BATCH)))
+        extractor = self._once("extractor", lambda: unless_missing(lambda: open_extractor(batch_size=BATCH)))
         if isinstance(config, TokenizerTraining):
-            lpips = self._once("lpips", lambda: _unless_missing(open_lpips))
+            lpips = self._once("lpips", lambda: unless_missing(open_lpips))
             trained = Trained(None, Networks(stage.model), {"tokenizer": ema}, linear_guidance, mesh)
             report = evaluate_tokenizer(trained, source, data, extractor, lpips, batch_size=size, num_images=count)
             names = tuple(NAMES)
@@ -110,11 +107,3 @@ class Evaluation:
         if name not in self._kept:
             self._kept[name] = make()
         return self._kept[name]
-
-
-def _unless_missing(load: Callable[[], T]) -> T | None:
-    try:
-        return load()
-    except InputError as error:
-        log.warning("not evaluated: %s", error)
-        return None
