@@ -122,8 +122,29 @@ class Train(Generic[Settings]):
         return 130 if summary.interrupted else 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How samples are drawn; what is not given is as the checkpoint's run has it."""
+
+    guidance: OfRun[Floats] = None  # classifier-free guidance scale, of the first and the last token; 1: none
+    cfg_interval: OfRun[int] = None  # N >= 0: tokens with an index above N + 1 are not guided
+    temperature: OfRun[float] = None  # 0: always the most probable token
+    top_k: OfRun[int] = None  # draw from the K most probable tokens only; 0: off
+    top_p: OfRun[float] = None  # draw from the most probable tokens that hold this share only; 1: off
+    solver: OfRun[Literal["adams2", "euler"]] = None  # of the denoising steps
+    num_denoising_steps: OfRun[int] = None  # steps from noise to image
+    groups: OfRun[int] = None  # stop after so many groups of tokens, with their preview
+
+    def sampling(self, of_run: SamplingConfig, **others: Any) -> SamplingConfig:
+        """The run's settings with what was given, here or by `others`."""
+        names = ("cfg_interval", "temperature", "top_k", "top_p", "solver", "num_denoising_steps")
+        given = {name: getattr(self, name) for name in names}
+        given |= {"guidance": _two(self.guidance), "num_groups": self.groups}
+        return dataclasses.replace(of_run, **_given(given | others))
+
+
 @dataclass(frozen=True)
-class Sample:
+class Sample(SamplingOptions):
     """Sample images from a trained transformer.
 
     One label goes with many seeds, one seed with many labels, and equally many of both pair up one by one. The same label, seed
@@ -140,14 +161,6 @@ class Sample:
     labels: Words  # classes, by name or number
     seeds: Ints  # integers from 0 on
     out: str  # the folder to write to
-    guidance: OfRun[Floats] = None  # classifier-free guidance scale, of the first and the last token; 1: none
-    cfg_interval: OfRun[int] = None  # N >= 0: tokens with an index above N + 1 are not guided
-    temperature: OfRun[float] = None  # 0: always the most probable token
-    top_k: OfRun[int] = None  # draw from the K most probable tokens only; 0: off
-    top_p: OfRun[float] = None  # draw from the most probable tokens that hold this share only; 1: off
-    solver: OfRun[Literal["adams2", "euler"]] = None  # of the denoising steps
-    num_denoising_steps: OfRun[int] = None  # steps from noise to image
-    groups: OfRun[int] = None  # stop after so many groups of tokens, with their preview
     previews: Flag = False  # also write every sample after every group as it ends, and groups.png
     animate: Flag = False  # also write denoising.webp, the grid after every group
     prefix_image: Optional[str] = None  # take the first tokens from this image instead of drawing them
@@ -169,14 +182,11 @@ class Sample:
 
         _check_batch(self.batch_size)
         found, experiment = find_transformer(self.checkpoint), _experiment(self.experiment)
-        names = ("cfg_interval", "temperature", "top_k", "top_p", "solver", "num_denoising_steps", "start_step")
-        given = {name: getattr(self, name) for name in names}
-        given |= {"guidance": _two(self.guidance), "num_groups": self.groups}
         request = make_request(
             found,
             self.labels,
             self.seeds,
-            dataclasses.replace(found.transformer.config.sampling, **_given(given)),
+            self.sampling(found.transformer.config.sampling, start_step=self.start_step),
             prefix_image=self.prefix_image,
             prefix_tokens=self.prefix_tokens,
             prefix_length=self.prefix_length,
@@ -191,7 +201,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Generate:
+class Generate(SamplingOptions):
     """Draw many samples into one NPZ file, for `dar-jax evaluate` and the ADM suite.
 
     The file has the images in `arr_0` (uint8, N x height x width x channels) and their classes in `arr_1`. Sample i has the
@@ -205,14 +215,6 @@ class Generate:
     num: int = 50_000  # samples
     labels: Literal["balanced", "uniform"] = "balanced"  # all classes in turn, or drawn at random
     seed: int = 0  # of the first sample, and of the classes drawn
-    guidance: OfRun[Floats] = None  # classifier-free guidance scale, of the first and the last token; 1: none
-    cfg_interval: OfRun[int] = None  # N >= 0: tokens with an index above N + 1 are not guided
-    temperature: OfRun[float] = None  # 0: always the most probable token
-    top_k: OfRun[int] = None  # draw from the K most probable tokens only; 0: off
-    top_p: OfRun[float] = None  # draw from the most probable tokens that hold this share only; 1: off
-    solver: OfRun[Literal["adams2", "euler"]] = None  # of the denoising steps
-    num_denoising_steps: OfRun[int] = None  # steps from noise to image
-    groups: OfRun[int] = None  # stop after so many groups of tokens, with their preview
     experiment: Optional[str] = None  # the run's experiment file, if that replaced the model or the guidance
     weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
     mesh: OfRun[Ints] = None  # devices along data, fsdp and tensor, such as 1,1,4
@@ -227,10 +229,7 @@ class Generate:
         _check_batch(self.batch_size)
         _check_batch(self.num, "number of samples")
         found, experiment = find_transformer(self.checkpoint), _experiment(self.experiment)
-        names = ("cfg_interval", "temperature", "top_k", "top_p", "solver", "num_denoising_steps")
-        given = {name: getattr(self, name) for name in names}
-        given |= {"guidance": _two(self.guidance), "num_groups": self.groups}
-        sampling = dataclasses.replace(found.transformer.config.sampling, **_given(given))
+        sampling = self.sampling(found.transformer.config.sampling)
         make_settings(sampling, found.tokenizer.config.model)
         check_writable(Path(self.out).absolute().parent)
         trained = load_sampler(self.checkpoint, experiment, self.weights, _mesh(self.mesh))

@@ -37,6 +37,13 @@ class Moments:
     covariance: np.ndarray
     count: int | None
 
+    @functools.cached_property
+    def root(self) -> np.ndarray:
+        """[rank, D]; root.T @ root is the covariance. Kept, because a reference is compared with many sets of samples."""
+        values, vectors = np.linalg.eigh((self.covariance + self.covariance.T) / 2)
+        kept = values > len(values) * np.finfo(np.float64).eps * values[-1]
+        return np.sqrt(values[kept])[:, None] * vectors[:, kept].T
+
 
 class RunningMoments:
     """The moments of features that arrive in batches, in float64 and in memory of D x D numbers.
@@ -102,16 +109,9 @@ def frechet_distance(a: Moments, b: Moments) -> FrechetDistance:
     real, and keeps its digits, where a covariance is singular.
     """
     difference = a.mean - b.mean
-    roots = [_root(moments.covariance) for moments in (a, b)]  # [rank, D] each, root.T @ root is the covariance
-    overlap = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
+    overlap = np.linalg.svd(a.root @ b.root.T, compute_uv=False).sum()
     value = difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap
-    return FrechetDistance(max(float(value), 0.0), (len(roots[0]), len(roots[1])))
-
-
-def _root(covariance: np.ndarray) -> np.ndarray:
-    values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
-    kept = values > len(values) * np.finfo(np.float64).eps * values[-1]
-    return np.sqrt(values[kept])[:, None] * vectors[:, kept].T
+    return FrechetDistance(max(float(value), 0.0), (len(a.root), len(b.root)))
 
 
 # --- inception score -------------------------------------------------------------------------------------------------------
