@@ -1,5 +1,6 @@
 """Where weights come from: the order of the places, checksums, and downloads that are whole or leave nothing."""
 
+import contextlib
 import dataclasses
 import hashlib
 import http.client
@@ -36,7 +37,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if length is not None:
             self.send_header("Content-Length", str(length))
         self.end_headers()
-        self.wfile.write(body)
+        with contextlib.suppress(ConnectionError):  # a client may hang up
+            self.wfile.write(body)
 
     def log_message(self, *_):
         pass
