@@ -30,7 +30,7 @@ CONFIGS = [
 
 
 def make_extractor():
-    params = jax.random.normal(jax.random.key(0), (300, 19)) / 8
+    params = jax.random.normal(jax.random.key(0), (800, 19)) / 8
     return Extractor(stand_in, params, parallel.make_mesh(MeshConfig()), 16, Network("stand-in.pt", "00ff", "tensorflow1"))
 
 
@@ -137,10 +137,14 @@ def test_what_evaluate_tokenizer_measures(tiny_tokenizer, tmp_path):
     trained = load_tokenizer(tmp_path)
     example = jnp.zeros((1, 16, 16, 3))
     lpips = jax.jit(Lpips().init)(jax.random.key(0), example, example)["params"]
-    report = evaluate_tokenizer(trained, Noise(), data, lpips=LpipsWeights(lpips, "random"), batch_size=8, seed=3)
+    extractor = make_extractor()
+    report = evaluate_tokenizer(trained, Noise(), data, extractor, LpipsWeights(lpips, "random"), batch_size=8, seed=3)
     decoded = reconstruct(trained, Noise.images, np.arange(3, 8)).images
     np.testing.assert_allclose(report["psnr"], psnr(Noise.images, decoded).mean())
     np.testing.assert_allclose(report["ssim"], np.mean(ssim(Noise.images, decoded)), rtol=1e-5)
     pair = [np.repeat(x, 3, axis=-1) / 127.5 - 1 for x in (Noise.images, decoded)]
     np.testing.assert_allclose(report["lpips"], np.mean(Lpips().apply({"params": lpips}, *pair)), rtol=1e-4)
-    assert set(report["left_out"]) == {"rfid", "rsfid"}
+    measured = evaluate(from_array(decoded, "decoded"), from_array(Noise.images, "noise"), extractor)
+    np.testing.assert_allclose((report["rfid"], report["rsfid"]), (measured["fid"], measured["sfid"]), rtol=1e-6)
+    left_out = evaluate_tokenizer(trained, Noise(), data, batch_size=8)["left_out"]
+    assert set(left_out) == {"lpips", "rfid", "rsfid"}

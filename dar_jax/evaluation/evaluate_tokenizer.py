@@ -20,7 +20,7 @@ from dar_jax.evaluation.evaluate import FEW
 from dar_jax.evaluation.loading import Trained, full_batch, pad, put_batch, to_host
 from dar_jax.evaluation.progress import Progress
 from dar_jax.evaluation.reconstruct import reconstruct
-from dar_jax.evaluation.statistics import Extractor
+from dar_jax.evaluation.statistics import Extractor, RunningStatistics
 from dar_jax.features.vgg_lpips import SMALLEST, Lpips
 from dar_jax.release.features import load_lpips
 from dar_jax.release.weights import resolve
@@ -83,7 +83,7 @@ def evaluate_tokenizer(
         left_out["lpips"] = f"it needs images of at least {SMALLEST} pixels" if lpips else "there are no weights for it"
     if extractor is None:
         left_out["rfid"] = left_out["rsfid"] = "there are no weights of Inception"
-    sides = [{"rfid": metrics.RunningMoments(), "rsfid": metrics.RunningMoments()} for _ in range(2)]
+    sides = [] if extractor is None else [RunningStatistics(extractor.network, total, 0) for _ in range(2)]
     counts = np.zeros(config.codebook_size, np.int64)
     images = 0
     with Progress("evaluated", total) as progress:
@@ -102,21 +102,20 @@ def evaluate_tokenizer(
                     of_each[name].append(to_host(function(*arguments, *pair))[: len(places)])
             if result.codes is not None:
                 counts += np.bincount(result.codes.reshape(-1), minlength=len(counts))
-            if extractor is not None:
-                for side, pixels in zip(sides, (originals, result.images)):
-                    for features in extractor([pixels]):
-                        side["rfid"].add(features.pool)
-                        side["rsfid"].add(features.spatial.reshape(len(features.pool), -1))
+            for side, pixels in zip(sides, (originals, result.images)):
+                for features in extractor([pixels]):
+                    side.add(features)
     if images == 0:
         raise InputError(f"none of the {total} images can be read: {source.description}")
 
     report = {name: float(np.mean(np.concatenate(values))) for name, values in of_each.items() if name not in left_out}
-    if extractor is not None:
-        for name in ("rfid", "rsfid"):
-            if images > 1:
-                report[name] = metrics.frechet_distance(*(side[name].result() for side in sides)).value
-            else:
-                left_out[name] = "it needs more than one image"
+    if sides and images == 1:
+        left_out["rfid"] = left_out["rsfid"] = "it needs more than one image"
+    elif sides:
+        shape = (config.image_size, config.image_size, config.channels)
+        real, fake = (side.result(source.description, shape) for side in sides)
+        report["rfid"] = metrics.frechet_distance(real.pool, fake.pool).value
+        report["rsfid"] = metrics.frechet_distance(real.spatial, fake.spatial).value
     if config.vq_enable:
         codes = metrics.code_statistics(counts)
         report |= {"codebook_usage": codes.usage, "codebook_entropy": codes.entropy}
