@@ -6,7 +6,9 @@ Shapes: B batch, T query tokens, S key tokens, D width, N heads, K head size, L 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +37,8 @@ ACTIVATIONS = {
     "heads": P(("data", "fsdp"), None, "tensor", None),  # [B, T, N, K]
     "logits": P(("data", "fsdp"), None, "tensor"),  # [B, T, V]
     "table": P(None, None),  # [V, D], gathered before rows are looked up
+    "cache": P(("data", "fsdp"), "tensor", None, None),  # [B, N, S, K]
+    "images": P(("data", "fsdp"), None, None, None),  # [B, H, W, C]
 }
 
 
@@ -92,39 +96,48 @@ def apply_rope(x: Array, rope: Rope) -> Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values of all layers, each [L, B, S, N, K]. It is carried through the layers, so that writes happen in place."""
+    """Keys and values of one layer, each [B, N, S, K]: every head's lie together, in the order in which they are read."""
 
     keys: Array
     values: Array
 
     @classmethod
-    def zeros(cls, layers: int, batch: int, length: int, heads: int, head_size: int, dtype: DType) -> "Cache":
-        empty = jnp.zeros((layers, batch, length, heads, head_size), dtype)
+    def zeros(cls, batch: int, heads: int, length: int, head_size: int, dtype: DType) -> "Cache":
+        empty = jnp.zeros((batch, heads, length, head_size), dtype)
         return cls(empty, empty)
 
-    def write(self, layer: Array, position: Array, keys: Array, values: Array) -> tuple["Cache", Array, Array]:
-        """Stores keys and values [B, T, N, K] from `position` on; returns the new cache and that layer's [B, S, N, K]."""
-        start = (layer, 0, position, 0, 0)
-        new = Cache(
-            jax.lax.dynamic_update_slice(self.keys, keys[None].astype(self.keys.dtype), start),
-            jax.lax.dynamic_update_slice(self.values, values[None].astype(self.values.dtype), start),
-        )
-        of_layer = functools.partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
-        return new, of_layer(new.keys), of_layer(new.values)
+    def write(self, position: Array | int, keys: Array, values: Array) -> "Cache":
+        """Stores keys and values [B, T, N, K] from `position` on."""
+
+        def put(old: Array, new: Array) -> Array:
+            start = (0, 0, position, 0)
+            return constrain(jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2).astype(old.dtype), start), "cache")
+
+        return Cache(put(self.keys, keys), put(self.values, values))
 
 
 def causal_mask(length: int, span: int, position: Array | int = 0) -> Array:
-    """[1, 1, length, span] bool: query i, which stands at position + i, sees keys up to and including its own place."""
-    return (jnp.arange(span) <= position + jnp.arange(length)[:, None])[None, None]
+    """[1, length, span] bool: query i, which stands at position + i, sees keys up to and including its own place."""
+    return (jnp.arange(span) <= position + jnp.arange(length)[:, None])[None]
 
 
 def attend(queries: Array, keys: Array, values: Array, mask: Array | None = None) -> Array:
     """softmax(q k / sqrt(K)) v with the softmax in float32.
 
     Args: queries [B, T, N, K]; keys, values [B, S, M, K] where M divides N (grouped queries); mask broadcasts to
-    [B, N, T, S]. Returns [B, T, N, K].
+    [B, T, S]. Returns [B, T, N, K].
     """
-    return jax.nn.dot_product_attention(queries, keys, values, mask=mask)
+    return jax.nn.dot_product_attention(queries, keys, values, mask=None if mask is None else mask[:, None])
+
+
+def attend_cached(queries: Array, cache: Cache, mask: Array) -> Array:
+    """As `attend`, over all of a cache: queries [B, T, N, K], mask broadcasts to [B, T, S]. Returns [B, T, N, K]."""
+    batch, length, _, size = queries.shape
+    heads = cache.keys.shape[1]
+    q = queries.reshape(batch, length, heads, -1, size)  # [B, T, M, R, K]
+    logits = jnp.einsum("btmrk,bmsk->bmrts", q, cache.keys, preferred_element_type=jnp.float32) / math.sqrt(size)
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, -jnp.inf)).astype(cache.values.dtype)
+    return jnp.einsum("bmrts,bmsk->btmrk", weights, cache.values).reshape(queries.shape)
 
 
 def layer_norm(affine: bool, name: str | None = None) -> nn.LayerNorm:
@@ -150,7 +163,6 @@ class Attention(nn.Module):
         rope: Rope | None = None,
         mask: Array | None = None,
         cache: Cache | None = None,
-        layer: Array | None = None,
         position: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         width = x.shape[-1]
@@ -165,8 +177,8 @@ class Attention(nn.Module):
             q = apply_rope(q, rope)
             k = apply_rope(k, rope) if context is None else k
         if cache is not None:
-            cache, k, v = cache.write(layer, position, k, v)
-        out = constrain(attend(q, k, v, mask), "heads")
+            cache = cache.write(position, k, v)
+        out = constrain(attend(q, k, v, mask) if cache is None else attend_cached(q, cache, mask), "heads")
         return constrain(project(width, axis=(-2, -1), name="out")(out), "stream"), cache
 
 
@@ -203,7 +215,7 @@ class Block(nn.Module):
         x, cache = carry  # [B, T, D]
         gates = [self.param(name, nn.initializers.constant(self.gate_init), x.shape[-1:]) for name in ("gate1", "gate2")]
         attention = Attention(self.head_size, self.init_std, self.dtype, name="attention")
-        out, cache = attention(layer_norm(True, "norm1")(x), None, rope, mask, cache, layer, position)
+        out, cache = attention(layer_norm(True, "norm1")(x), None, rope, mask, cache, position)
         x = x + gates[0].astype(self.dtype) * out
         x = x + gates[1].astype(self.dtype) * Mlp(self.init_std, self.dtype, name="mlp")(layer_norm(True, "norm2")(x))
         return (constrain(x, "stream"), cache), None
@@ -228,6 +240,27 @@ def stack(block: type[nn.Module], layers: int, remat: str, shared: int) -> type[
         block = nn.remat(block, prevent_cse=False, policy=_REMAT_POLICIES[remat])
     in_axes = (0,) + (nn.broadcast,) * shared
     return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=in_axes, length=layers)
+
+
+def unstack(params: Any, layers: int) -> tuple[Any, ...]:
+    """The parameters of a stack as one tree for each layer, for `run_cached`."""
+    return tuple(jax.tree.map(operator.itemgetter(layer), params) for layer in range(layers))
+
+
+def run_cached(
+    block: nn.Module, layers: Sequence[Any], caches: Sequence[Cache], x: Array, *shared: Any
+) -> tuple[Array, tuple[Cache, ...]]:
+    """A stack for decoding piece by piece: the block as `stack` calls it, layer after layer without a scan.
+
+    A scan would copy each layer's parameters and cache out of the stacks, which costs as much as what is done with them.
+
+    Args: layers, the parameters of each layer; caches, of each layer. Returns the result and the new caches.
+    """
+    new = []
+    for layer, (params, cache) in enumerate(zip(layers, caches)):
+        (x, cache), _ = block.apply({"params": params}, (x, cache), layer, *shared)
+        new.append(cache)
+    return x, tuple(new)
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:

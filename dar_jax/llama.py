@@ -5,6 +5,8 @@ L layers.
 """
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +20,17 @@ from dar_jax.layers import (
     Rope,
     apply_rope,
     attend,
+    attend_cached,
     causal_mask,
     constrain,
     dropout,
     matrix_init,
     rope_1d,
+    run_cached,
     stack,
 )
+
+Params = Any  # a tree of arrays
 
 
 class LlamaAttention(nn.Module):
@@ -35,7 +41,7 @@ class LlamaAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, layer: Array, rope: Rope, mask: Array, cache: Cache | None, position: Array | None
+        self, x: Array, rope: Rope, mask: Array, cache: Cache | None, position: Array | None
     ) -> tuple[Array, Cache | None]:
         config, (batch, length, width) = self.config, x.shape
         kv_heads = config.kv_heads or config.heads
@@ -45,8 +51,8 @@ class LlamaAttention(nn.Module):
         q = apply_rope(qkv[..., :group, :].reshape(batch, length, config.heads, size), rope)  # [B, T, N, K]
         k, v = apply_rope(qkv[..., group, :], rope), qkv[..., group + 1, :]  # [B, T, M, K]
         if cache is not None:
-            cache, k, v = cache.write(layer, position, k, v)
-        out = constrain(attend(q, k, v, mask), "heads")
+            cache = cache.write(position, k, v)
+        out = constrain(attend(q, k, v, mask) if cache is None else attend_cached(q, cache, mask), "heads")
         return constrain(project(width, axis=(-2, -1), name="out")(out), "stream"), cache
 
 
@@ -87,7 +93,7 @@ class LlamaBlock(nn.Module):
         norm = functools.partial(nn.RMSNorm, epsilon=config.norm_eps, dtype=jnp.float32)
         keys = (None, None) if dropout_key is None else jax.random.split(jax.random.fold_in(dropout_key, layer))
         attention = LlamaAttention(config, self.dtype, name="attention")
-        out, cache = attention(norm(name="attention_norm")(x), layer, rope, mask, cache, position)
+        out, cache = attention(norm(name="attention_norm")(x), rope, mask, cache, position)
         x = x + dropout(out, config.attention_dropout, keys[0])
         out = SwiGLU(config, self.dtype, name="mlp")(norm(name="mlp_norm")(x))
         x = x + dropout(out, config.mlp_dropout, keys[1])
@@ -127,27 +133,31 @@ class Llama(nn.Module):
         """
         x = jnp.concatenate([self._class(labels)[:, None], self._token(tokens[:, :-1])], axis=1)
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        x = dropout(x, self.config.token_dropout, keys[0])  # [B, T, D]
+        x = constrain(dropout(x, self.config.token_dropout, keys[0]), "stream")  # [B, T, D]
         length = x.shape[1]
-        rope = self._rope(jnp.arange(length))
-        return self._run(x, None, rope, causal_mask(length, length), None, keys[1])[0]
+        shared = (self._rope(jnp.arange(length)), causal_mask(length, length), None, keys[1])
+        (x, _), _ = self.blocks((x, None), jnp.arange(self.config.layers), *shared)
+        return self._logits(x)
 
-    def step(self, labels: Array, tokens: Array, cache: Cache, position: Array) -> tuple[Array, Cache]:
-        """Logits of the token at `position`, from the one before it and the cache of those before.
+    def step(
+        self, layers: Sequence[Params], labels: Array, tokens: Array, caches: Sequence[Cache], position: Array
+    ) -> tuple[Array, tuple[Cache, ...]]:
+        """Logits of the token at `position`, from the one before it and the caches of those before.
 
         Args:
+          layers: the parameters of the blocks, `layers.unstack` of those of the stack, which are not read.
           labels: [B] int32, the input at position 0; num_classes is the null class.
           tokens: [B] int32, the token at position - 1 (anything at position 0).
-          cache: of `empty_cache`, filled up to position - 1.
+          caches: of each layer (`empty_caches`), filled up to position - 1.
           position: int32 scalar.
 
-        Returns: [B, V] float32 and the cache, filled up to position.
+        Returns: [B, V] float32 and the caches, filled up to position.
         """
         x = jnp.where(position == 0, self._class(labels), self._token(tokens))
-        mask = causal_mask(1, cache.keys.shape[2], position)
-        rope = self._rope(position[None])
-        logits, cache = self._run(x[:, None], cache, rope, mask, position, None)
-        return logits[:, 0], cache
+        shared = (self._rope(position[None]), causal_mask(1, caches[0].keys.shape[2], position), position, None)
+        block = self.block(self.config, self.dtype, parent=None)
+        x, caches = run_cached(block, layers, caches, constrain(x[:, None], "stream"), *shared)
+        return self._logits(x)[:, 0], caches
 
     def _class(self, labels: Array) -> Array:
         return constrain(self.class_table.astype(self.dtype), "table")[labels]
@@ -158,15 +168,12 @@ class Llama(nn.Module):
     def _rope(self, positions: Array) -> Rope:
         return rope_1d(positions, self.config.width // self.config.heads, self.config.rope_theta)
 
-    def _run(self, x, cache, rope, mask, position, dropout_key):
-        layers, x = jnp.arange(self.config.layers), constrain(x, "stream")
-        (x, cache), _ = self.blocks((x, cache), layers, rope, mask, position, dropout_key)
+    def _logits(self, x: Array) -> Array:
         x, head = self.norm(x).astype(self.dtype), self.output.astype(self.dtype)
-        logits = jnp.einsum("btd,dv->btv", x, head, preferred_element_type=jnp.float32)
-        return constrain(logits, "logits"), cache
+        return constrain(jnp.einsum("btd,dv->btv", x, head, preferred_element_type=jnp.float32), "logits")
 
 
-def empty_cache(config: LlamaConfig, batch: int, dtype: DType) -> Cache:
-    """A cache for `Llama.step` over `batch` sequences."""
+def empty_caches(config: LlamaConfig, batch: int, length: int, dtype: DType) -> tuple[Cache, ...]:
+    """The caches of all layers for `Llama.step` over `batch` sequences, with room for `length` tokens."""
     kv_heads = config.kv_heads or config.heads
-    return Cache.zeros(config.layers, batch, config.num_tokens, kv_heads, config.width // config.heads, dtype)
+    return (Cache.zeros(batch, kv_heads, length, config.width // config.heads, dtype),) * config.layers

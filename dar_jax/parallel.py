@@ -4,6 +4,12 @@ The mesh has three axes. `data` and `fsdp` share the batch; `fsdp` also cuts par
 keeps a part and gathers the rest when it is needed; `tensor` cuts heads and hidden units: products into them by columns,
 products out of them by rows, so that a block needs one sum over `tensor` for its attention and one for its MLP.
 Callers enter the mesh with `jax.set_mesh(mesh)`; one device is a 1 x 1 x 1 mesh.
+
+By default all devices stand along `data`: every one holds all of the state, 16 bytes a parameter, and the only traffic is the
+sum of the gradients. That is best as long as the state leaves room for activations. Larger models, as in the ImageNet recipes,
+take `MeshConfig(data=1, fsdp=-1)`, at the price of gathering each layer's parameters in the forward and in the backward pass.
+Where the network between hosts is slow, `MeshConfig(data=-1, fsdp=N)` with the N devices of one host keeps that traffic inside.
+`tensor` is for layers that do not fit otherwise, and for sampling in small batches.
 """
 
 import math
@@ -12,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -48,8 +55,8 @@ RULES: Rules = (
     (r"output", P("fsdp", "tensor")),
     (r"codebook", P()),
     (r"bias|scale|gate[12]", P()),
-    # key/value caches [B, S, N, K]
-    (r"keys|values", P(BATCH, None, "tensor", None)),
+    # key/value caches [B, N, S, K]
+    (r"keys|values", P(BATCH, "tensor", None, None)),
 )
 
 
@@ -116,6 +123,44 @@ def placed(shapes: Any, places: Any) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Batches are cut along their first dimension over `data` and `fsdp`."""
     return NamedSharding(mesh, P(BATCH))
+
+
+def batch_parts(mesh: Mesh) -> tuple[list[int], int]:
+    """Which parts of a batch the devices of this host hold: (numbers of the parts in order, number of equal parts in all).
+
+    With one part for every host this would be (host, hosts), but a mesh that follows the wires of a TPU slice may give a host
+    rows that do not lie together, and one whose `tensor` axis crosses hosts gives several hosts the same rows.
+    """
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    places = batch_sharding(mesh).addressable_devices_indices_map((shares,)).values()
+    own = sorted({place[0].start or 0 for place in places})
+    for size in range(len(own), 0, -1):  # the fewest parts: as many neighbouring shares in each as possible
+        parts = own[::size]
+        if shares % size == 0 and all(part % size == 0 for part in parts) and own == [p + i for p in parts for i in range(size)]:
+            return [part // size for part in parts], shares // size
+    raise AssertionError("single shares always fit")
+
+
+def global_batch(batch: Any, mesh: Mesh) -> Any:
+    """Arrays of the rows of this host's `batch_parts`, one part after the other -> global arrays, cut as `batch_sharding`."""
+    own, parts = batch_parts(mesh)
+    sharding = batch_sharding(mesh)
+
+    def whole(rows: np.ndarray) -> jax.Array:
+        shape = (len(rows) // len(own) * parts, *rows.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, rows, shape)
+
+    return jax.tree.map(whole, batch)
+
+
+def put(tree: Any, places: Any) -> Any:
+    """Arrays that every host has as a whole, NumPy's or on its own devices -> global arrays of these shardings."""
+
+    def each(value: Any, place: NamedSharding) -> jax.Array:
+        value = np.asarray(value)
+        return jax.make_array_from_callback(value.shape, place, lambda index: value[index])
+
+    return jax.tree.map(each, tree, places)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

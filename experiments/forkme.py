@@ -40,7 +40,7 @@ class ParallelBlock(nn.Module):
         x, cache = carry  # [B, T, D]
         normed = nn.RMSNorm(epsilon=self.config.norm_eps, dtype=jnp.float32, name="norm")(x)
         keys = (None, None) if dropout_key is None else jax.random.split(jax.random.fold_in(dropout_key, layer))
-        attended, cache = LlamaAttention(self.config, self.dtype, name="attention")(normed, layer, rope, mask, cache, position)
+        attended, cache = LlamaAttention(self.config, self.dtype, name="attention")(normed, rope, mask, cache, position)
         hidden = SwiGLU(self.config, self.dtype, name="mlp")(normed)
         x = x + dropout(attended, self.config.attention_dropout, keys[0]) + dropout(hidden, self.config.mlp_dropout, keys[1])
         return (x, cache), None

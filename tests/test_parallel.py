@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from dar_jax import parallel
 from dar_jax.config import LlamaConfig, MeshConfig, OptimizerConfig, TokenizerConfig, VelocityConfig
 from dar_jax.errors import InputError
-from dar_jax.llama import Llama, empty_cache
+from dar_jax.llama import Llama, empty_caches
 from dar_jax.tokenizer.tokenizer import Tokenizer
 from dar_jax.training.state import abstract_state, make_optimizer
 
@@ -71,8 +71,8 @@ def test_layout_over_fsdp_and_tensor():
 def test_caches_are_cut_by_batch_and_heads():
     mesh = parallel.make_mesh(MeshConfig(2, 2, 2))
     for batch, axes in ((8, ("data", "fsdp")), (1, None)):
-        cache = jax.eval_shape(lambda batch=batch: empty_cache(LlamaConfig(), batch, jnp.float32))
-        assert parallel.shardings(cache, mesh).keys.spec == P(None, axes, None, "tensor", None)
+        caches = jax.eval_shape(lambda batch=batch: empty_caches(LlamaConfig(), batch, 8, jnp.float32))
+        assert parallel.shardings(caches, mesh)[0].keys.spec == P(axes, "tensor", None, None)
 
 
 def test_unknown_path_is_an_error_until_a_rule_is_given():

@@ -12,10 +12,13 @@ import pytest
 from dar_jax import flow, llama
 from dar_jax.config import LlamaConfig, MeshConfig, SamplingConfig
 from dar_jax.errors import InputError
+from dar_jax.layers import unstack
 from dar_jax.llama import Llama
 from dar_jax.parallel import batch_sharding, make_mesh, shardings
 from dar_jax.sampling.sampler import (
     Networks,
+    _denoise,
+    _predict,
     decode,
     generate,
     initial_noise,
@@ -65,10 +68,11 @@ def test_cached_steps_give_the_logits_of_the_whole_sequence(networks):
     model, params = networks[0].llama, {"params": networks[1]["llama"]}
     tokens = jax.random.randint(jax.random.key(0), (3, 16), 0, 64)
     whole = model.apply(params, LABELS[:3], tokens)
-    cache, step = llama.empty_cache(model.config, 3, jnp.float32), jax.jit(functools.partial(model.apply, method="step"))
+    caches, step = llama.empty_caches(model.config, 3, 16, jnp.float32), jax.jit(functools.partial(model.apply, method="step"))
+    layers = unstack(params["params"]["blocks"], model.config.layers)
     for position in range(16):
         previous = tokens[:, max(position - 1, 0)]
-        logits, cache = step(params, LABELS[:3], previous, cache, jnp.int32(position))
+        logits, caches = step(params, layers, LABELS[:3], previous, caches, jnp.int32(position))
         np.testing.assert_allclose(logits, whole[:, position], atol=1e-5)
 
 
@@ -209,9 +213,9 @@ def test_higher_resolution(make_networks):
 
 def test_one_compilation_serves_all_scales(networks):
     sample(networks)
-    size = generate._cache_size()
+    compiled = [piece._cache_size() for piece in (_predict, _denoise)]
     sample(networks, dataclasses.replace(SAMPLING, guidance=(2.0, 9.0), temperature=0.7, top_k=10, top_p=0.5), seeds=SEEDS + 1)
-    assert generate._cache_size() == size
+    assert [piece._cache_size() for piece in (_predict, _denoise)] == compiled
 
 
 def test_condition_tokens_and_velocities_see_no_later_codes(networks):

@@ -35,15 +35,17 @@ def test_queries_see_patches_and_earlier_queries(tiny_tokenizer):
 
 
 def test_condition_step_is_condition(tiny_tokenizer):
+    from dar_jax.layers import unstack
     from dar_jax.tokenizer import token_decoder
 
     model, params = tiny_tokenizer()
     apply = functools.partial(model.apply, {"params": params})
     values = jax.random.normal(jax.random.key(0), (2, 16, 8))
     whole = apply(values, method="condition")
-    cache, pieces = token_decoder.empty_cache(model.config, 2, jnp.float32), []
+    caches, pieces = token_decoder.empty_caches(model.config, 2, jnp.float32), []
+    layers = unstack(params["token_decoder"]["blocks"], model.config.decoder_layers)
     for start, stop in ((0, 4), (4, 5), (5, 16)):
-        piece, cache = apply(values[:, start:stop], cache, start, method="condition_step")
+        piece, caches = apply(layers, values[:, start:stop], caches, start, method="condition_step")
         pieces.append(piece)
     np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), whole, atol=2e-6)
 

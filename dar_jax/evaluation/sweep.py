@@ -36,17 +36,18 @@ def variants(
     return [dataclasses.replace(base, **dict(zip(axes, values))) for values in itertools.product(*axes.values())]
 
 
-def alike(settings: Sequence[Settings], num_tokens: int, vocab_size: int) -> list[Settings]:
+def alike(settings: Sequence[Settings], vocab_size: int) -> list[Settings]:
     """The same settings with the same parts switched on, though without effect, so that one compilation serves all."""
     neutral = {
-        "scales": jnp.ones(num_tokens, jnp.float32),
         "temperature": None,  # taking the most probable token is another computation
         "top_k": jnp.int32(vocab_size),
         "top_p": jnp.float32(jnp.inf),
     }
     used = [name for name in neutral if any(getattr(each, name) is not None for each in settings)]
+    guided = max(each.guided for each in settings)
     return [
-        dataclasses.replace(each, **{name: neutral[name] for name in used if getattr(each, name) is None}) for each in settings
+        dataclasses.replace(each, guided=guided, **{name: neutral[name] for name in used if getattr(each, name) is None})
+        for each in settings
     ]
 
 
@@ -77,7 +78,6 @@ def sweep(
     configs = [dataclasses.replace(each, num_groups=wanted[-1]) for each in configs]
     settings = alike(
         [make_settings(each, config, trained.guidance) for each in configs],
-        config.num_tokens,
         trained.networks.llama.config.vocab_size,
     )
     real = open_reference(reference, extractor)

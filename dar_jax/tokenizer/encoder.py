@@ -35,7 +35,7 @@ class Encoder(nn.Module):
         rope = pad_rope(rope_2d(height, width, config.head_size, config.rope_theta), config.num_tokens)
         blocks = stack(Block, config.encoder_layers, self.remat, shared=3)
         blocks = blocks(config.head_size, config.init_std, config.gate_init, dtype, name="blocks")
-        (x, _), _ = blocks((x, None), jnp.arange(config.encoder_layers), rope, mask[None, None], None)
+        (x, _), _ = blocks((x, None), jnp.arange(config.encoder_layers), rope, mask[None], None)
 
         x = layer_norm(False)(x[:, -config.num_tokens :])
         x = nn.Dense(config.code_dim, use_bias=False, dtype=dtype, kernel_init=default_init, name="to_code")(x)

@@ -3,36 +3,58 @@
 Shapes: B batch, T tokens (here possibly a part of them), D width.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from dar_jax.config import TokenizerConfig
-from dar_jax.layers import Array, Block, Cache, DType, causal_mask, constrain, default_init, layer_norm, stack
+from dar_jax.layers import Array, Block, Cache, DType, causal_mask, constrain, default_init, layer_norm, run_cached, stack
 
 
 class TokenDecoder(nn.Module):
-    """Causal transformer over the tokens, whole (no cache) or piece by piece (with one)."""
+    """Causal transformer over the tokens, whole, or piece by piece with caches."""
 
     config: TokenizerConfig
     dtype: DType
     remat: str
 
-    @nn.compact
-    def __call__(self, values: Array, cache: Cache | None = None, position: Array | int = 0) -> tuple[Array, Cache | None]:
-        """values [B, n, code_dim] of the tokens from `position` on -> condition tokens [B, n, D] float32, and the cache."""
-        config, length = self.config, values.shape[1]
-        table = self.param("position_table", nn.initializers.normal(0.02), (config.max_tokens, config.decoder_width))
-        x = nn.Dense(config.decoder_width, use_bias=False, dtype=self.dtype, kernel_init=default_init, name="from_code")(values)
-        x = constrain(x + jax.lax.dynamic_slice_in_dim(table, position, length).astype(self.dtype), "stream")
-        mask = causal_mask(length, length if cache is None else config.num_tokens, position)
-        blocks = stack(Block, config.decoder_layers, self.remat, shared=3)
-        blocks = blocks(config.head_size, config.init_std, config.gate_init, self.dtype, name="blocks")
-        (x, cache), _ = blocks((x, cache), jnp.arange(config.decoder_layers), None, mask, position)
-        return layer_norm(False)(x), cache
+    def setup(self):
+        config = self.config
+        shape = (config.max_tokens, config.decoder_width)
+        self.position_table = self.param("position_table", nn.initializers.normal(0.02), shape)
+        self.from_code = nn.Dense(config.decoder_width, use_bias=False, dtype=self.dtype, kernel_init=default_init)
+        self.block = (config.head_size, config.init_std, config.gate_init, self.dtype)
+        self.blocks = stack(Block, config.decoder_layers, self.remat, shared=3)(*self.block)
+        self.norm = layer_norm(False)
+
+    def __call__(self, values: Array) -> Array:
+        """values [B, T, code_dim] -> condition tokens [B, T, D] float32."""
+        length = values.shape[1]
+        shared = (None, causal_mask(length, length), None)
+        (x, _), _ = self.blocks((self._embed(values, 0), None), jnp.arange(self.config.decoder_layers), *shared)
+        return self.norm(x)
+
+    def step(
+        self, layers: Sequence[Any], values: Array, caches: Sequence[Cache], position: Array
+    ) -> tuple[Array, tuple[Cache, ...]]:
+        """The same for the n tokens from `position` on, given the caches of those before.
+
+        Args: layers, `layers.unstack` of the blocks' parameters; values [B, n, code_dim]; caches of each layer.
+        Returns: [B, n, D] float32 and the new caches.
+        """
+        shared = (None, causal_mask(values.shape[1], caches[0].keys.shape[2], position), position)
+        x, caches = run_cached(Block(*self.block, parent=None), layers, caches, self._embed(values, position), *shared)
+        return self.norm(x), caches
+
+    def _embed(self, values: Array, position: Array | int) -> Array:
+        places = jax.lax.dynamic_slice_in_dim(self.position_table, position, values.shape[1])
+        return constrain(self.from_code(values) + places.astype(self.dtype), "stream")
 
 
-def empty_cache(config: TokenizerConfig, batch: int, dtype: DType) -> Cache:
-    """A cache for decoding the tokens of `batch` images piece by piece."""
+def empty_caches(config: TokenizerConfig, batch: int, dtype: DType) -> tuple[Cache, ...]:
+    """Caches for decoding the tokens of `batch` images piece by piece."""
     heads = config.decoder_width // config.head_size
-    return Cache.zeros(config.decoder_layers, batch, config.num_tokens, heads, config.head_size, dtype)
+    return (Cache.zeros(batch, heads, config.num_tokens, config.head_size, dtype),) * config.decoder_layers

@@ -4,6 +4,8 @@ Shapes: B batch, H W pixels, C channels, T tokens, Q tokens per step, E code dim
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,12 +101,16 @@ class Tokenizer(nn.Module):
 
     def condition(self, values: Array) -> Array:
         """values [B, T, E] -> condition tokens [B, T, D] float32."""
-        return self.token_decoder(values)[0]
+        return self.token_decoder(values)
 
-    def condition_step(self, values: Array, cache: Cache, position: Array) -> tuple[Array, Cache]:
-        """The same for n tokens from `position` on, given the cache of those before: [B, n, E] -> [B, n, D]."""
-        return self.token_decoder(values, cache, position)
+    def condition_step(
+        self, layers: Sequence[Any], values: Array, caches: Sequence[Cache], position: Array
+    ) -> tuple[Array, tuple[Cache, ...]]:
+        """The same for n tokens from `position` on: [B, n, E] -> [B, n, D], and the new caches. See `TokenDecoder.step`."""
+        return self.token_decoder.step(layers, values, caches, position)
 
-    def velocity(self, x: Array, t: Array, condition: Array, return_repa: bool = False) -> tuple[Array, Array | None]:
+    def velocity(
+        self, x: Array, t: Array, condition: Array, return_repa: bool = False, time_table: Array | None = None
+    ) -> tuple[Array, Array | None]:
         """x [B, H, W, C], shifted time t [B], condition [B, Q, D] -> velocity [B, H, W, C], and REPA features or None."""
-        return self.velocity_network(x, t, condition, return_repa)
+        return self.velocity_network(x, t, condition, return_repa, time_table)
