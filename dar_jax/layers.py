@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import operator
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,30 +45,34 @@ ACTIVATIONS = {
 
 def constrain(x: Array, name: str) -> Array:
     """Fixes the layout of an activation on the mesh that is set, if one is; dimensions that do not divide stay whole."""
-    sizes = dict(jax.sharding.get_abstract_mesh().shape)
-    if not sizes:
+    if not jax.sharding.get_abstract_mesh().shape:
         return x
+    return jax.lax.with_sharding_constraint(x, fitting(name, x.shape))
+
+
+def fitting(name: str, shape: Sequence[int]) -> P:
+    """The layout `name` of `ACTIVATIONS` for an array, without axes that do not divide their dimension."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
 
     def divides(axes: str | tuple[str, ...] | None, size: int) -> bool:
         return size % math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ())) == 0
 
-    spec = P(*(axes if divides(axes, size) else None for axes, size in zip(ACTIVATIONS[name], x.shape)))
-    return jax.lax.with_sharding_constraint(x, spec)
+    return P(*(axes if divides(axes, size) else None for axes, size in zip(ACTIVATIONS[name], shape)))
 
 
 # --- rotary positions --------------------------------------------------------------------------------------------------
 
-Rope = tuple[Array, Array]  # cosines and sines, each [T, K/2] float32
+Rope = tuple[Array, Array]  # cosines and signed sines, each [T, K] float32, see `apply_rope`
 
 
 def rope_1d(positions: Array, head_size: int, theta: float) -> Rope:
-    """Cosines and sines that turn the adjacent pair i of a head by position * theta^(-2i / head_size).
+    """What turns the adjacent pair i of a head by position * theta^(-2i / head_size).
 
-    Args: positions [T]. Returns two float32 arrays [T, head_size / 2].
+    Args: positions [T]. Returns the cosine, and the sine with the sign it takes, of every element: float32 [T, head_size].
     """
     frequencies = theta ** (-np.arange(0, head_size, 2) / head_size)
-    angles = jnp.asarray(positions, jnp.float32)[:, None] * frequencies.astype(np.float32)
-    return jnp.cos(angles), jnp.sin(angles)
+    angles = jnp.asarray(positions, jnp.float32)[:, None] * np.repeat(frequencies, 2).astype(np.float32)
+    return jnp.cos(angles), jnp.sin(angles) * np.tile(np.float32([-1, 1]), head_size // 2)
 
 
 def rope_2d(height: int, width: int, head_size: int, theta: float) -> Rope:
@@ -84,10 +89,14 @@ def pad_rope(rope: Rope, count: int) -> Rope:
 
 
 def apply_rope(x: Array, rope: Rope) -> Array:
-    """Turns adjacent pairs of x [B, T, N, K] by the angles of `rope`; computed in float32, returned in x's dtype."""
+    """Turns adjacent pairs of x [B, T, N, K] by the angles of `rope`; computed in float32, returned in x's dtype.
+
+    Every element meets its partner by a shift; taking the pairs apart would cost TPU several changes of layout.
+    """
     cos, sin = (part[None, :, None, :] for part in rope)
-    a, b = jnp.moveaxis(x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2), -1, 0)
-    return jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape).astype(x.dtype)
+    first, wide = np.arange(x.shape[-1]) % 2 == 0, x.astype(jnp.float32)
+    partner = jnp.where(first, jnp.roll(wide, -1, axis=-1), jnp.roll(wide, 1, axis=-1))
+    return (wide * cos + partner * sin).astype(x.dtype)
 
 
 # --- attention -----------------------------------------------------------------------------------------------------------
@@ -124,10 +133,47 @@ def causal_mask(length: int, span: int, position: Array | int = 0) -> Array:
 def attend(queries: Array, keys: Array, values: Array, mask: Array | None = None) -> Array:
     """softmax(q k / sqrt(K)) v with the softmax in float32.
 
+    In bfloat16 and without a mask, long sequences take the kernels of `_attend_fused`.
+
     Args: queries [B, T, N, K]; keys, values [B, S, M, K] where M divides N (grouped queries); mask broadcasts to
     [B, T, S]. Returns [B, T, N, K].
     """
+    if mask is None and queries.dtype == jnp.bfloat16 and queries.shape[1] == keys.shape[1] and keys.shape[1] % FLASH_UNIT == 0:
+        return _attend_fused(queries, keys, values)
     return jax.nn.dot_product_attention(queries, keys, values, mask=None if mask is None else mask[:, None])
+
+
+FLASH_UNIT = 128  # tokens; what the TPU kernel takes at once is a multiple
+
+
+def _attend_fused(queries: Array, keys: Array, values: Array) -> Array:
+    """Attention that never writes its T x S weights to memory, where there is a kernel for it: cuDNN's on NVIDIA GPUs from
+    Ampere on, JAX's Pallas kernel on TPU. Elsewhere XLA's. The weights would be most of what the velocity network reads and
+    writes."""
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))  # AMD's are names
+    if re.fullmatch(r"\d+\.\d+", capability) and float(capability) >= 8:
+        return jax.nn.dot_product_attention(queries, keys, values, implementation="cudnn")
+    return jax.lax.platform_dependent(queries, keys, values, tpu=_attend_tpu, default=jax.nn.dot_product_attention)
+
+
+def _attend_tpu(queries: Array, keys: Array, values: Array) -> Array:
+    from jax.experimental.pallas.ops.tpu import flash_attention
+
+    length = queries.shape[1]
+    block = next(size for size in (512, 384, 256, FLASH_UNIT) if length % size == 0)
+    sizes = {field.name: block for field in dataclasses.fields(flash_attention.BlockSizes)} | {"block_b": 1}
+
+    def kernel(*heads_last: Array) -> Array:
+        heads_first = (x.swapaxes(1, 2) for x in heads_last)
+        scale = 1 / math.sqrt(queries.shape[-1])
+        block_sizes = flash_attention.BlockSizes(**sizes)
+        return flash_attention.flash_attention(*heads_first, sm_scale=scale, block_sizes=block_sizes).swapaxes(1, 2)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.shape:
+        return kernel(queries, keys, values)
+    spec = fitting("heads", queries.shape)
+    return jax.shard_map(kernel, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(queries, keys, values)
 
 
 def attend_cached(queries: Array, cache: Cache, mask: Array) -> Array:

@@ -1,12 +1,24 @@
 """Rotary positions, bicubic resizing, dropout, and what a stack of blocks computes with and without storing it."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from parity_cases import Case
 
-from dar_jax.layers import apply_rope, causal_mask, dropout, pad_rope, resize_bicubic, rope_1d, rope_2d
+from dar_jax.layers import (
+    FLASH_UNIT,
+    _attend_tpu,
+    apply_rope,
+    causal_mask,
+    dropout,
+    pad_rope,
+    resize_bicubic,
+    rope_1d,
+    rope_2d,
+)
 
 
 def test_rope_depends_on_distance_only():
@@ -23,8 +35,8 @@ def test_rope_depends_on_distance_only():
 
 def test_rope_2d_turns_halves_by_row_and_column():
     cos, sin = rope_2d(3, 5, 8, 10000.0)
-    assert cos.shape == sin.shape == (15, 4)
-    np.testing.assert_allclose(sin[7], np.sin([1, 0.01, 2, 0.02]), rtol=1e-5)  # row 1, column 2
+    assert cos.shape == sin.shape == (15, 8)
+    np.testing.assert_allclose(sin[7], np.sin([-1, 1, -0.01, 0.01, -2, 2, -0.02, 0.02]), rtol=1e-5)  # row 1, column 2
     cos, sin = pad_rope((cos, sin), 2)
     np.testing.assert_array_equal(cos[15:], 1)
     np.testing.assert_array_equal(sin[15:], 0)
@@ -49,3 +61,17 @@ def test_dropout_keeps_the_mean():
     assert float((dropped == 0).mean()) == pytest.approx(0.1, abs=5e-3)
     assert float(dropped.mean()) == pytest.approx(1, abs=5e-3)
     assert dropout(x, 0.1, None) is x
+
+
+def test_tpu_kernel_is_attention():
+    """The values and gradients of the kernel that bfloat16 takes on TPU, interpreted."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    heads = [jax.random.normal(key, (1, FLASH_UNIT, 2, 64), jnp.bfloat16) for key in keys]
+
+    def loss(attention, *heads):
+        return jnp.sum(jnp.sin(attention(*heads).astype(jnp.float32)))
+
+    with pltpu.force_tpu_interpret_mode():
+        found = jax.value_and_grad(lambda *heads: loss(_attend_tpu, *heads), argnums=(0, 1, 2))(*heads)
+    expected = jax.value_and_grad(lambda *heads: loss(jax.nn.dot_product_attention, *heads), argnums=(0, 1, 2))(*heads)
+    chex.assert_trees_all_close(found, expected, atol=0.02, rtol=0.02)
