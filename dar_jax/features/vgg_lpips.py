@@ -1,6 +1,7 @@
 """LPIPS: how different two images look, by the features of VGG16 (Zhang et al. 2018, arXiv 1801.03924).
 
-Everything is float32, and products are taken at the highest precision, so that TPUs and GPUs give the same numbers as a CPU.
+Everything is float32, and products are taken at the highest precision unless another is asked for, so that TPUs and GPUs give
+the same numbers as a CPU.
 Shapes: B batch, H W pixels, C channels of a feature map.
 """
 
@@ -21,6 +22,8 @@ SCALE = (0.458, 0.448, 0.450)
 class Vgg16(nn.Module):
     """The convolutions of VGG16 (Simonyan and Zisserman 2015) up to relu5_3."""
 
+    precision: jax.lax.Precision
+
     @nn.compact
     def __call__(self, x: Array) -> list[Array]:
         """Normalised images [B, H, W, 3] -> relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3, each [B, H / 2^i, W / 2^i, C]."""
@@ -28,7 +31,7 @@ class Vgg16(nn.Module):
         for stage, (count, channels) in enumerate(STAGES, 1):
             x = x if stage == 1 else nn.max_pool(x, (2, 2), (2, 2))
             for index in range(1, count + 1):
-                convolution = nn.Conv(channels, (3, 3), precision=jax.lax.Precision.HIGHEST, name=f"conv{stage}_{index}")
+                convolution = nn.Conv(channels, (3, 3), precision=self.precision, name=f"conv{stage}_{index}")
                 x = nn.relu(convolution(x))
             features.append(x)
         return features
@@ -36,6 +39,8 @@ class Vgg16(nn.Module):
 
 class Lpips(nn.Module):
     """The learned perceptual distance with VGG16 features."""
+
+    precision: jax.lax.Precision = jax.lax.Precision.HIGHEST
 
     @nn.compact
     def __call__(self, images: Array, others: Array) -> Array:
@@ -50,7 +55,7 @@ class Lpips(nn.Module):
             raise InputError(
                 f"LPIPS needs images of at least {SMALLEST} pixels, these have {images.shape[1]}x{images.shape[2]}"
             )
-        vgg = Vgg16(name="vgg")
+        vgg = Vgg16(self.precision, name="vgg")
         features = [vgg((x - jnp.asarray(SHIFT)) / jnp.asarray(SCALE)) for x in (images, others)]
         distance = jnp.zeros(len(images))
         for stage, (a, b) in enumerate(zip(*features), 1):

@@ -1,0 +1,114 @@
+"""How many floating-point operations a function's matrix products take, counted from its traced program.
+
+The count follows the model by itself: whatever is multiplied in it is counted, in loops as often as they turn. Only matrix
+products and convolutions count, as is usual for model FLOPs utilisation (MFU), and causal attention counts in full, as it is
+computed. What a hand-written kernel does inside is not seen, and the body of a `shard_map` counts as that of one device.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+
+
+@dataclass(frozen=True)
+class Product:
+    """One matrix product or convolution.
+
+    flops: of all its turns together. sizes: rows, columns and summed terms of one product. dtypes: of the two sides.
+    precision: "default", "high" or "highest". name: where in the model, as the name stack has it.
+    """
+
+    flops: float
+    sizes: tuple[int, int, int]
+    dtypes: tuple[str, str]
+    precision: str
+    name: str
+
+
+def count_flops(function: Callable, *arguments: Any) -> float:
+    """Floating-point operations of `function(*arguments)`, on all devices together; a multiplication and its addition are two.
+
+    A loop whose number of turns is only known when it runs counts once; of several branches, the one that takes most. What
+    rematerialisation computes again counts again: for MFU, count the function without it.
+
+    Args: arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
+    """
+    return sum(product.flops for product in matrix_products(jax.make_jaxpr(function)(*arguments)))
+
+
+def matrix_products(jaxpr: core.ClosedJaxpr) -> list[Product]:
+    """Every matrix product of a traced function (`jax.make_jaxpr(f)(...)`, `jax.jit(f).trace(...).jaxpr`)."""
+    return list(_products(jaxpr.jaxpr, 1.0, ""))
+
+
+def window_taps(
+    size: int, window: int, out: int, stride: int = 1, pad: int = 0, base_dilation: int = 1, window_dilation: int = 1
+) -> int:
+    """How often, along one dimension of a convolution, a window's element meets an element of the input, not its padding.
+
+    Args: size, window and out are the lengths of input, window and output; pad, the padding at the low end.
+    """
+    places = np.arange(out)[:, None] * stride + np.arange(window) * window_dilation - pad
+    return int(np.sum((places >= 0) & (places < (size - 1) * base_dilation + 1) & (places % base_dilation == 0)))
+
+
+def _products(jaxpr: core.Jaxpr, times: float, outer: str) -> Iterator[Product]:
+    for equation in jaxpr.eqns:
+        name = "/".join(filter(None, (outer, str(equation.source_info.name_stack))))
+        kind, inside = equation.primitive.name, core.jaxprs_in_params(equation.params)
+        if kind in ("dot_general", "conv_general_dilated"):
+            flops, sizes = (_dot if kind == "dot_general" else _convolution)(equation)
+            dtypes = tuple(str(side.aval.dtype) for side in equation.invars[:2])
+            yield Product(times * flops, sizes, dtypes, _precision(equation.params["precision"]), name)
+        elif kind == "cond":
+            branches = [list(_products(branch, times, name)) for branch in inside]
+            yield from max(branches, key=lambda products: sum(product.flops for product in products))
+        else:
+            turns = equation.params["length"] if kind == "scan" else 1
+            for jaxpr_inside in inside:
+                yield from _products(jaxpr_inside, times * turns, name)
+
+
+def _dot(equation: core.JaxprEqn) -> tuple[float, tuple[int, int, int]]:
+    (summed, other_summed), (batch, other_batch) = equation.params["dimension_numbers"]
+    left, right = (side.aval.shape for side in equation.invars)
+    rows, columns = _rest(left, (*summed, *batch)), _rest(right, (*other_summed, *other_batch))
+    terms, batches = math.prod(left[i] for i in summed), math.prod(left[i] for i in batch)
+    return 2.0 * batches * rows * columns * terms, (rows, columns, terms)
+
+
+def _convolution(equation: core.JaxprEqn) -> tuple[float, tuple[int, int, int]]:
+    parameters, (image, kernel), out = equation.params, (x.aval.shape for x in equation.invars), equation.outvars[0].aval.shape
+    places = parameters["dimension_numbers"]
+    taps = math.prod(
+        window_taps(image[i], kernel[k], out[o], stride, low, base, window)
+        for i, k, o, stride, (low, _), base, window in zip(
+            places.lhs_spec[2:],
+            places.rhs_spec[2:],
+            places.out_spec[2:],
+            parameters["window_strides"],
+            parameters["padding"],
+            parameters["lhs_dilation"],
+            parameters["rhs_dilation"],
+        )
+    )
+    images, channels, terms = out[places.out_spec[0]], out[places.out_spec[1]], kernel[places.rhs_spec[1]]
+    window = math.prod(kernel[i] for i in places.rhs_spec[2:])
+    rows = images * math.prod(out[i] for i in places.out_spec[2:])
+    return 2.0 * images * channels * terms * taps, (rows, channels, terms * window)
+
+
+def _rest(shape: Sequence[int], without: Sequence[int]) -> int:
+    return math.prod(size for i, size in enumerate(shape) if i not in without)
+
+
+def _precision(precision: Any) -> str:
+    first = precision[0] if isinstance(precision, tuple) else precision
+    name = "DEFAULT" if first is None else getattr(first, "name", str(first))
+    algorithms = {"BF16_BF16_F32_X3": "high", "BF16_BF16_F32_X6": "highest", "F32_F32_F32": "highest"}
+    return algorithms.get(name, name.lower() if name in ("HIGH", "HIGHEST") else "default")

@@ -1,0 +1,179 @@
+"""The functions that are planned, traced on shapes alone: the training step, or the sampler, of an experiment.
+
+No data is opened and no weights are read.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dar_jax import parallel
+from dar_jax.config import TokenizerTraining, validate
+from dar_jax.errors import InputError
+from dar_jax.features.dinov2 import Dinov2, Dinov2Config
+from dar_jax.features.vgg_lpips import Lpips
+from dar_jax.sampling.logits import linear_guidance
+from dar_jax.sampling.sampler import Networks, generate, make_settings
+from dar_jax.training import checkpoint
+from dar_jax.training.experiment import Experiment, load_experiment
+from dar_jax.training.stages import tokenizer_loss_fn, transformer_loss_fn
+from dar_jax.training.state import Params, abstract_state, make_optimizer
+from dar_jax.training.step import make_train_step
+
+
+@dataclass(frozen=True)
+class Job:
+    """A traced function.
+
+    parameters: number of the networks' own, frozen ones left out. memory: bytes on one device of its arguments by name. notes:
+    where it differs from a real run.
+    """
+
+    traced: jax.stages.Traced
+    parameters: int
+    memory: dict[str, float]
+    notes: tuple[str, ...] = ()
+
+
+def make_job(experiment: Experiment, mesh: Mesh, sampling: bool) -> Job:
+    """The training step of an experiment, or its sampler; of `train.batch_size` images. Errors as of the two."""
+    return (sampling_job if sampling else training_job)(experiment, mesh)
+
+
+def find_tokenizer(experiment: Experiment) -> Experiment | None:
+    """The experiment of a transformer's tokenizer, which `config.tokenizer` names by a checkpoint or by an experiment file;
+    None where it names none. Raises InputError where there is no such file."""
+    path = experiment.config.tokenizer
+    if path is None:
+        return experiment.tokenizer
+    if os.fspath(path).endswith(".py"):
+        return load_experiment(path)
+    config = checkpoint.inspect(path).config
+    return experiment.tokenizer.with_config(config) if experiment.tokenizer else Experiment(config)
+
+
+def for_accelerators(experiment: Experiment) -> Experiment:
+    """The experiment with the dtype that it would have on accelerators, not that of this machine."""
+    train = experiment.config.train
+    if train.dtype != "auto":
+        return experiment
+    return experiment.with_config(dataclasses.replace(experiment.config, train=dataclasses.replace(train, dtype="bfloat16")))
+
+
+def training_job(experiment: Experiment, mesh: Mesh) -> Job:
+    """The training step of either stage. A transformer without a tokenizer learns from stored codes.
+
+    Raises InputError where the settings contradict each other or the batch cannot be spread over the mesh.
+    """
+    experiment = for_accelerators(experiment)
+    config, train = experiment.config, experiment.config.train
+    validate(config)
+    check_batch(train.batch_size, train.accumulate, mesh)
+    model = experiment.build_model(jnp.dtype(train.dtype), train.remat)
+    image = ((config.data.image_size, config.data.image_size, config.data.channels), jnp.uint8)
+    if isinstance(config, TokenizerTraining):
+        loss_fn, inputs = tokenizer_loss_fn(experiment, model), {"image": image}
+        frozen = placed({} if experiment.loss else feature_networks(experiment), mesh)
+    elif (tokenizer := None if config.data.source == "codes" else find_tokenizer(experiment)) is not None:
+        tokenizer = for_accelerators(tokenizer)
+        encoder = tokenizer.build_model(jnp.dtype(tokenizer.config.train.dtype))
+        loss_fn, inputs = transformer_loss_fn(experiment, model, encoder), {"image": image}
+        frozen = placed(parameters(tokenizer, encoder), mesh, tokenizer.rules)
+    else:
+        loss_fn, inputs, frozen = transformer_loss_fn(experiment, model), {"codes": ((config.model.num_tokens,), jnp.int32)}, {}
+    optimizer = make_optimizer(config.optimizer, train.steps)
+    with jax.set_mesh(mesh):
+        state = abstract_state(functools.partial(experiment.init_params, model), optimizer, mesh, experiment.rules)
+        step = make_train_step(loss_fn, optimizer, config, state, mesh)
+        traced = step.trace(state, batch_of(train.batch_size, {**inputs, "label": ((), jnp.int32)}, mesh), frozen)
+    memory = {
+        "parameters": bytes_on_device(state.params),
+        "average": bytes_on_device(state.ema),
+        "optimizer": bytes_on_device(state.opt_state),
+        "frozen": bytes_on_device(frozen),
+    }
+    notes = ("codes are taken as stored; to plan their computation in the step, pass --tokenizer",)
+    without_encoder = "codes" in inputs and config.data.source != "codes"
+    return Job(traced, count(state.params), memory, notes if without_encoder else ())
+
+
+def sampling_job(experiment: Experiment, mesh: Mesh) -> Job:
+    """The sampler with the experiment's sampling settings, for a batch of `train.batch_size`.
+
+    Raises InputError for a tokenizer's experiment, for a transformer's that does not know its tokenizer, and where the batch
+    cannot be spread over the mesh.
+    """
+    if isinstance(experiment.config, TokenizerTraining):
+        raise InputError("sampling needs the experiment of a transformer, this one is of a tokenizer")
+    tokenizer = find_tokenizer(experiment)
+    if tokenizer is None:
+        raise InputError("sampling needs the tokenizer too; pass --tokenizer with its experiment file or a checkpoint")
+    batch_size = experiment.config.train.batch_size
+    check_batch(batch_size, 1, mesh)
+    stages = {"tokenizer": for_accelerators(tokenizer), "llama": for_accelerators(experiment)}
+    networks = Networks(**{name: stage.build_model(jnp.dtype(stage.config.train.dtype)) for name, stage in stages.items()})
+    guidance = experiment.guidance or linear_guidance
+    settings = make_settings(experiment.config.sampling, networks.tokenizer.config, guidance)
+    params = {name: placed(parameters(stage, getattr(networks, name)), mesh, stage.rules) for name, stage in stages.items()}
+    with jax.set_mesh(mesh):
+        settings = jax.eval_shape(lambda: settings)
+        settings = parallel.placed(settings, jax.tree.map(lambda _: parallel.replicated(mesh), settings))
+        inputs = batch_of(batch_size, {"labels": ((), jnp.int32), "seeds": ((), jnp.uint32)}, mesh)
+        whole = jax.jit(generate, static_argnums=0)
+        traced = whole.trace(networks, params, settings, inputs["labels"], inputs["seeds"])
+    return Job(traced, count(params), {"parameters": bytes_on_device(params)})
+
+
+def feature_networks(experiment: Experiment) -> Params:
+    """Shapes of the frozen networks of the loss terms that have a weight."""
+    loss, networks = experiment.config.loss, {}
+    images, key = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32), jax.random.key(0)
+    if loss.lpips != 0:
+        networks["lpips"] = jax.eval_shape(Lpips().init, key, images, images)["params"]
+    if loss.repa != 0:
+        networks["dinov2"] = jax.eval_shape(Dinov2(Dinov2Config()).init, key, images)["params"]
+    return networks
+
+
+def parameters(experiment: Experiment, model: Any) -> Params:
+    """Shapes of a network's parameters."""
+    return jax.eval_shape(functools.partial(experiment.init_params, model))
+
+
+def placed(shapes: Params, mesh: Mesh, rules: parallel.Rules = ()) -> Params:
+    """Shapes of parameters with their places on the mesh."""
+    return parallel.placed(shapes, parallel.shardings(shapes, mesh, rules))
+
+
+def batch_of(size: int, arrays: dict[str, tuple[tuple[int, ...], Any]], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of so many elements, given the shape and dtype of one, on the mesh."""
+    sharding = parallel.batch_sharding(mesh)
+    return {name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=sharding) for name, (shape, dtype) in arrays.items()}
+
+
+def check_batch(size: int, parts: int, mesh: Mesh) -> None:
+    """Raises InputError where a batch, in so many parts, cannot be spread over the mesh."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if size < 1 or size % (parts * shards):
+        raise InputError(
+            f"a batch of {size} in {parts} parts cannot be spread over data x fsdp = {shards} chips; "
+            f"make it a multiple of {parts * shards}"
+        )
+
+
+def count(tree: Any) -> int:
+    """The number of parameters in a tree."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def bytes_on_device(tree: Any) -> float:
+    """What a tree of placed shapes takes on one device."""
+    leaves = jax.tree.leaves(tree)
+    return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves))

@@ -1,0 +1,154 @@
+"""`dar-jax plan`: from an experiment and a topology to a `Plan`, and the search for a better batch and remat."""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from dar_jax import parallel
+from dar_jax.flops import matrix_products
+from dar_jax.plan import hlo, jobs, report
+from dar_jax.plan.chips import Chip, chip_of
+from dar_jax.plan.compiler import cache_folder, compile_for, open_topology, without_jax_cache
+from dar_jax.training.experiment import Experiment
+
+log = logging.getLogger("dar_jax.plan")
+
+REMATS = ("none", "dots", "full")  # from the one that computes least again to the one that keeps least
+
+
+@without_jax_cache()
+def plan(
+    experiment: Experiment,
+    topology: str,
+    batch_size: int | None = None,
+    sampling: bool = False,
+    search: int = 0,
+    figures: dict[str, float] | None = None,
+) -> report.Plan:
+    """Compiles the training step, or the sampler, for a topology and says what it takes.
+
+    Args:
+      batch_size: of all chips together (default: `train.batch_size`).
+      search: at most so many further compilations, for the largest batch and the least remat that fit.
+      figures: fields of `Chip` to replace.
+
+    Raises InputError where libtpu is missing and where experiment, topology and batch do not go together.
+    """
+    chip = dataclasses.replace(chip_of(topology), **(figures or {}))
+    train, plans = experiment.config.train, {}
+
+    def answer(batch_size: int, remat: str) -> report.Plan:
+        if (batch_size, remat) not in plans:
+            changed = with_train(experiment, batch_size=batch_size, remat=remat)
+            plans[batch_size, remat] = make_plan(changed, topology, chip, sampling)
+        return plans[batch_size, remat]
+
+    # The sampler computes nothing again.
+    size, remat, remats = batch_size or train.batch_size, *(("none", ("none",)) if sampling else (train.remat, REMATS))
+    first = answer(size, remat)
+    if search < 1:
+        return first
+    smallest = first.mesh["data"] * first.mesh["fsdp"] * first.accumulate
+    best = find_best(lambda *choice: answer(*choice).fits, size, remat, remats, smallest, search)
+    tried = [report.attempt(found) for found in plans.values()]
+    return dataclasses.replace(first, tried=tried, suggestion=report.suggestion(best, (size, remat)))
+
+
+def find_best(
+    fits: Callable[[int, str], bool], batch_size: int, remat: str, remats: tuple[str, ...], smallest: int, limit: int
+) -> tuple[int, str] | None:
+    """The least remat that fits at this batch size, and the largest batch, doubling, that fits with it.
+
+    Where no remat fits, the batch is halved, with the strongest one. `fits` is asked of the given choice, and of at most
+    `limit` others.
+
+    Args: remats, from the weakest to the strongest; smallest, the least possible batch, of which every other is a multiple.
+
+    Returns: the best choice known to fit when the search ends, None where there is none.
+    """
+    known = {(batch_size, remat): fits(batch_size, remat)}
+
+    def ask(*choice: Any) -> bool | None:
+        if choice not in known and len(known) <= limit:
+            known[choice] = fits(*choice)
+        return known.get(choice)
+
+    # What does not fit with some remat does not with a weaker one either.
+    candidates = remats if known[batch_size, remat] else remats[remats.index(remat) + 1 :]
+    best = next((other for other in candidates if ask(batch_size, other)), None)
+    if best is None:
+        while batch_size % (2 * smallest) == 0:
+            batch_size //= 2
+            if ask(batch_size, remats[-1]):
+                return batch_size, remats[-1]
+        return None
+    while ask(2 * batch_size, best):
+        batch_size *= 2
+    return batch_size, best
+
+
+def with_train(experiment: Experiment, **settings: Any) -> Experiment:
+    """The experiment with other settings of `config.train`."""
+    config = experiment.config
+    return experiment.with_config(dataclasses.replace(config, train=dataclasses.replace(config.train, **settings)))
+
+
+def make_plan(experiment: Experiment, topology: str, chip: Chip, sampling: bool) -> report.Plan:
+    """One compilation, or none where its result is known already, and all figures of it."""
+    config = experiment.config
+    train = config.train
+    mesh = parallel.make_mesh(config.mesh, open_topology(topology))
+
+    def starting() -> None:
+        what = "the sampler" if sampling else f"the training step with remat {train.remat}"
+        log.info("compiling %s for %s, batch %d; of a large model this takes minutes", what, topology, train.batch_size)
+
+    job = jobs.make_job(experiment, mesh, sampling)
+    products = model_products = matrix_products(job.traced.jaxpr)
+    if train.remat != "none" and not sampling:
+        model_products = matrix_products(jobs.make_job(with_train(experiment, remat="none"), mesh, False).traced.jaxpr)
+    with jax.set_mesh(mesh):
+        program = compile_for(job.traced.lower(), topology, cache_folder(), starting)
+    found = report.Plan(
+        experiment=config.name,
+        sampling=sampling,
+        topology=topology,
+        chips=mesh.size,
+        mesh=dict(mesh.shape),
+        batch_size=train.batch_size,
+        accumulate=1 if sampling else train.accumulate,
+        remat=train.remat,
+        fits=program.hlo is not None and program.needed <= chip.memory,
+        memory={**job.memory, "temporaries": program.temporaries, "total": program.needed, "limit": chip.memory},
+        model_flops=sum(product.flops for product in model_products),
+        flops=sum(product.flops for product in products),
+        notes=[*job.notes, *report.notes_on_products(products), *program.warnings],
+    )
+    if program.hlo is None:
+        return found
+    computations = hlo.parse(program.hlo)
+    times = hlo.executions(computations)
+    collectives = hlo.collectives(computations, times, mesh.size)
+    compiled_flops = mesh.size * hlo.matrix_flops(computations, times)
+    seconds = report.roofline(
+        chip,
+        hlo.matrix_flops(computations, times, passes=True),
+        hlo.hbm_bytes(computations, times),
+        sum(row.bytes for row in collectives),
+    )
+    length = config.model.num_tokens
+    notes = report.notes_on_program(
+        job.memory, program.arguments, compiled_flops / found.flops, collectives, job.parameters, mesh.shape["fsdp"]
+    )
+    return dataclasses.replace(
+        found,
+        compiled_flops=compiled_flops,
+        collectives=collectives,
+        seconds=seconds,
+        mfu=found.model_flops / (mesh.size * chip.peak * seconds["step"]),
+        recipe=None if sampling else report.recipe(train.steps, train.batch_size, length, seconds["step"], mesh.size),
+        notes=[*found.notes, *notes],
+    )
