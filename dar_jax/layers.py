@@ -31,7 +31,8 @@ def matrix_init(std: float | None) -> Callable:
 
 # How activations are cut over the mesh's axes (see `parallel`), by name. Without these the compiler may well cut the residual
 # stream along its width, as the parameters are, and sum activations where gathering parameters is cheaper. XLA (jax 0.10) has
-# also been seen to swap samples between devices where the sides of a product were left to it on a 2 x 2 x 2 mesh.
+# also been seen to swap samples between devices where the sides of a product, or their gradients, were left to it on a
+# 2 x 2 x 2 mesh.
 ACTIVATIONS = {
     "stream": P(("data", "fsdp"), None, None),  # [B, T, D]
     "hidden": P(("data", "fsdp"), None, "tensor"),  # [B, T, H]
@@ -215,7 +216,8 @@ class Attention(nn.Module):
         heads = (width // self.head_size, self.head_size)
         init = matrix_init(self.init_std)
         project = functools.partial(nn.DenseGeneral, dtype=self.dtype, kernel_init=init)
-        source = x if context is None else context
+        x = constrain(x, "stream")
+        source = x if context is None else constrain(context, "stream")
         q = layer_norm(True, "q_norm")(project(heads, name="q")(x)).astype(self.dtype)  # [B, T, N, K]
         k = layer_norm(True, "k_norm")(project(heads, name="k")(source)).astype(self.dtype)  # [B, S, N, K]
         v = project(heads, name="v")(source)  # [B, S, N, K]
@@ -237,6 +239,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=matrix_init(self.init_std))
+        x = constrain(x, "stream")
         hidden = constrain(nn.silu(dense(4 * x.shape[-1], name="in")(x)), "hidden")
         return constrain(dense(x.shape[-1], name="out")(hidden), "stream")
 

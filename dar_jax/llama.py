@@ -47,7 +47,7 @@ class LlamaAttention(nn.Module):
         kv_heads = config.kv_heads or config.heads
         group, size = config.heads // kv_heads, width // config.heads
         project = functools.partial(nn.DenseGeneral, use_bias=False, dtype=self.dtype, kernel_init=matrix_init(config.init_std))
-        qkv = project((kv_heads, group + 2, size), name="qkv")(x)  # [B, T, M, R + 2, K]
+        qkv = project((kv_heads, group + 2, size), name="qkv")(constrain(x, "stream"))  # [B, T, M, R + 2, K]
         q = apply_rope(qkv[..., :group, :].reshape(batch, length, config.heads, size), rope)  # [B, T, N, K]
         k, v = apply_rope(qkv[..., group, :], rope), qkv[..., group + 1, :]  # [B, T, M, K]
         if cache is not None:
@@ -67,7 +67,7 @@ class SwiGLU(nn.Module):
         project = functools.partial(
             nn.DenseGeneral, use_bias=False, dtype=self.dtype, kernel_init=matrix_init(self.config.init_std)
         )
-        gate_up = project((2, self.config.mlp_width), name="gate_up")(x)  # [B, T, 2, H]
+        gate_up = project((2, self.config.mlp_width), name="gate_up")(constrain(x, "stream"))  # [B, T, 2, H]
         hidden = constrain(nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :], "hidden")
         return constrain(project(x.shape[-1], name="down")(hidden), "stream")
 

@@ -18,7 +18,7 @@ from dar_jax.errors import InputError
 from dar_jax.evaluation import evaluate as evaluation
 from dar_jax.evaluation import npz
 from dar_jax.evaluation.evaluate import compare, evaluate, table
-from dar_jax.evaluation.images import Images, from_array, from_npz, from_source, open_images, subset
+from dar_jax.evaluation.images import Images, data_source, from_array, from_npz, from_source, open_images, subset
 from dar_jax.evaluation.metrics import frechet_distance, inception_score, moments, precision_recall
 from dar_jax.evaluation.statistics import Extractor, Network, collect, load, open_extractor, save
 from dar_jax.features.inception import InceptionFeatures
@@ -156,6 +156,16 @@ def test_a_folder_of_images(tmp_path, caplog):
         list(open_images(tmp_path).chunks())
     cropped = open_images(DataConfig(path=str(tmp_path), image_size=6))
     assert {chunk.shape[1:] for chunk in cropped.chunks()} == {cropped.shape} == {(6, 6, 3)}
+
+
+def test_data_sources_by_name(tmp_path):
+    digits = open_images("digits/test")
+    assert (digits.count, digits.shape) == (297, (8, 8, 1))
+    assert data_source("cifar10/train:some/folder") == DataConfig("cifar10", path="some/folder", image_size=32)
+    assert data_source("tfds/validation/64:imagenet2012").dataset == "imagenet2012"
+    assert data_source("samples/folder") is None
+    with pytest.raises(InputError, match="folder/val:photos lacks the size in pixels to crop the images to"):
+        open_images("folder/val:photos")
 
 
 def test_stored_codes_are_refused():

@@ -24,6 +24,7 @@ from dar_jax.sampling.sampler import (
     initial_noise,
     lookup_codes,
     make_settings,
+    prepare,
     sample_keys,
     stream,
 )
@@ -216,6 +217,38 @@ def test_one_compilation_serves_all_scales(networks):
     compiled = [piece._cache_size() for piece in (_predict, _denoise)]
     sample(networks, dataclasses.replace(SAMPLING, guidance=(2.0, 9.0), temperature=0.7, top_k=10, top_p=0.5), seeds=SEEDS + 1)
     assert [piece._cache_size() for piece in (_predict, _denoise)] == compiled
+
+
+def test_unguided_rows_end_with_guidance(networks):
+    """Within a group, and with the samples of carrying them on to the last token."""
+    modules, params = networks
+    settings = make_settings(dataclasses.replace(SAMPLING, cfg_interval=4), modules.tokenizer.config)
+    assert settings.guided == 6
+    cut, whole = (generate(modules, params, dataclasses.replace(settings, guided=guided), LABELS, SEEDS) for guided in (6, 16))
+    assert_same(cut, whole)
+    assert make_settings(dataclasses.replace(SAMPLING, guidance=(1.0, 1.0)), modules.tokenizer.config).guided == 0
+
+
+def test_tokens_do_not_depend_on_the_groups(networks, make_networks):
+    """One token a group, with caches that grow every second one, draws what four groups of four do."""
+    np.testing.assert_array_equal(sample(make_networks(num_groups=16)).tokens, sample(networks).tokens)
+
+
+def test_one_program_is_the_pieces(networks):
+    modules, params = networks
+    settings = make_settings(SAMPLING, modules.tokenizer.config)
+    assert_same(jax.jit(generate, static_argnums=0)(modules, params, settings, LABELS, SEEDS), sample(networks))
+
+
+def test_prepared_parameters(networks):
+    """Matrices are converted, what is computed in float32 is not; the samples are those of preparing in the call."""
+    modules, params = networks
+    half = Networks(modules.tokenizer.clone(dtype=jnp.bfloat16), modules.llama.clone(dtype=jnp.bfloat16))
+    prepared = prepare(half, params)
+    layer = prepared.llama_layers[1]
+    assert layer["mlp"]["down"]["kernel"].dtype == prepared.llama["output"].dtype == jnp.bfloat16
+    assert layer["mlp_norm"]["scale"].dtype == prepared.tokenizer["quantizer"]["codebook"].dtype == jnp.float32
+    assert_same(sample((half, prepared)), sample((half, params)))
 
 
 def test_condition_tokens_and_velocities_see_no_later_codes(networks):

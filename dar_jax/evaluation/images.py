@@ -6,6 +6,7 @@ Shapes: N images, n of them at a time, H W pixels, C channels (1 grey, 3 RGB).
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,15 +85,36 @@ def from_source(source: Source, image_size: int | None = None) -> Images:
 
 
 def open_images(what: str | os.PathLike | DataConfig) -> Images:
-    """Images of an NPZ file, of a folder as they are, or of a data source, centre-cropped to the image_size of its config.
+    """Images of an NPZ file, of a folder as they are, or of a data source (its config, or its name as `data_source` takes it),
+    centre-cropped to the image_size of its config.
 
     Raises InputError where there are none.
     """
+    if isinstance(what, str) and not Path(what).exists():
+        what = data_source(what) or what
     if isinstance(what, DataConfig):
         return from_source(open_source(what), what.image_size)
     if Path(what).is_dir():
         return from_source(open_source(DataConfig(path=str(what))))
     return from_npz(what)
+
+
+def data_source(name: str) -> DataConfig | None:
+    """The data source of a name SOURCE/SPLIT[/SIZE][:PLACE]; None for another name.
+
+    PLACE is the folder, of TFDS the data set. SIZE, in pixels, is needed but for digits and CIFAR-10, which have their own.
+    Examples: digits/test, cifar10/train:cifar-10-batches-bin, folder/val/256:imagenet, tfds/validation/256:imagenet2012.
+    Raises InputError where SIZE is missing.
+    """
+    found = re.fullmatch(r"(digits|cifar10|folder|tfds)/([^/:]+)(?:/(\d+))?(?::(.+))?", name)
+    if found is None:
+        return None
+    source, split, size, place = found.groups()
+    size = int(size) if size else {"digits": 8, "cifar10": 32}.get(source)
+    if not size:
+        raise InputError(f"{name} lacks the size in pixels to crop the images to, such as {source}/{split}/256:{place}")
+    where = {"dataset": place} if source == "tfds" else {"path": place}
+    return DataConfig(source=source, split=split, image_size=size, channels=1 if source == "digits" else 3, **where)
 
 
 def subset(images: Images, count: int) -> Images:

@@ -62,7 +62,7 @@ def reconstruct(
         with jax.set_mesh(mesh):
             quantized = quantize(networks, params, put_batch(batch, mesh))
             noise = _noise(put_batch(batch_seeds, mesh), trained.config)
-            samples = decode(networks, params, settings, quantized.values, noise)
+            samples = decode(networks, trained.sampler_params, settings, quantized.values, noise)
         decoded.append(pictures.to_uint8(to_host(samples.images)[:count]))
         if quantized.codes is not None:
             codes.append(to_host(quantized.codes)[:count])

@@ -245,19 +245,8 @@ def begin(
 def advance(networks: Networks, params: SamplerParams, settings: Settings, state: SamplerState) -> SamplerState:
     """Carries the state on by one group: Q tokens, their condition tokens, and the denoising steps these allow."""
     config = networks.tokenizer.config
-    first, last = state.group * config.tokens_per_group, (state.group + 1) * config.tokens_per_group
-    tokens, caches = state.tokens, state.llama_caches
-    for start, stop in _spans(first, last, settings.guided):
-        tokens, caches = _predict(
-            networks.llama,
-            stop - start,
-            _window(config, stop),
-            start < settings.guided,
-            params,
-            settings,
-            dataclasses.replace(state, tokens=tokens, llama_caches=caches),
-            jnp.int32(start),
-        )
+    tokens, caches = predict_group(networks, params, settings, state)
+    first = state.group * config.tokens_per_group
     condition, decoder_caches = _condition(networks.tokenizer, params, tokens, state.condition, state.decoder_caches, first)
 
     # One step a group in the paper's setting; other step counts and group sizes leave several, or none, to a group.
@@ -277,6 +266,20 @@ def advance(networks: Networks, params: SamplerParams, settings: Settings, state
         velocity=velocity,
         preview=preview,
     )
+
+
+def predict_group(
+    networks: Networks, params: SamplerParams, settings: Settings, state: SamplerState
+) -> tuple[Array, tuple[Cache, ...]]:
+    """Predicts the tokens of the next group. Returns all tokens [B, T] and the transformer's caches."""
+    config = networks.tokenizer.config
+    first, last = state.group * config.tokens_per_group, (state.group + 1) * config.tokens_per_group
+    tokens, caches = state.tokens, state.llama_caches
+    for start, stop in _spans(first, last, settings.guided):
+        so_far = dataclasses.replace(state, tokens=tokens, llama_caches=caches)
+        sizes = stop - start, _window(config, stop), start < settings.guided
+        tokens, caches = _predict(networks.llama, *sizes, params, settings, so_far, jnp.int32(start))
+    return tokens, caches
 
 
 def generate(
