@@ -1,8 +1,10 @@
 """The command `dar-jax`. Every sub-command is a dataclass of its options with a short `run` over the library.
 
-Exit codes: 0 done; 1 training diverged; 2 something the user gave is wrong, said in one line; 130 interrupted.
+Exit codes: 0 done, or stopped by SIGTERM with a checkpoint; 1 training diverged; 2 something the user gave is wrong, in one
+line; 3 (or 134, from JAX itself) another host is gone; 130 interrupted.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -11,9 +13,10 @@ import io
 import logging
 import os
 import re
+import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -84,13 +87,13 @@ class Train(Generic[Settings]):
 
     Every setting of the experiment can be overridden, such as `--train.steps 100` or `--optimizer.learning-rate 3e-4`. To see
     them all with the experiment's values: dar-jax train EXPERIMENT --help. A folder that holds a run already is only taken with
-    --resume. Ctrl-C stops after a checkpoint, a second one at once.
+    --resume. Ctrl-C and SIGTERM stop after a checkpoint, a second Ctrl-C at once. For many hosts see dar-jax --help.
 
     Example: dar-jax train experiments/digits_tokenizer.py --workdir runs/tokenizer --train.steps 500
     """
 
     experiment: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="EXPERIMENT")]  # its file; comes first
-    workdir: str  # the run's folder, for checkpoints and logs
+    workdir: str  # the run's folder, for checkpoints and logs; perhaps gs://BUCKET/...
     config: Annotated[Settings, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
     resume: Flag = False  # go on from the last checkpoint in the folder, or begin if there is none
     init_from: Optional[str] = None  # begin with these weights as far as they fit: a checkpoint, or a file of the release
@@ -118,8 +121,8 @@ class Train(Generic[Settings]):
         try:
             summary = train(experiment, self.workdir, self.resume, log_pictures, start, Evaluation())
         except TrainingDiverged as error:
-            return _say(error, 1)
-        return 130 if summary.interrupted else 0
+            return _fail(error, 1)
+        return 130 if summary.stopped_by == signal.SIGINT else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +175,7 @@ class Sample(SamplingOptions):
     output_resolution: OfRun[int] = None  # resize what is denoised down to this
     experiment: Optional[str] = None  # the run's experiment file, if that replaced the model or the guidance
     weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
-    mesh: OfRun[Ints] = None  # devices along data, fsdp and tensor, such as 1,1,4
+    mesh: Optional[Ints] = None  # devices along data, fsdp and tensor; else along tensor as in the run, the rest along data
     batch_size: int = 32  # samples at a time
 
     def run(self) -> None:
@@ -217,7 +220,7 @@ class Generate(SamplingOptions):
     seed: int = 0  # of the first sample, and of the classes drawn
     experiment: Optional[str] = None  # the run's experiment file, if that replaced the model or the guidance
     weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
-    mesh: OfRun[Ints] = None  # devices along data, fsdp and tensor, such as 1,1,4
+    mesh: Optional[Ints] = None  # devices along data, fsdp and tensor; else along tensor as in the run, the rest along data
     batch_size: int = 64  # samples at a time
 
     def run(self) -> None:
@@ -254,7 +257,7 @@ class Reconstruct:
     seed: int = 0  # image i is denoised from the noise of seed + i
     experiment: Optional[str] = None  # the run's experiment file, if that replaced the model
     weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
-    mesh: OfRun[Ints] = None  # devices along data, fsdp and tensor
+    mesh: Optional[Ints] = None  # devices along data, fsdp and tensor; else along tensor as in the run, the rest along data
     batch_size: int = 64  # images at a time
 
     def run(self) -> None:
@@ -289,18 +292,18 @@ class Tokenize(Generic[Settings]):
 
     Which images and which crops is said by `--data.*`. The defaults are those of the tokenizer's own training, with ten crops
     in place of random ones: dar-jax tokenize CHECKPOINT --help. An interrupted run goes on where it stopped. Train on the
-    result with `--data.source codes --data.path OUT`.
+    result with `--data.source codes --data.path OUT`. Of several hosts each writes its share into the same folder.
 
     Example: dar-jax tokenize runs/tokenizer --data.path imagenet --out imagenet_codes
     """
 
     checkpoint: Place  # a run's folder, of a tokenizer or a transformer, or one of its checkpoints/STEP; comes first
-    out: str  # the folder to write to
+    out: str  # the folder to write to, perhaps gs://BUCKET/...
     data: Annotated[Settings, tyro.conf.FlagConversionOff]
     shard_size: int = 4096  # images per file
     experiment: Optional[str] = None  # the run's experiment file, if that replaced the model or the source
     weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
-    mesh: OfRun[Ints] = None  # devices along data, fsdp and tensor
+    mesh: Optional[Ints] = None  # each host's devices along data, fsdp and tensor; else all of them along data
     batch_size: int = 64  # images, each with all its crops, at a time
 
     @classmethod
@@ -314,6 +317,8 @@ class Tokenize(Generic[Settings]):
         return cls[DataConfig], cls(checkpoint, tyro.MISSING, data)
 
     def run(self) -> None:
+        import jax
+
         from dar_jax.data.sources import open_source
         from dar_jax.evaluation.loading import find, load_tokenizer
         from dar_jax.evaluation.tokenize import check_data, tokenize
@@ -325,7 +330,7 @@ class Tokenize(Generic[Settings]):
         check_data(model, self.data)
         source = ((experiment and experiment.source) or open_source)(self.data)
         check_writable(self.out)
-        trained = load_tokenizer(self.checkpoint, experiment, self.weights, _mesh(self.mesh))
+        trained = load_tokenizer(self.checkpoint, experiment, self.weights, _mesh(self.mesh, jax.local_devices()))
         info = tokenize(trained, source, self.data, self.out, self.batch_size, self.shard_size)
         print(f"{self.out}: {info.crops} x {info.tokens} codes for each of {info.images} images, in {info.shards} files")
 
@@ -334,15 +339,18 @@ class Tokenize(Generic[Settings]):
 class Evaluate:
     """Measure images against a reference: FID, sFID, inception score, precision and recall.
 
-    The definitions are those of the ADM suite. Images are an NPZ file with `arr_0` (uint8, N x height x width x channels) or a
-    folder of images of one size. The reference is such a one too, or an NPZ file of statistics: ADM's VIRTUAL_*.npz,
-    pytorch-fid's, or one of --save-statistics. Says which reference, how many images and which weights were used.
+    The definitions are those of the ADM suite. Images are an NPZ file with `arr_0` (uint8, N x height x width x channels), a
+    folder of images of one size, or a data source SOURCE/SPLIT[/SIZE][:PLACE], whose images are cropped to SIZE pixels. The
+    reference is such a one too, or an NPZ file of statistics: ADM's VIRTUAL_*.npz, pytorch-fid's, or one of --save-statistics.
+    Says which reference, how many images and which weights were used.
 
     Example: dar-jax evaluate samples.npz --reference VIRTUAL_imagenet256_labeled.npz --json report.json
+
+    Example: dar-jax evaluate cifar10/train:cifar-10-batches-bin --reference cifar10/test:cifar-10-batches-bin
     """
 
-    samples: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SAMPLES")]  # NPZ file or folder
-    reference: str  # NPZ file or folder
+    samples: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SAMPLES")]  # NPZ file, folder or data source
+    reference: str  # NPZ file, folder or data source
     json: Optional[str] = None  # also write the report to this file
     save_statistics: Optional[str] = None  # also keep the statistics of the samples in this NPZ file, as a later reference
     weights: Optional[str] = None  # file of the Inception network; else looked for as the README says
@@ -374,7 +382,7 @@ class EvaluateTokenizer(Generic[Settings]):
     """How well does a tokenizer keep images? PSNR, SSIM, LPIPS, rFID and codebook usage on held-out images.
 
     The defaults of `--data.*` are those of the tokenizer's own training, but for the split: test for digits and CIFAR-10, val
-    for folders. A metric whose weights are missing is left out, with a line that says so.
+    for folders, validation for TFDS. A metric whose weights are missing is left out, with a line that says so.
 
     Example: dar-jax evaluate-tokenizer runs/tokenizer --json report.json
     """
@@ -391,7 +399,7 @@ class EvaluateTokenizer(Generic[Settings]):
     seed: int = 0  # image i is denoised from the noise of seed + i
     experiment: Optional[str] = None  # the run's experiment file, if that replaced the model or the source
     weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
-    mesh: OfRun[Ints] = None  # devices along data, fsdp and tensor
+    mesh: Optional[Ints] = None  # devices along data, fsdp and tensor; else along tensor as in the run, the rest along data
     batch_size: int = 64  # images at a time
 
     @classmethod
@@ -439,7 +447,7 @@ class EvaluateAr(Generic[Settings]):
 
     Prints bits per token and the share of tokens that it finds most probable, given the class and without it, and writes
     report.json and positions.png, the bits at every position. The defaults of `--data.*` are those of the run's own training,
-    but for the split: test for digits and CIFAR-10, val for folders.
+    but for the split: test for digits and CIFAR-10, val for folders, validation for TFDS.
 
     Example: dar-jax evaluate-ar runs/ar --out evaluation
     """
@@ -450,7 +458,7 @@ class EvaluateAr(Generic[Settings]):
     num_images: Optional[int] = None  # only so many, from the first on
     experiment: Optional[str] = None  # the run's experiment file, if that replaced the model or the source
     weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
-    mesh: OfRun[Ints] = None  # devices along data, fsdp and tensor
+    mesh: Optional[Ints] = None  # devices along data, fsdp and tensor; else along tensor as in the run, the rest along data
     batch_size: int = 64  # images at a time
 
     @classmethod
@@ -490,7 +498,7 @@ class Sweep:
     """
 
     checkpoint: Place  # a transformer's run folder, or one of its checkpoints/STEP
-    reference: str  # NPZ file or folder, as of `dar-jax evaluate`
+    reference: str  # NPZ file, folder or data source, as of `dar-jax evaluate`
     out: str  # the folder to write to
     num: int = 1000  # samples for each setting
     guidance: OfRun[Words] = None  # scales of the first and the last token, such as 1:1,1.1:4
@@ -503,7 +511,7 @@ class Sweep:
     resize: Literal["tensorflow1", "half_pixel"] = "tensorflow1"  # how images come to 299 pixels
     experiment: Optional[str] = None  # the run's experiment file, if that replaced the model or the guidance
     weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
-    mesh: OfRun[Ints] = None  # devices along data, fsdp and tensor
+    mesh: Optional[Ints] = None  # devices along data, fsdp and tensor; else along tensor as in the run, the rest along data
     batch_size: int = 64  # samples at a time
 
     def run(self) -> None:
@@ -532,6 +540,67 @@ class Sweep:
             "resize": self.resize,
         }
         print("\n".join([table(rows), *map(str, write_report(rows, self.out, about))]))
+
+
+@dataclass(frozen=True)
+class Plan(Generic[Settings]):
+    """What would an experiment take on TPUs? Memory, traffic, time and cost, from a compilation without any TPU.
+
+    Needs libtpu (pip install "jax[tpu]"), which compiles the real training step, or the sampler, on any machine: seconds for
+    small models, minutes for large ones, and kept for the next time. Times are what the chips' figures allow at best, nothing
+    is measured. Several topologies make a table. Every setting of the experiment can be overridden as in `dar-jax train`. A
+    transformer whose --tokenizer names an experiment file or a checkpoint computes the codes of its images within the step;
+    else it learns from stored codes.
+
+    Example: dar-jax plan experiments/imagenet256_ar_l.py --topology v5e:8x8 --mesh.fsdp 8 --mesh.data -1
+    """
+
+    experiment: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="EXPERIMENT")]  # its file; comes first
+    topology: Words  # as libtpu names them, such as v5e:8x8 or v5p:4x4x4; several make a table
+    config: Annotated[Settings, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+    batch_size: Optional[int] = None  # images of all chips together, in place of train.batch_size
+    sampling: Flag = False  # plan the sampler instead of the training step
+    search: int = 6  # at most so many more compilations, for the largest batch and the least remat that fit; 0: none
+    peak: Optional[float] = None  # TFLOP/s of a chip's bfloat16 products, in place of the published figure
+    memory: Optional[float] = None  # GiB that a program may use of a chip
+    memory_bandwidth: Optional[float] = None  # GB/s
+    ici_bandwidth: Optional[float] = None  # GB/s that a chip sends to others, over all links
+    json: Optional[str] = None  # also write everything to this file, in bytes, seconds and operations
+
+    @classmethod
+    def with_defaults(cls, experiment: str) -> tuple[Any, "Plan"]:
+        """The type to parse and the values of what is not given."""
+        from dar_jax.plan import ENVIRONMENT
+
+        os.environ.update(ENVIRONMENT)
+        from dar_jax.training.experiment import load_experiment
+
+        config = load_experiment(experiment).config
+        return cls[type(config)], cls(experiment, tyro.MISSING, config)
+
+    def run(self) -> None:
+        from dar_jax.files import check_writable, write_json
+        from dar_jax.plan.chips import GIB, chip_of
+        from dar_jax.plan.planner import plan
+        from dar_jax.plan.report import table, text
+        from dar_jax.training.experiment import load_experiment
+
+        if self.batch_size is not None:
+            _check_batch(self.batch_size)
+        for topology in self.topology:
+            chip_of(topology)
+        if self.json is not None:
+            check_writable(Path(self.json).absolute().parent)
+        figures = {"peak": (self.peak, 1e12), "memory": (self.memory, GIB)}
+        figures |= {"memory_bandwidth": (self.memory_bandwidth, 1e9), "ici_bandwidth": (self.ici_bandwidth, 1e9)}
+        figures = {name: value * unit for name, (value, unit) in figures.items() if value is not None}
+        if any(value <= 0 for value in figures.values()):
+            raise InputError("a chip's figures (--peak, --memory, ...) should be more than 0")
+        experiment = load_experiment(self.experiment).with_config(self.config)
+        plans = [plan(experiment, topology, self.batch_size, self.sampling, self.search, figures) for topology in self.topology]
+        if self.json is not None:
+            write_json(self.json, [dataclasses.asdict(found) for found in plans])
+        print(text(plans[0]) if len(plans) == 1 else table(plans))
 
 
 @dataclass(frozen=True)
@@ -601,10 +670,13 @@ COMMANDS = {
     "evaluate-tokenizer": EvaluateTokenizer,
     "evaluate-ar": EvaluateAr,
     "sweep": Sweep,
+    "plan": Plan,
     "info": Info,
     "import": Import,
     "export": Export,
 }
+
+MANY_HOSTS = ("train", "generate", "tokenize", "evaluate", "evaluate-tokenizer", "evaluate-ar", "sweep")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -614,15 +686,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports there what it raises besides
     warnings.filterwarnings("ignore", module=r"orbax\.")
     try:
-        command = parse(sys.argv[1:] if arguments is None else list(arguments))
+        arguments = join_hosts(sys.argv[1:] if arguments is None else list(arguments))
+        command = parse(arguments)
         if command is None:
             return 0
         use_compilation_cache()
-        return command.run() or 0
+        with _only_first_prints():
+            return command.run() or 0
     except (InputError, OSError) as error:
-        return _say(error, 2)
+        return _fail(error, 2)
     except KeyboardInterrupt:
-        return _say("interrupted", 130)
+        return _fail("interrupted", 130)
+    except Exception:
+        if (hosts := _many_hosts()) is not None:
+            hosts.leave(None, 1)
+        raise
+
+
+def join_hosts(arguments: list[str]) -> list[str]:
+    """Takes the options for many hosts out of a command line and joins the hosts, if there are several, see `hosts.join`.
+
+    That comes before the rest is looked at, because an experiment file or a checkpoint may make JAX look for its devices.
+    """
+    if not arguments or arguments[0] not in MANY_HOSTS or "-h" in arguments or "--help" in arguments:
+        return arguments
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--coordinator-address")
+    for name in ("--num-processes", "--process-id", "--heartbeat-timeout", "--start-timeout"):
+        parser.add_argument(name, type=int)
+    try:
+        options, others = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise InputError(str(error)) from error
+    from dar_jax import hosts
+
+    hosts.join(**vars(options), preemptible=arguments[0] == "train")
+    return others
 
 
 def parse(arguments: Sequence[str]) -> Any:
@@ -663,6 +762,12 @@ def overview() -> str:
             *lines,
             "",
             "`dar-jax COMMAND --help` explains a command, `dar-jax --version` prints the version.",
+            "",
+            "Many hosts: run the same command on each. On Cloud TPU, under SLURM's srun and Open MPI they find each other;",
+            "elsewhere give --coordinator-address HOST:PORT --num-processes N --process-id 0 .. N-1, or set",
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. They wait for each other --start-timeout (300)",
+            f"seconds, and end when one is silent for --heartbeat-timeout (60) seconds. This is for {', '.join(MANY_HOSTS)}.",
+            "",
             "Example: dar-jax quickstart --workdir runs/digits",
         ]
     )
@@ -713,6 +818,29 @@ def _condense(complaint: str, prog: str) -> str:
     return " ".join(message.split()).rstrip(".") + hint
 
 
+@contextlib.contextmanager
+def _only_first_prints() -> Iterator[None]:
+    """Of many hosts, all but the first print only what goes wrong."""
+    if (hosts := _many_hosts()) is None or hosts.first():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def _fail(what: object, code: int) -> int:
+    """Says what is wrong; a host of many ends here, so that the others do not wait for it."""
+    if (hosts := _many_hosts()) is not None:
+        hosts.leave(f"{hosts.name()}: " + " ".join(str(what).split()), code)
+    return _say(what, code)
+
+
+def _many_hosts() -> Any:
+    """The module `hosts` where this process is one of several hosts, else None."""
+    hosts = sys.modules.get("dar_jax.hosts")
+    return hosts if hosts is not None and hosts.many() else None
+
+
 def _say(what: object, code: int) -> int:
     print("dar-jax: " + " ".join(str(what).split()), file=sys.stderr)
     return code
@@ -738,12 +866,13 @@ def _pair(text: str) -> tuple[float, float]:
     return numbers[0], numbers[-1]
 
 
-def _mesh(sizes: tuple[int, ...] | None) -> Any:
+def _mesh(sizes: tuple[int, ...] | None, devices: Sequence[Any] | None = None) -> Any:
+    """The mesh of these sizes; without any, all `devices` along data, or None where those are not given either."""
     from dar_jax.parallel import make_mesh
 
     if sizes is not None and len(sizes) != 3:
         raise InputError(f"a mesh has three sizes, of data, fsdp and tensor, not {len(sizes)}")
-    return None if sizes is None else make_mesh(MeshConfig(*sizes))
+    return None if sizes is None and devices is None else make_mesh(MeshConfig(*sizes or ()), devices)
 
 
 def _experiment(path: str | None) -> Any:

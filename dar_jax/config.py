@@ -137,9 +137,13 @@ class SamplingConfig:
 class DataConfig:
     """Where images (or stored codes) come from and how they are cropped."""
 
-    source: Literal["digits", "folder", "cifar10", "codes"] = "folder"
-    path: str | None = None  # the folder; unused by the embedded digits
-    split: str = "train"
+    source: Literal["digits", "folder", "cifar10", "tfds", "codes"] = "folder"
+    path: str | None = None  # the folder; of TFDS its data_dir, None: TFDS's own; unused by the embedded digits
+    dataset: str | None = None  # of TFDS: name, configuration and version, such as imagenet2012 or imagenet2012:5.1.0
+    split: str = "train"  # TFDS also takes parts of one, such as train[:10000]
+    held_out_split: str | None = None  # to evaluate on; None: test, of folders val, of TFDS validation, of codes split
+    labels: str | None = None  # file of lines "IMAGE CLASS" or "IMAGE,CLASS", for a split without class folders
+    verify: bool = False  # compare every file of stored codes with its SHA-256 first
     image_size: int = 256
     channels: int = 3  # 1: grey, 3: RGB
     crop: Literal["random", "center", "ten_crop"] = "random"  # ADM random crop, ADM centre crop, one of ten crops
@@ -185,7 +189,11 @@ class TokenizerLossConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis. One of them may be -1: whatever the other two leave."""
+    """Devices along each mesh axis. One of them may be -1: whatever the other two leave.
+
+    By default all devices share the batch and each holds the whole state; for models that leave no room for activations then,
+    `data=1, fsdp=-1` cuts the state over all of them. See `parallel`.
+    """
 
     data: int = -1  # batch
     fsdp: int = 1  # batch, and parameters cut along their width

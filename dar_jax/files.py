@@ -34,7 +34,12 @@ def write_json(path: str | os.PathLike, values: Any) -> None:
 
 
 def check_writable(path: str | os.PathLike) -> None:
-    """Raises InputError where files could not be written to the folder `path`. Creates nothing, so it can be asked early."""
+    """Raises InputError where files could not be written to the folder `path`. Creates nothing, so it can be asked early.
+
+    A bucket (gs://...) says so only when something is written.
+    """
+    if "://" in os.fspath(path):
+        return
     path = Path(path).absolute()
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
     if not existing.is_dir():

@@ -136,7 +136,11 @@ def batch_parts(mesh: Mesh) -> tuple[list[int], int]:
     own = sorted({place[0].start or 0 for place in places})
     for size in range(len(own), 0, -1):  # the fewest parts: as many neighbouring shares in each as possible
         parts = own[::size]
-        if shares % size == 0 and all(part % size == 0 for part in parts) and own == [p + i for p in parts for i in range(size)]:
+        if (
+            shares % size == 0
+            and all(part % size == 0 for part in parts)
+            and own == [p + i for p in parts for i in range(size)]
+        ):
             return [part // size for part in parts], shares // size
     raise AssertionError("single shares always fit")
 
@@ -154,13 +158,16 @@ def global_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def put(tree: Any, places: Any) -> Any:
-    """Arrays that every host has as a whole, NumPy's or on its own devices -> global arrays of these shardings."""
+    """Arrays that every host has as a whole, NumPy's or on its own devices -> global arrays of these shardings.
+
+    Args: places, a tree of shardings like `tree`, or one for all.
+    """
 
     def each(value: Any, place: NamedSharding) -> jax.Array:
         value = np.asarray(value)
         return jax.make_array_from_callback(value.shape, place, lambda index: value[index])
 
-    return jax.tree.map(each, tree, places)
+    return jax.tree.map(each, tree, jax.tree.broadcast(places, tree))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -206,7 +206,7 @@ def _check_folder(workdir: Path, tokenizer: TokenizerTraining, transformer: Tran
 
 
 def _train(experiment: Experiment, workdir: Path) -> None:
-    if train(experiment, workdir, resume=True).interrupted:
+    if train(experiment, workdir, resume=True).stopped_by:
         raise KeyboardInterrupt
 
 

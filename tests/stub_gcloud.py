@@ -74,7 +74,7 @@ def python3(arguments):
 
 
 def pip(arguments):
-    assert Path(arguments[-1].removesuffix("[tpu]"), "setup.cfg").exists()
+    assert Path(arguments[-1].removesuffix("[tpu,gcs]"), "setup.cfg").exists()
     shutil.copy(CLOUD / "worker-bin" / "dar-jax", "dar_jax_venv/bin")
 
 

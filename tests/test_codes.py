@@ -1,15 +1,27 @@
+import contextlib
 import dataclasses
 import json
 import os
 import pickle
+import re
+import struct
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+from grain.sources import ArrayRecordDataSource
 
 from dar_jax.config import DataConfig
 from dar_jax.data import codes
-from dar_jax.data.codes import CodesInfo, fingerprint, finish, missing_shards, open_codes, write_shard
+from dar_jax.data.codes import CodesInfo, begin, fingerprint, finish, missing_shards, open_codes, write_shard
+from dar_jax.data.pipeline import batches
 from dar_jax.data.sources import open_source
 from dar_jax.errors import InputError
 
@@ -27,7 +39,12 @@ CODES = np.arange(60, dtype=np.int32).reshape(10, 2, 3) % 50
 LABELS = np.arange(10) % 2
 
 
+def shard_name(number):
+    return f"shard-{number:05d}.array_record"
+
+
 def write_all(folder, info=INFO):
+    begin(folder, info)
     for shard in missing_shards(folder, info):
         part = list(info.elements(shard))
         write_shard(folder, shard, CODES[part], LABELS[part])
@@ -48,17 +65,24 @@ def test_what_was_written_is_read(tmp_path):
     assert len(open_source(DataConfig(source="codes", path=str(tmp_path), split="codes"))) == 10
 
 
+def test_records_are_plain_little_endian_numbers(tmp_path):
+    """What other programs need to know to read the files."""
+    write_all(tmp_path)
+    (first, *_) = ArrayRecordDataSource(str(tmp_path / "shard-00001.array_record"))
+    assert first == struct.pack("<i6H", LABELS[4], *CODES[4].ravel())
+
+
 def test_codes_of_a_large_codebook(tmp_path):
     info = dataclasses.replace(INFO, images=1, shard_size=1, codebook_size=100_000)
     large = np.full((1, 2, 3), 99_999)
-    missing_shards(tmp_path, info)
+    begin(tmp_path, info)
     write_shard(tmp_path, 0, large, [1])
     finish(tmp_path)
     np.testing.assert_array_equal(open_codes(tmp_path)[0]["codes"], large[0])
 
 
 def test_unreadable_images_are_left_out(tmp_path):
-    missing_shards(tmp_path, INFO)
+    begin(tmp_path, INFO)
     write_shard(tmp_path, 0, CODES[:0], LABELS[:0])
     write_shard(tmp_path, 1, CODES[5:8], LABELS[5:8])
     write_shard(tmp_path, 2, CODES[8:], LABELS[8:])
@@ -67,41 +91,59 @@ def test_unreadable_images_are_left_out(tmp_path):
     assert [source[i]["codes"][0, 0] for i in range(len(source))] == [30, 36, 42, 48, 4]
 
 
-def test_interrupted_writing_goes_on_at_the_first_missing_shard(tmp_path, monkeypatch):
+def test_interrupted_writing_goes_on_at_the_missing_shards(tmp_path, monkeypatch):
+    begin(tmp_path, INFO)
     assert missing_shards(tmp_path, INFO) == [0, 1, 2]
     write_shard(tmp_path, 0, CODES[:4], LABELS[:4])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
 
-        def interrupt(file, records, **options):
-            file.write(b"half")
-            raise KeyboardInterrupt
+        class Interrupted(codes.ArrayRecordWriter):
+            def close(self):
+                raise KeyboardInterrupt
 
-        patch.setattr(np, "save", interrupt)
+        patch.setattr(codes, "ArrayRecordWriter", Interrupted)
         write_shard(tmp_path, 1, CODES[4:8], LABELS[4:8])
-    assert sorted(os.listdir(tmp_path)) == ["codes.json", "shard-00000.npy"]
-    (tmp_path / "shard-00001.npy.0123.tmp").write_text("left behind by a killed process")
+    assert sorted(os.listdir(tmp_path)) == ["codes.json", shard_name(0)]
+    (tmp_path / f"{shard_name(1)}.0123.tmp").write_text("left behind by a killed process")
     with pytest.raises(InputError, match="not complete"):
         open_codes(tmp_path)
-    with pytest.raises(InputError, match="shard-00001.npy is missing"):
+    with pytest.raises(InputError, match=f"{shard_name(1)} is missing"):
         finish(tmp_path)
-    before = (tmp_path / "shard-00000.npy").stat().st_mtime_ns
+    before = (tmp_path / shard_name(0)).stat().st_mtime_ns
     assert missing_shards(tmp_path, INFO) == [1, 2]
     write_all(tmp_path)
-    assert (tmp_path / "shard-00000.npy").stat().st_mtime_ns == before
+    assert (tmp_path / shard_name(0)).stat().st_mtime_ns == before
     assert len(open_codes(tmp_path)) == 10
-    assert sorted(os.listdir(tmp_path)) == ["codes.json", *(f"shard-0000{i}.npy" for i in range(3))]
+    assert sorted(os.listdir(tmp_path)) == ["codes.json", *map(shard_name, range(3))]
     assert missing_shards(tmp_path, INFO) == []
+
+
+def test_a_shard_that_is_there_stays(tmp_path):
+    begin(tmp_path, INFO)
+    write_shard(tmp_path, 0, CODES[:4], LABELS[:4])
+    before = (tmp_path / shard_name(0)).stat()
+    write_shard(tmp_path, 0, CODES[4:8], LABELS[4:8])
+    assert (tmp_path / shard_name(0)).stat().st_ino == before.st_ino
+
+
+def test_a_full_disk_leaves_no_shard(tmp_path, monkeypatch):
+    begin(tmp_path, INFO)
+    monkeypatch.setattr(codes, "ArrayRecordWriter", lambda path, options: ArrayRecordWriter("/dev/full", options))
+    with pytest.raises(OSError, match=f"{shard_name(0)}: .*No space left"):
+        write_shard(tmp_path, 0, CODES[:4], LABELS[:4])
+    assert os.listdir(tmp_path) == ["codes.json"]
 
 
 @pytest.mark.parametrize("change", [{"tokenizer": "beef"}, {"data": "other images"}, {"images": 11}, {"shard_size": 5}])
 def test_codes_of_something_else_are_not_mixed_in(tmp_path, change):
-    missing_shards(tmp_path, INFO)
-    with pytest.raises(InputError, match=f"another {next(iter(change))}"):
-        missing_shards(tmp_path, dataclasses.replace(INFO, **change))
+    begin(tmp_path, INFO)
+    for ask in (begin, missing_shards):
+        with pytest.raises(InputError, match=f"another {next(iter(change))}"):
+            ask(tmp_path, dataclasses.replace(INFO, **change))
 
 
 def test_codes_that_do_not_fit(tmp_path):
-    missing_shards(tmp_path, INFO)
+    begin(tmp_path, INFO)
     for shard, part, labels in [
         (0, CODES[:5], LABELS[:5]),
         (2, CODES[:3], LABELS[:3]),
@@ -110,52 +152,81 @@ def test_codes_that_do_not_fit(tmp_path):
         (0, CODES[:4], LABELS[:3]),
         (0, CODES[:4] + 40, LABELS[:4]),
         (0, CODES[:4] - 1, LABELS[:4]),
+        (0, CODES[:4], LABELS[:4] + 1),
+        (0, CODES[:4], LABELS[:4] - 1),
     ]:
         with pytest.raises(ValueError):
             write_shard(tmp_path, shard, part, labels)
     assert missing_shards(tmp_path, INFO) == [0, 1, 2]
 
 
-def test_damage_is_found(tmp_path):
+def test_damage_is_found_before_anything_is_read(tmp_path):
     write_all(tmp_path)
-    shard, manifest = tmp_path / "shard-00001.npy", tmp_path / "codes.json"
-    whole, values = shard.read_bytes(), json.loads(manifest.read_text())
-    for content in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
+    shard = tmp_path / shard_name(1)
+    whole = shard.read_bytes()
+    for content in (whole[:-1], whole + b"0", b""):
         shard.write_bytes(content)
-        with pytest.raises(InputError, match="shard-00001.npy"):
+        with pytest.raises(InputError, match=f"{shard.name} is damaged"):
             open_codes(tmp_path)
     shard.unlink()
-    with pytest.raises(InputError, match="shard-00001.npy is missing"):
+    with pytest.raises(InputError, match=f"{shard.name} is missing"):
         open_codes(tmp_path)
-    shard.write_bytes(whole)
-    for change in ({"version": codes.VERSION + 1}, {"tokens": "many"}, {"crops": 0}, {"shards": []}, {"shards": [{}] * 3}):
-        manifest.write_text(json.dumps(values | change))
-        with pytest.raises(InputError, match="codes.json"):
-            open_codes(tmp_path)
-    for text in (json.dumps(values)[:-5], "[]"):
+    write_all(tmp_path)
+    assert shard.read_bytes() == whole and len(open_codes(tmp_path, verify=True)) == 10
+
+
+def test_damage_that_keeps_the_size_is_found_by_sha_256_or_when_it_is_read(tmp_path):
+    write_all(tmp_path)
+    shard = tmp_path / shard_name(1)
+    whole = shard.read_bytes()
+    record = struct.pack("<i6H", LABELS[5], *CODES[5].ravel())
+    place = whole.index(record) + len(record) - 1
+    shard.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(InputError, match=f"{shard.name} is damaged"):
+        open_source(DataConfig(source="codes", path=str(tmp_path), verify=True))
+    source = open_source(DataConfig(source="codes", path=str(tmp_path)))
+    np.testing.assert_array_equal(source[4]["codes"], CODES[4])
+    with pytest.raises(InputError, match=f"{shard.name} is damaged"):
+        source[5]
+    with pytest.raises(InputError, match=f"{shard.name} is damaged"):
+        next(batches(source, DataConfig(source="codes"), batch_size=10, seed=0))
+    shard.write_bytes(b"0" * len(whole))
+    with pytest.raises(InputError, match=f"{shard.name} is damaged"):
+        open_codes(tmp_path)[4]
+
+
+def test_damaged_codes_json(tmp_path):
+    write_all(tmp_path)
+    manifest = tmp_path / "codes.json"
+    values = json.loads(manifest.read_text())
+    counts = [shard | {"records": shard["records"] + 1} for shard in values["shards"]]
+    changes = [{"version": codes.VERSION - 1}, {"tokens": "many"}, {"crops": 0}, {"shards": []}, {"shards": [{}] * 3}]
+    for text in (*(json.dumps(values | change) for change in [*changes, {"shards": counts}]), json.dumps(values)[:-5], "[]"):
         manifest.write_text(text)
         with pytest.raises(InputError, match="codes.json"):
             open_codes(tmp_path)
     manifest.unlink()
     with pytest.raises(InputError, match="without codes.json"):
-        missing_shards(tmp_path, INFO)
+        begin(tmp_path, INFO)
 
 
 def test_a_damaged_shard_is_not_sealed(tmp_path):
     write_all(tmp_path)
-    shard = tmp_path / "shard-00002.npy"
+    shard = tmp_path / shard_name(2)
     for content in (b"half", shard.read_bytes()[:-1]):
         shard.write_bytes(content)
-        with pytest.raises(InputError, match="shard-00002.npy"):
+        with pytest.raises(InputError, match=shard.name):
             finish(tmp_path)
-    np.save(shard, np.zeros((4, 3)))
-    with pytest.raises(InputError, match="shard-00002.npy"):
+    writer = ArrayRecordWriter(str(shard), "group_size:1")
+    writer.write(b"of something else")
+    writer.close()
+    with pytest.raises(InputError, match=f"{shard.name} is damaged: its records are of other codes"):
         finish(tmp_path)
 
 
 def test_codes_of_no_image(tmp_path):
     info = dataclasses.replace(INFO, images=1, shard_size=1)
-    missing_shards(tmp_path, info)
+    begin(tmp_path, info)
     write_shard(tmp_path, 0, CODES[:0], LABELS[:0])
     finish(tmp_path)
     with pytest.raises(InputError, match="no codes"):
@@ -165,7 +236,76 @@ def test_codes_of_no_image(tmp_path):
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file"):
-        missing_shards(tmp_path / "file" / "codes", INFO)
+        begin(tmp_path / "file" / "codes", INFO)
+
+
+class Bucket(MemoryFileSystem):
+    """In place of gcsfs: objects in memory, by names like /bucket/folder/object."""
+
+    protocol, store, pseudo_dirs = "gs", {}, [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + str(path).removeprefix("gs://").strip("/")
+
+
+class BucketServer(BaseHTTPRequestHandler):
+    """What ArrayRecord asks Google's storage for: ranges of the objects of Bucket."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        bucket, name = re.match(r"/storage/v1/b/(.+)/o/(.+)\?alt=media", self.path).groups()
+        content = Bucket.store[f"/{bucket}/{unquote(name)}"].getvalue()
+        start, end = re.match(r"bytes=(\d*)-(\d*)", self.headers["Range"]).groups()
+        part = slice(int(start), int(end) + 1 if end else None) if start else slice(-min(int(end), len(content)), None)
+        start, end, _ = part.indices(len(content))
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
+        self.send_header("Content-Length", str(end - start))
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):  # it reads no further than it needs
+            self.wfile.write(content[part])
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    systems = {"gcs": Bucket(), "file": LocalFileSystem()}
+    monkeypatch.setattr(epath.backend.fsspec_backend, "_get_filesystem", systems.get)
+    with ThreadingHTTPServer(("localhost", 0), BucketServer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", f"http://localhost:{server.server_port}")
+        yield "gs://bucket"
+        server.shutdown()
+    Bucket.store.clear()
+
+
+def test_codes_in_a_bucket(bucket):
+    begin(f"{bucket}/codes", INFO)
+    write_shard(f"{bucket}/codes", 1, CODES[4:8], LABELS[4:8])
+    assert missing_shards(f"{bucket}/codes", INFO) == [0, 2]
+    write_all(f"{bucket}/codes")
+    assert sorted(Bucket.store) == [f"/bucket/codes/{name}" for name in ("codes.json", *map(shard_name, range(3)))]
+    source = open_source(DataConfig(source="codes", path=bucket, split="codes", verify=True))
+    np.testing.assert_array_equal(np.stack([source[i]["codes"] for i in range(10)]), CODES)
+    shard = Bucket.store[f"/bucket/codes/{shard_name(2)}"]
+    shard.truncate(shard.getbuffer().nbytes - 1)
+    with pytest.raises(InputError, match=f"gs://bucket/codes/{shard_name(2)} is damaged"):
+        open_codes(f"{bucket}/codes")
+    with pytest.raises(InputError, match="gs://bucket/other holds no codes"):
+        open_codes(f"{bucket}/other")
+
+
+def test_a_bucket_without_what_it_takes(monkeypatch):
+    def refuse(name):
+        raise ImportError("Please install gcsfs")
+
+    monkeypatch.setattr(epath.backend.fsspec_backend, "_get_filesystem", refuse)
+    with pytest.raises(InputError, match=r'install gcsfs.*pip install "\.\[gcs\]"'):
+        open_codes("gs://bucket/codes")
 
 
 def test_fingerprint():

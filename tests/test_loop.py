@@ -101,7 +101,7 @@ def test_asked_to_stop_it_saves_and_leaves(tmp_path, number):
     code, out = finish(process)
     assert code == 0, out
     step = checkpoint.latest_step(tmp_path)
-    assert 3 < step < 30 and "interrupted=True" in out
+    assert 3 < step < 30 and f"stopped_by={number!r}" in out
     assert f"stopped at step {step}, which is saved; go on with --resume" in out
 
 
@@ -136,7 +136,7 @@ def test_resume_on_another_mesh(tmp_path):
     for step in (6, 8):
         (tmp_path / f"parts/checkpoints/{step}").rename(tmp_path / f"{step}")
     parts = train(with_train(mesh=MeshConfig(2, 2, 2)), tmp_path / "parts", resume=True)
-    assert whole.step == parts.step == 8 and not parts.interrupted
+    assert whole.step == parts.step == 8 and parts.stopped_by is None
     assert parts.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-5)
     found, expected = (saved(tmp_path / name)[1]["params"] for name in ("parts", "whole"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)

@@ -4,13 +4,18 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from dar_jax import parallel
-from dar_jax.config import LlamaConfig, MeshConfig, OptimizerConfig, TokenizerConfig, VelocityConfig
+from dar_jax.config import LlamaConfig, MeshConfig, OptimizerConfig, SamplingConfig, TokenizerConfig, VelocityConfig
 from dar_jax.errors import InputError
+from dar_jax.features.dinov2 import Dinov2, Dinov2Config
+from dar_jax.features.inception import Inception
+from dar_jax.features.vgg_lpips import Lpips
 from dar_jax.llama import Llama, empty_caches
+from dar_jax.sampling import sampler
 from dar_jax.tokenizer.tokenizer import Tokenizer
 from dar_jax.training.state import abstract_state, make_optimizer
 
@@ -73,6 +78,46 @@ def test_caches_are_cut_by_batch_and_heads():
     for batch, axes in ((8, ("data", "fsdp")), (1, None)):
         caches = jax.eval_shape(lambda batch=batch: empty_caches(LlamaConfig(), batch, 8, jnp.float32))
         assert parallel.shardings(caches, mesh)[0].keys.spec == P(axes, "tensor", None, None)
+
+
+def test_the_sampler_keeps_its_caches_as_the_table_says(tiny_tokenizer):
+    tokenizer, params = tiny_tokenizer()
+    model = Llama(LlamaConfig(layers=1, heads=2, width=16, mlp_multiple=8, num_tokens=16, vocab_size=64, num_classes=10))
+    llama = jax.jit(model.init)(jax.random.key(0), jnp.zeros(1, int), jnp.zeros((1, 16), int))["params"]
+    networks = sampler.Networks(tokenizer, model)
+    settings = sampler.make_settings(SamplingConfig(guidance=(1.5, 3.0)), tokenizer.config)
+    mesh = parallel.make_mesh(MeshConfig(2, 2, 2))
+    with jax.set_mesh(mesh):
+        weights = {"tokenizer": params, "llama": llama}
+        weights = sampler.prepare(networks, parallel.put(weights, parallel.shardings(weights, mesh)))
+        labels, seeds = parallel.put((np.arange(8), np.arange(8)), parallel.batch_sharding(mesh))
+        state = sampler.begin(networks, weights, settings, labels, seeds)
+        _, llama_caches = sampler.predict_group(networks, weights, settings, state)
+    for caches in (llama_caches, state.decoder_caches):
+        places = parallel.shardings(caches, mesh)
+        assert all(
+            leaf.sharding.is_equivalent_to(place, leaf.ndim) and leaf.sharding.shard_shape(leaf.shape)[1] == leaf.shape[1] // 2
+            for leaf, place in zip(jax.tree.leaves(caches), jax.tree.leaves(places), strict=True)
+        )
+
+
+def test_frozen_networks_have_places():
+    """Transformers are cut like those that are trained, convolutions are whole everywhere."""
+    mesh = parallel.make_mesh(MeshConfig(2, 2, 2))
+    rgb = jnp.zeros((1, 32, 32, 3))
+    networks = {"lpips": (Lpips(), rgb, rgb), "dinov2": (Dinov2(Dinov2Config()), rgb[:, :28, :28])}
+    networks["inception"] = (Inception(True, "tensorflow1"), rgb.astype(jnp.uint8))
+    shapes = {
+        name: jax.eval_shape(network.init, jax.random.key(0), *inputs)["params"]
+        for name, (network, *inputs) in networks.items()
+    }
+    places = parallel.shardings(shapes, mesh)
+    cut = {
+        name: sum(leaf.size for leaf, place in zip(*map(jax.tree.leaves, (shapes[name], places[name]))) if any(place.spec))
+        / sum(leaf.size for leaf in jax.tree.leaves(shapes[name]))
+        for name in shapes
+    }
+    assert cut["lpips"] == cut["inception"] == 0 and cut["dinov2"] > 0.98
 
 
 def test_unknown_path_is_an_error_until_a_rule_is_given():

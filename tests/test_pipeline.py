@@ -6,9 +6,8 @@ import pytest
 from PIL import Image
 
 from dar_jax.config import DataConfig
-from dar_jax.data.pipeline import batches, epoch
+from dar_jax.data.pipeline import batches, elements, epoch
 from dar_jax.data.sources import open_source
-from dar_jax.data.transforms import ten_crops
 from dar_jax.errors import InputError
 
 DIGITS = DataConfig(source="digits", image_size=8, channels=1)
@@ -141,11 +140,12 @@ def test_epoch_has_every_readable_element_once_in_order(damaged):
     assert not any(batch["image"][~batch["valid"]].any() for batch in run)
 
 
-def test_epoch_of_a_part_with_all_ten_crops():
-    (batch,) = epoch(Numbered(9), NUMBERED, batch_size=4, start=5, stop=8, crop=lambda image: ten_crops(image, 3, 1.4))
-    assert batch["image"].shape == (4, 10, 3, 3, 1)
-    assert batch["valid"].tolist() == [True, True, True, False]
-    np.testing.assert_array_equal(batch["image"][1], ten_crops(Numbered(9)[6]["image"], 3, 1.4))
+def test_chosen_elements_with_a_crop_of_their_own():
+    run = list(elements(Numbered(9), NUMBERED, np.array([7, -1, 5]), batch_size=2, crop=lambda image: image[:3, 1:]))
+    assert [batch["valid"].tolist() for batch in run] == [[True, False], [True, False]]
+    images = np.concatenate([batch["image"] for batch in run])
+    assert images.shape == (4, 3, 3, 1) and images[:, 0, 0, 0].tolist() == [7, 0, 5, 0]
+    assert [batch["label"].tolist() for batch in run] == [[1, 0], [1, 0]]
 
 
 def test_epoch_of_stored_codes_takes_the_first_crop():

@@ -1,4 +1,8 @@
+import io
+import json
 import pickle
+import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -6,7 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from dar_jax.config import DataConfig
-from dar_jax.data.sources import CIFAR10_CLASSES, open_source
+from dar_jax.data.sources import CIFAR10_CLASSES, held_out, open_source, read_image
 from dar_jax.errors import InputError
 
 
@@ -77,6 +81,11 @@ def test_folder_without_classes_is_one_class(tmp_path):
 def test_cmyk(tmp_path):
     write(tmp_path / "a.jpg", Image.new("CMYK", (16, 16), (255, 0, 0, 0)), quality=100)
     np.testing.assert_allclose(first_pixels(tmp_path)[0], [0, 255, 255], atol=3)
+
+
+def test_a_png_that_is_called_jpeg(tmp_path):
+    write(tmp_path / "a.JPEG", grey(77), format="png")
+    assert first_pixels(tmp_path, channels=1) == [[77]] * 4
 
 
 def test_transparent_palette_lies_on_white(tmp_path):
@@ -156,6 +165,144 @@ def test_images_beside_the_classes_are_reported(tmp_path, caplog):
     assert "1 images" in caplog.text
 
 
+def write_flat_split(path, labels, train=("n01", "n02", "n03")):
+    """Three validation images of the values 1, 2, 3 beside folders of training images, and a file of their classes."""
+    for name in train:
+        write(path / "data" / "train" / name / "0.JPEG", grey(9))
+    for number in (1, 2, 3):
+        write(path / "data" / "val" / f"val_{number}.JPEG", grey(number))
+    (path / "labels").write_text(labels)
+    return DataConfig(path=str(path / "data"), labels=str(path / "labels"), image_size=4)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        "ImageId,PredictionString\nval_3,n01 5 6 7 8 \nval_1,n03 1 2 3 4 n03 5 6 7 8 \nval_2,n01 1 2 3 4 \n",  # Kaggle's file
+        "val_1.JPEG n03\nval_2.JPEG\tn01\nval_3.JPEG n01\nval_4.JPEG n99\n\n",
+    ],
+)
+def test_labels_of_a_split_without_class_folders(tmp_path, labels):
+    config = write_flat_split(tmp_path, labels)
+    source = open_source(held_out(config))
+    assert source.class_names == open_source(config).class_names == ("n01", "n02", "n03")
+    elements = [source[i] for i in range(len(source))]
+    assert [(e["image"][0, 0, 0], e["label"]) for e in elements] == [(2, 0), (3, 0), (1, 2)]
+    shutil.rmtree(tmp_path / "data" / "train")
+    assert open_source(held_out(config)).class_names == ("n01", "n03")
+
+
+@pytest.mark.parametrize(
+    "labels,message",
+    [
+        ("val_1 n01\nval_3 n01\n", "labels names no class for 1 of 3 images, such as .*val_2.JPEG"),
+        ("val_1 n01\nval_2\nval_3 n01\n", "labels names no class for 1 of 3 images"),
+        ("val_1 n01\nval_2 n07\nval_3 n01\n", "names the class n07, of which there is no folder"),
+        (b"\xff\xfe", "labels cannot be read"),
+    ],
+)
+def test_labels_that_do_not_fit(tmp_path, labels, message):
+    config = write_flat_split(tmp_path, "")
+    (tmp_path / "labels").write_bytes(labels if isinstance(labels, bytes) else labels.encode())
+    with pytest.raises(InputError, match=message):
+        open_source(held_out(config))
+    (tmp_path / "labels").unlink()
+    with pytest.raises(InputError, match="labels cannot be read"):
+        open_source(held_out(config))
+
+
+def jpeg(pixels, mode="RGB"):
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(file, "jpeg", quality=95)
+    return file
+
+
+@pytest.fixture(scope="module")
+def small_birds(tmp_path_factory):
+    """The folder of a TFDS data set, and the images that it holds: 2 is a PNG, 3 no picture, 4 CMYK, 5 has no label."""
+    import tensorflow_datasets as tfds
+
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 12, 10, 3), dtype=np.uint8)
+    files = [jpeg(pixels[i], "CMYK" if i == 4 else "RGB") for i in range(6)]
+    files[3] = io.BytesIO(b"this is no picture")
+    files[2] = io.BytesIO()
+    Image.fromarray(pixels[2]).save(files[2], "png")
+
+    class SmallBirds(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.2.0")
+
+        def _info(self):
+            image, label = tfds.features.Image(encoding_format="jpeg"), tfds.features.ClassLabel(names=["tit", "jay", "owl"])
+            features = tfds.features.FeaturesDict({"label": label, "image": image, "file_name": tfds.features.Text()})
+            return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=("image", "label"))
+
+        def _split_generators(self, download):
+            return {"train": self._generate_examples(5), "validation": self._generate_examples(6)}
+
+        def _generate_examples(self, count):
+            for i in range(count):
+                files[i].seek(0)
+                yield i, {"image": files[i], "label": -1 if i == 5 else i % 3, "file_name": f"{i}.JPEG"}
+
+    folder = tmp_path_factory.mktemp("tfds")
+    SmallBirds(data_dir=folder, file_format="array_record", version="1.2.0").download_and_prepare()
+    return folder, [read_image(files[i], 3, 8) for i in (0, 1, 2, 4)]
+
+
+def birds(small_birds, **changes):
+    return DataConfig(**{"source": "tfds", "dataset": "small_birds", "path": str(small_birds[0]), "image_size": 8, **changes})
+
+
+def test_tfds(small_birds, caplog):
+    """Class names from the data set, images of every mode, the broken one counted and left out."""
+    config = birds(small_birds)
+    source = pickle.loads(pickle.dumps(open_source(config)))
+    assert (len(source), source.class_names) == (5, ("tit", "jay", "owl"))
+    assert source.description == "small_birds/1.2.0 train of TFDS: 5 images in 3 classes"
+    read = [element for i in range(5) if (element := source.read(i)) is not None]
+    order = np.argsort([np.argmin([np.abs(e["image"] - image.astype(int)).sum() for image in small_birds[1]]) for e in read])
+    for place, image, label in zip(order, small_birds[1], (0, 1, 2, 1), strict=True):  # TFDS has an order of its own
+        np.testing.assert_array_equal(read[place]["image"], image)
+        assert read[place]["label"] == label
+    (record,) = caplog.records
+    assert "of small_birds/1.2.0 train, which cannot be read: cannot identify image" in record.getMessage()
+    assert source.unreadable == 1
+    held = open_source(held_out(config))
+    assert (len(held), sum(held.read(i) is None for i in range(6))) == (6, 2) and "it has no label" in caplog.text
+    assert len(open_source(birds(small_birds, split="validation[:50%]", dataset="small_birds:1.2.0"))) == 3
+    assert open_source(birds(small_birds, channels=1))[0]["image"].shape == (12, 10, 1)
+    assert held_out(birds(small_birds, held_out_split="test")).split == "test"
+
+
+def test_tfds_that_cannot_be_read(small_birds, tmp_path, monkeypatch):
+    for changes, message in (
+        ({"dataset": None}, "data.dataset is not given"),
+        ({"split": "test"}, "cannot read test of small_birds in .*Unknown split"),
+        ({"split": "train[:"}, "Error parsing split"),
+        ({"dataset": "small_birds:3.0.0"}, "small_birds:3.0.0 in .*not prepared yet.*tfds build small_birds:3.0.0"),
+        ({"dataset": "no birds?"}, "cannot read train of no birds"),
+        ({"path": str(tmp_path)}, f"small_birds in {tmp_path}: .*tfds build small_birds .* --data_dir={tmp_path}"),
+        ({"dataset": "mnist", "path": str(tmp_path)}, "it is not there .*tfds build mnist --file_format=array_record"),
+    ):
+        with pytest.raises(InputError, match=message) as raised:
+            open_source(birds(small_birds, **changes))
+        assert "\n" not in str(raised.value)
+    info = shutil.copytree(small_birds[0], tmp_path / "copy") / "small_birds" / "1.2.0" / "features.json"
+    about = info.with_name("dataset_info.json")
+    about.write_text(about.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(InputError, match=r"file format FileFormat.TFRECORD is not supported \(not prepared yet"):
+        open_source(birds(small_birds, path=str(tmp_path / "copy"), dataset="small_birds:1.2.0"))
+    about.write_text(about.read_text().replace("tfrecord", "array_record"))
+    features = json.loads(info.read_text())
+    features["featuresDict"]["features"]["label"] = features["featuresDict"]["features"]["file_name"]
+    info.write_text(json.dumps(features))
+    with pytest.raises(InputError, match="no set of images with classes; it holds file_name, image, label"):
+        open_source(birds(small_birds, path=str(tmp_path / "copy"), dataset="small_birds:1.2.0"))
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(InputError, match=r'pip install "\.\[tfds\]"'):
+        open_source(birds(small_birds))
+
+
 def write_cifar10(path, rows=3):
     """Files whose record r of file f has label f + r and the pixel (row, column) (r, f, 10 row + column mod 256)."""
     path.mkdir(parents=True, exist_ok=True)
@@ -207,3 +354,8 @@ def test_paths_that_cannot_be_read(tmp_path, source):
     for path in (None, tmp_path / "absent", tmp_path / "empty", tmp_path / "file"):
         with pytest.raises(InputError, match="data.path is not given" if path is None else path.name):
             open_source(DataConfig(source=source, path=path and str(path)))
+
+
+def test_only_codes_and_tfds_are_read_from_a_bucket():
+    with pytest.raises(InputError, match="gs://bucket/images is in a bucket"):
+        open_source(DataConfig(source="folder", path="gs://bucket/images"))

@@ -1,3 +1,4 @@
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -76,15 +77,23 @@ def test_random_crop_scales_to_the_side_drawn():
 
 def test_ten_crops_of_the_published_size():
     image = noise(281, 281, 1)
-    crops = transforms.ten_crops(image, 256, 1.1)
+    crops = transforms.ten_crops(image, 256)
     for half, picture in ((crops[:5], image), (crops[5:], image[:, ::-1])):
         for crop, (top, left) in zip(half, [(0, 0), (0, 25), (25, 0), (25, 25), (12, 12)]):
             np.testing.assert_array_equal(crop, picture[top : top + 256, left : left + 256])
 
 
+def test_ten_crops_of_many_images_on_a_device():
+    images = noise(2, 9, 9, 3)
+    for on_device, one_by_one in zip(
+        transforms.ten_crops(jnp.asarray(images), 6), zip(*(transforms.ten_crops(i, 6) for i in images))
+    ):
+        np.testing.assert_array_equal(on_device, np.stack(one_by_one))
+
+
 def test_one_of_ten_is_that_one_of_the_ten():
     image = noise(30, 20, 3)
-    crops = transforms.ten_crops(image, 8, 1.4)
+    crops = transforms.ten_crops(transforms.center_crop(image, 11), 8)
     assert len(np.unique(crops, axis=0)) == 10
     for index, crop in enumerate(crops):
         draws = FixedDraws(index)

@@ -26,7 +26,7 @@ install_package() { # [URL]: on a worker
     python3 -m pip install --quiet --user uv
     python3 -m uv venv --quiet --clear --seed --python 3.12 dar_jax_venv
   fi
-  dar_jax_venv/bin/pip install --quiet "./dar_jax[tpu]"
+  dar_jax_venv/bin/pip install --quiet "./dar_jax[tpu,gcs]"
 }
 
 case $SOURCE in

@@ -1,31 +1,37 @@
 """Stored codes: what `dar-jax tokenize` writes and the transformer is trained on.
 
 A folder of codes holds
-- `codes.json`: what the codes are (`CodesInfo`) and, once finished, the size and SHA-256 of every shard;
-- `shard-00000.npy`, ...: one record per image, {"label": int32, "codes": uint16 or uint32 [crops, tokens]}, little-endian.
+- `codes.json`: what the codes are (`CodesInfo`) and, once finished, the records, size and SHA-256 of every shard;
+- `shard-00000.array_record`, ...: ArrayRecord files of one record per image, the label as int32 and then the codes as uint16
+  or uint32 [crops, tokens], little-endian and uncompressed.
 
 Shard i holds elements [i * shard_size, (i + 1) * shard_size) of the data set, less those that could not be read. Each file is
-written whole or not at all, so writing goes on at the first missing shard after an interruption; several processes may write
-different shards of one folder.
+written whole or not at all, so writing goes on at the missing shards after an interruption; several processes may write
+different shards of one folder. The folder may be in a bucket (`gs://...`).
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+import tempfile
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from etils import epath
+from grain.sources import ArrayRecordDataSource
 
 from dar_jax.errors import InputError
-from dar_jax.files import replacing, write_json
+from dar_jax.files import replacing
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -56,20 +62,37 @@ class CodesInfo:
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.images))
 
 
-def missing_shards(folder: str | os.PathLike, info: CodesInfo) -> list[int]:
-    """Begins or resumes a folder of codes: creates it where needed and lists the shards that are still to be written.
+@dataclass(frozen=True)
+class Shard:
+    """What codes.json says of a finished shard."""
+
+    records: int
+    bytes: int
+    sha256: str
+
+
+def begin(folder: str | os.PathLike, info: CodesInfo) -> None:
+    """Begins or resumes a folder of codes: creates it where needed, and removes what an interruption left behind.
 
     Raises InputError if the folder already holds codes of another tokenizer, data set or layout, or cannot be written.
     """
-    folder = Path(folder)
+    folder = _folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "codes.json").exists():
-            if any(folder.glob("shard-*.npy")):
+            if any(folder.glob("shard-*")):
                 raise InputError(f"{folder} holds shards without codes.json; choose an empty folder")
             _write_json(folder, info, shards=None)
+        missing_shards(folder, info)
+        for leftover in folder.glob("*.tmp"):
+            leftover.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot write codes to {folder}: {error}") from error
+
+
+def missing_shards(folder: str | os.PathLike, info: CodesInfo) -> list[int]:
+    """The shards that are still to be written in a folder that was begun. Raises InputError if it holds other codes or none."""
+    folder = _folder(folder)
     found, _ = _read_json(folder)
     for field in dataclasses.fields(info):
         before, now = getattr(found, field.name), getattr(info, field.name)
@@ -81,12 +104,13 @@ def missing_shards(folder: str | os.PathLike, info: CodesInfo) -> list[int]:
 
 
 def write_shard(folder: str | os.PathLike, shard: int, codes: np.ndarray, labels: np.ndarray) -> None:
-    """Writes one shard of a folder that `missing_shards` began.
+    """Writes one shard of a folder that was begun, unless another process has done so meanwhile.
 
-    codes: int [n, crops, tokens] in [0, codebook_size); labels: int [n]; n is at most the number of the shard's elements.
+    codes: int [n, crops, tokens] in [0, codebook_size); labels: int [n], of the classes; n is at most the shard's elements.
     Raises ValueError if they do not fit the folder, InputError if its codes.json is damaged, OSError if the disk is full.
     """
-    info, _ = _read_json(Path(folder))
+    folder = _folder(folder)
+    info, _ = _read_json(folder)
     codes, labels = np.asarray(codes), np.asarray(labels)
     if not 0 <= shard < info.shards or len(codes) > len(info.elements(shard)):
         raise ValueError(f"{len(codes)} images do not fit into shard {shard} of {info.shards} with {info.shard_size} each")
@@ -94,10 +118,21 @@ def write_shard(folder: str | os.PathLike, shard: int, codes: np.ndarray, labels
         raise ValueError(f"codes {codes.shape} of {labels.shape} labels should be [n, {info.crops}, {info.tokens}] of [n]")
     if codes.size and not 0 <= codes.min() <= codes.max() < info.codebook_size:
         raise ValueError(f"codes from {codes.min()} to {codes.max()} should be in [0, {info.codebook_size})")
+    if labels.size and not 0 <= labels.min() <= labels.max() < len(info.class_names):
+        raise ValueError(f"labels from {labels.min()} to {labels.max()} should be in [0, {len(info.class_names)})")
     records = np.empty(len(codes), info.record)
     records["codes"], records["label"] = codes, labels
-    with replacing(_shard(Path(folder), shard)) as temporary, open(temporary, "wb") as file:
-        np.save(file, records, allow_pickle=False)
+    path = _shard(folder, shard)
+    if path.exists():
+        return
+    with _replacing(path) as temporary:
+        try:
+            writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")  # one image can be read without others
+            for record in records:
+                writer.write(record.tobytes())
+            writer.close()
+        except RuntimeError as error:
+            raise OSError(f"cannot write {path}: {error}") from error
 
 
 def finish(folder: str | os.PathLike) -> None:
@@ -105,70 +140,100 @@ def finish(folder: str | os.PathLike) -> None:
 
     Raises InputError if a shard is missing or damaged.
     """
-    folder = Path(folder)
+    folder = _folder(folder)
     info, _ = _read_json(folder)
     shards = []
     for shard in range(info.shards):
         path = _shard(folder, shard)
         if not path.exists():
             raise InputError(f"{folder} is not complete: {path.name} is missing; tokenize again")
-        _load(path, info)
-        shards.append({"bytes": path.stat().st_size, "sha256": _sha256(path)})
+        shards.append(Shard(_count(path, info), path.stat().length, _sha256(path)))
     _write_json(folder, info, shards)
-    for leftover in folder.glob("*.tmp"):  # of an interruption
-        leftover.unlink(missing_ok=True)
 
 
-def open_codes(path: str | os.PathLike) -> "CodesSource":
-    """Opens a finished folder of codes and verifies the size and the SHA-256 of all its shards.
+def open_codes(path: str | os.PathLike, split: str | None = None, verify: bool = False) -> "CodesSource":
+    """Opens a finished folder of codes and compares the sizes of its shards with what was written.
+
+    Damage that leaves the size alone is found when a record is read, by ArrayRecord's checksum of each.
+
+    Args:
+      split: if the folder has a sub-folder of this name, that one is opened.
+      verify: compare the SHA-256 of all shards too, for which they are read once.
 
     Raises InputError if the folder is missing, unfinished, damaged or of another version.
     """
-    folder = Path(path)
+    folder = _folder(path)
+    if split and (folder / split).is_dir():
+        folder = folder / split
     info, shards = _read_json(folder)
     if shards is None:
         raise InputError(f"{folder} is not complete; tokenize again with the same settings, it goes on where it stopped")
-    for shard, entry in enumerate(shards):
-        file = _shard(folder, shard)
+    for number, shard in enumerate(shards):
+        file = _shard(folder, number)
         if not file.exists():
-            raise InputError(f"{folder} is damaged: {file.name} is missing")
-        if file.stat().st_size != entry["bytes"] or _sha256(file) != entry["sha256"]:
-            raise InputError(f"{folder} is damaged: {file.name} is not what was written; delete the folder and tokenize again")
-    return CodesSource(folder, info)
+            raise InputError(f"{folder} is damaged: {file.name} is missing; tokenize again")
+        if file.stat().length != shard.bytes or (verify and _sha256(file) != shard.sha256):
+            raise _damaged(file, "it is not what was written")
+    return CodesSource(folder, info, [shard.records for shard in shards])
 
 
 class CodesSource:
-    """Random access to stored codes: {"codes": int32 [crops, tokens], "label": int}. Shards are memory-mapped."""
+    """Random access to stored codes: {"codes": int32 [crops, tokens], "label": int}.
 
-    def __init__(self, folder: Path, info: CodesInfo):
-        self.folder, self.info = folder, info
+    Files are opened when a record of theirs is read first. Reading raises InputError for a damaged record.
+    """
+
+    def __init__(self, folder: epath.Path, info: CodesInfo, records: Sequence[int]):
+        self._arguments = (folder, info, records)
+        self.folder, self.info, self._record = folder, info, info.record
         self.class_names = info.class_names
-        self._shards = [_load(_shard(folder, shard), info) for shard in range(info.shards)]
-        self._starts = [0, *accumulate(len(records) for records in self._shards)]
+        self._starts = [0, *accumulate(records)]
         if not len(self):
             raise InputError(f"{folder} holds no codes: none of its {info.images} images could be read")
+        parts = [_Part(str(_shard(folder, shard)), count) for shard, count in enumerate(records)]
+        self._records = ArrayRecordDataSource(parts)
         self.description = (
             f"stored codes in {folder}: {len(self)} images in {len(info.class_names)} classes, "
             f"{info.crops} x {info.tokens} codes each, from {info.data}"
         )
 
     def __reduce__(self) -> tuple:
-        return CodesSource, (self.folder, self.info)
+        return CodesSource, self._arguments
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        shard = bisect_right(self._starts, index) - 1
-        record = self._shards[shard][index - self._starts[shard]]
+        if not 0 <= index < len(self):
+            raise IndexError(f"{index} is not in [0, {len(self)})")
+        try:
+            record = np.frombuffer(self._records[index], self._record)[0]
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise _damaged(_shard(self.folder, bisect_right(self._starts, index) - 1), str(error)) from error
         return {"codes": record["codes"].astype(np.int32), "label": int(record["label"])}
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A whole file, as ArrayRecord's source takes it without opening the file to count its records."""
+
+    filename: str
+    take: int
+    skip: int = 0
+
+    @property
+    def examples_in_shard(self) -> int:
+        return self.take
+
+
 def fingerprint(params: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) over the names, types, shapes and values of nested arrays, whatever the order of the dictionaries."""
+    """SHA-256 (hex) over the names, types, shapes and values of nested arrays, whatever the order of the dictionaries.
+
+    Where arrays are cut over several processes, all of them have to call it; one array at a time is gathered.
+    """
     digest = hashlib.sha256()
     for name, value in _leaves(params):
-        array = np.ascontiguousarray(value)
+        array = np.ascontiguousarray(_whole(value))
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
         digest.update(array.reshape(-1).view(np.uint8))
     return digest.hexdigest()
@@ -182,40 +247,79 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from _leaves(tree[key], f"{path}/{key}")
 
 
-def _shard(folder: Path, shard: int) -> Path:
-    return folder / f"shard-{shard:05d}.npy"
+def _whole(array: Any) -> Any:
+    if getattr(array, "is_fully_addressable", True) or array.is_fully_replicated:
+        return array
+    from jax.experimental import multihost_utils  # only here: the worker processes that read codes need no JAX
+
+    return multihost_utils.process_allgather(array, tiled=True)
 
 
-def _load(path: Path, info: CodesInfo) -> np.ndarray:
+def _folder(path: str | os.PathLike) -> epath.Path:
+    folder = epath.Path(path)
     try:
-        records = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path} is damaged: {error}; delete it and tokenize again") from error
-    if records.dtype != info.record or records.ndim != 1:
-        raise InputError(f"{path} is not a shard of these codes; delete it and tokenize again")
-    return records
+        folder.exists()
+    except ImportError as error:
+        raise InputError(f'{folder} cannot be reached ({error}): pip install ".[gcs]"') from error
+    return folder
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+@contextlib.contextmanager
+def _replacing(path: epath.Path) -> Iterator[Path]:
+    """`files.replacing` that also takes a path in a bucket, to which a file is copied whole or not at all."""
+    if "://" not in os.fspath(path):
+        with replacing(path) as temporary:
+            yield temporary
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder) / path.name
+        (epath.Path(folder) / path.name).copy(path, overwrite=True)
+
+
+def _shard(folder: epath.Path, shard: int) -> epath.Path:
+    return folder / f"shard-{shard:05d}.array_record"
+
+
+def _count(path: epath.Path, info: CodesInfo) -> int:
+    """The number of records in a shard. Raises InputError if it is damaged."""
+    try:
+        reader = ArrayRecordReader(str(path))
+        count = reader.num_records()
+        fits = all(len(record) == info.record.itemsize for record in reader.read([0] if count else []))
+        reader.close()
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise _damaged(path, str(error)) from error
+    if not fits:
+        raise _damaged(path, "its records are of other codes")
+    return count
+
+
+def _damaged(path: epath.Path, reason: str) -> InputError:
+    return InputError(f"{path} is damaged: {reason}; delete this file and tokenize again, which writes only what is missing")
+
+
+def _sha256(path: epath.Path) -> str:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_json(folder: Path, info: CodesInfo, shards: list[dict[str, Any]] | None) -> None:
-    write_json(folder / "codes.json", {"version": VERSION, **dataclasses.asdict(info), "shards": shards})
+def _write_json(folder: epath.Path, info: CodesInfo, shards: list[Shard] | None) -> None:
+    files = shards and [dataclasses.asdict(shard) for shard in shards]
+    with _replacing(folder / "codes.json") as temporary:
+        temporary.write_text(json.dumps({"version": VERSION, **dataclasses.asdict(info), "shards": files}, indent=1) + "\n")
 
 
-def _read_json(folder: Path) -> tuple[CodesInfo, list[dict[str, Any]] | None]:
-    """What the folder holds, and the bytes and SHA-256 of its shards once it is finished."""
+def _read_json(folder: epath.Path) -> tuple[CodesInfo, list[Shard] | None]:
+    """What the folder holds, and its shards once it is finished."""
     path = folder / "codes.json"
     try:
         values = json.loads(path.read_text())
     except OSError as error:
-        raise InputError(f"{folder} holds no codes: {error.strerror} ({path.name})") from error
+        raise InputError(f"{folder} holds no codes: {error.strerror or error} ({path.name})") from error
     except ValueError as error:
         raise InputError(f"{path} is damaged: {error}") from error
     if not isinstance(values, dict) or values.get("version") != VERSION:
-        raise InputError(f"{path} is not of version {VERSION}, the one this program reads")
+        raise InputError(f"{path} is not of version {VERSION}, the one this program reads; tokenize into another folder")
     try:
         names = tuple(str(name) for name in values["class_names"])
         numbers = {name: int(values[name]) for name in ("images", "shard_size", "crops", "tokens", "codebook_size")}
@@ -224,7 +328,9 @@ def _read_json(folder: Path) -> tuple[CodesInfo, list[dict[str, Any]] | None]:
         if min(numbers.values()) < 1 or (shards is not None and len(shards) != info.shards):
             raise ValueError("its numbers contradict each other")
         if shards is not None:
-            shards = [{"bytes": int(shard["bytes"]), "sha256": str(shard["sha256"])} for shard in shards]
+            shards = [Shard(int(file["records"]), int(file["bytes"]), str(file["sha256"])) for file in shards]
+            if any(not 0 <= shard.records <= len(info.elements(number)) for number, shard in enumerate(shards)):
+                raise ValueError("its numbers contradict each other")
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged: {error!r}") from error
     return info, shards

@@ -67,23 +67,34 @@ def epoch(
     config: DataConfig,
     *,
     batch_size: int,
-    start: int = 0,
     stop: int | None = None,
     crop: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Iterator[Batch]:
-    """Elements start .. stop - 1 of a source (all by default) once each, in order: for evaluation and for tokenizing.
+    """Elements 0 .. stop - 1 of a source (all by default) once each, in order: for evaluation. Otherwise as `elements`."""
+    indices = np.arange(len(source) if stop is None else stop)
+    return elements(source, config, indices, batch_size=batch_size, crop=crop)
+
+
+def elements(
+    source: Source,
+    config: DataConfig,
+    indices: np.ndarray,
+    *,
+    batch_size: int,
+    crop: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> Iterator[Batch]:
+    """The elements of these indices [N] in this order, in batches of one size.
 
     crop: image uint8 [H, W, C] -> uint8 of one shape for all images; None: `center_crop` to `config.image_size`. It has to be
     a plain function or a lambda where `config.workers` > 0.
 
     Yields {"image": uint8 [B, ...], "label": int32 [B], "valid": bool [B]}, or for stored codes, of which the first crop is
-    taken, {"codes": int32 [B, T], ...}. B is always `batch_size`: rows past the end, and rows whose file cannot be read, are
-    zeros and not valid. Raises InputError if the source is empty or the crop settings make no sense.
+    taken, {"codes": int32 [B, T], ...}. B is always `batch_size`: rows past the end, rows of the index -1, and rows whose file
+    cannot be read are zeros and not valid. Raises InputError if the source is empty or the crop settings make no sense.
     """
     if batch_size < 1:
         raise InputError(f"the batch size {batch_size} should be at least 1")
     _check(source, config)
-    stop = len(source) if stop is None else stop
     crop = crop or (lambda image: transforms.center_crop(image, config.image_size))
     read = getattr(source, "read", source.__getitem__)
 
@@ -93,13 +104,14 @@ def epoch(
         return _element("image", crop(element["image"]), element)
 
     blank = {name: np.zeros_like(value) for name, value in prepare(source[0]).items()} | {"valid": np.bool_(False)}
+    padded = np.full(-(-len(indices) // batch_size) * batch_size, -1)
+    padded[: len(indices)] = indices
 
-    def load(index: int) -> dict[str, Any]:
-        element = read(index) if index < stop else None
+    def load(row: int) -> dict[str, Any]:
+        element = read(int(padded[row])) if padded[row] >= 0 else None
         return blank if element is None else prepare(element) | {"valid": np.bool_(True)}
 
-    count = -(-(stop - start) // batch_size) * batch_size
-    return _iterate(grain.MapDataset.range(start, start + count).map(load).batch(batch_size), config.workers)
+    return _iterate(grain.MapDataset.range(len(padded)).map(load).batch(batch_size), config.workers)
 
 
 def _check(source: Source, config: DataConfig) -> None:

@@ -1,11 +1,12 @@
-"""Random access to labelled images: the embedded digits, a folder of images, the CIFAR-10 files, stored codes."""
+"""Random access to labelled images: the embedded digits, a folder of images, CIFAR-10's files, TFDS, stored codes."""
 
 import dataclasses
+import io
 import logging
 import os
 import threading
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -40,13 +41,13 @@ class Source(Protocol):
 
 
 def held_out(config: DataConfig) -> DataConfig:
-    """The same data set in the split to evaluate on: test of the digits and CIFAR-10, val of a folder; codes as they are."""
-    split = {"digits": "test", "cifar10": "test", "folder": "val"}.get(config.source, config.split)
-    return dataclasses.replace(config, split=split)
+    """The same data set in the split to evaluate on: `held_out_split`, or else the usual one; codes as they are."""
+    usual = {"digits": "test", "cifar10": "test", "folder": "val", "tfds": "validation"}.get(config.source, config.split)
+    return dataclasses.replace(config, split=config.held_out_split or usual)
 
 
 def open_source(config: DataConfig) -> Source:
-    """Opens what `config.source`, `path` and `split` name; images come with `config.channels` channels.
+    """Opens what `config.source`, `path`, `dataset` and `split` name; images come with `config.channels` channels.
 
     Raises InputError if the path is not given, is missing, holds nothing to read, or is damaged.
     """
@@ -54,16 +55,22 @@ def open_source(config: DataConfig) -> Source:
         raise InputError(f"data.channels is {config.channels}, it should be 1 (grey) or 3 (RGB)")
     if config.source == "digits":
         return DigitsSource(config.split, config.channels)
+    if config.source == "tfds":
+        if not config.dataset:
+            raise InputError("data.dataset is not given; the source tfds needs the name of a data set, such as imagenet2012")
+        return TfdsSource(config.dataset, config.path, config.split, config.channels, config.image_size)
     if not config.path:
         raise InputError(f"data.path is not given; the source {config.source} needs the folder of its files")
+    if config.source == "codes":
+        return open_codes(config.path, config.split, config.verify)
+    if "://" in config.path:
+        raise InputError(f"data.path {config.path} is in a bucket, where only codes and TFDS are read; mount or copy it")
     path = Path(config.path)
     if not path.is_dir():
         raise InputError(f"data.path {path} is not a folder" if path.exists() else f"data.path {path} does not exist")
     if config.source == "folder":
-        return FolderSource(path, config.split, config.channels, config.image_size)
-    if config.source == "cifar10":
-        return Cifar10Source(path, config.split, config.channels)
-    return open_codes(path / config.split if (path / config.split).is_dir() else path)
+        return FolderSource(path, config.split, config.channels, config.image_size, config.labels)
+    return Cifar10Source(path, config.split, config.channels)
 
 
 class DigitsSource:
@@ -91,24 +98,68 @@ class DigitsSource:
         return {"image": self._images[index], "label": self._labels[index]}
 
 
-class FolderSource:
+class EncodedImages:
+    """Images that lie encoded as PNG, JPEG or WebP and are decoded when asked for; what all sources of such have in common.
+
+    Transparent images are laid on white, images are turned as their EXIF tag says, and 16-bit grey is rounded to 8 bits. One
+    that cannot be read is logged once by name and counted in `unreadable` (by each process for itself), and its neighbour
+    takes its place. So is one with more pixels than Pillow considers safe, or with more once scaled up to `image_size`.
+
+    A subclass has `__len__`, `encoded(index)`, the image (a path or an open file) and its label, and `name(index)`.
+    """
+
+    def __init__(self, channels: int, image_size: int):
+        self._channels, self._image_size = channels, image_size
+        self._unreadable: set[int] = set()
+
+    @property
+    def unreadable(self) -> int:
+        """How many images this process found unreadable so far."""
+        return len(self._unreadable)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        for step in range(len(self)):
+            if (element := self.read((index + step) % len(self))) is not None:
+                return element
+        raise InputError(f"none of the {len(self)} images can be read, for instance {self.name(index)}")
+
+    def read(self, index: int) -> dict[str, Any] | None:
+        """The element of exactly this index, or None if it cannot be read."""
+        if index in self._unreadable:
+            return None
+        try:
+            file, label = self.encoded(index)
+            image = read_image(file, self._channels, self._image_size)
+        except Exception as error:  # what decoders raise on damaged files is of many kinds
+            with _report_lock:
+                if index not in self._unreadable:
+                    self._unreadable.add(index)
+                    log.warning("skipped %s, which cannot be read: %s", self.name(index), error)
+            return None
+        return {"image": image, "label": label}
+
+
+class FolderSource(EncodedImages):
     """Images in a folder: each sub-folder, whatever lies deeper included, is a class; without images in them, all is one class.
 
     If the folder has a sub-folder named like `split`, that one is read. Files ending in .png, .jpg, .jpeg or .webp count;
-    names that begin with a dot do not. Transparent images are laid on white, images are turned as their EXIF tag says, and
-    16-bit grey is rounded to 8 bits. A file that cannot be read is logged once by name and counted in `unreadable` (by each
-    process for itself). So is one with more pixels than Pillow considers safe, or with more once scaled up to `image_size`.
+    names that begin with a dot do not. See EncodedImages for how they are read.
+
+    labels: a file that names the classes of a split without class folders, such as ImageNet's validation images. A line is an
+    image's name, with or without its ending, and its class, with a comma or spaces between; what follows on the line does not
+    count, nor do lines of other images. The classes are those of the folder `train` beside the split, or else of its images.
 
     `files` are the paths by index, all of them in `folder`.
 
-    Raises InputError if there are no images or the split is not there; reading does if none of the files can be read.
+    Raises InputError if there are no images, the split is not there, or an image has no class among those that there are.
     """
 
-    def __init__(self, path: Path, split: str, channels: int, image_size: int):
-        self._channels, self._image_size = channels, image_size
-        self._unreadable: set[int] = set()
-        folders = _subfolders(path)
+    def __init__(self, path: Path, split: str, channels: int, image_size: int, labels: str | None = None):
+        super().__init__(channels, image_size)
+        folders, of_training = _subfolders(path), []
         if split in folders:
+            if "train" in folders:
+                of_training = _subfolders(path / "train")
             path = path / split
             folders = _subfolders(path)
         elif present := [name for name in SPLITS if name in folders]:
@@ -116,10 +167,13 @@ class FolderSource:
         self.folder = path
         classes = {name: _image_files(path / name) for name in folders}
         beside = [entry.path for entry in os.scandir(path) if _is_image(entry.name)]
-        if not any(classes.values()):
+        if any(classes.values()):
+            if beside:
+                log.warning("%d images in %s lie beside the class folders and are not read", len(beside), path)
+        elif labels is None:
             classes = {path.resolve().name: beside}
-        elif beside:
-            log.warning("%d images in %s lie beside the class folders and are not read", len(beside), path)
+        else:
+            classes = _by_class(sorted(beside), Path(labels), of_training)
         self.class_names = tuple(classes)
         self.files = [file for files in classes.values() for file in sorted(files)]
         self._labels = [label for label, files in enumerate(classes.values()) for _ in files]
@@ -130,30 +184,65 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self.files)
 
-    @property
-    def unreadable(self) -> int:
-        """How many files this process found unreadable so far."""
-        return len(self._unreadable)
+    def encoded(self, index: int) -> tuple[str, int]:
+        return self.files[index], self._labels[index]
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        for step in range(len(self)):
-            if (element := self.read((index + step) % len(self))) is not None:
-                return element
-        raise InputError(f"none of the {len(self)} images can be read, for instance {self.files[index]}")
+    def name(self, index: int) -> str:
+        return self.files[index]
 
-    def read(self, index: int) -> dict[str, Any] | None:
-        """The element of exactly this index, or None if its file cannot be read."""
-        if index in self._unreadable:
-            return None
+
+class TfdsSource(EncodedImages):
+    """A split of a data set of TensorFlow Datasets that was prepared in its ArrayRecord format, with its own class names.
+
+    TensorFlow is not needed: records come from what `tfds.data_source` gives, images are decoded as EncodedImages says.
+
+    Args:
+      dataset: name, configuration and version as TFDS takes them, such as imagenet2012:5.1.0.
+      path: TFDS's data_dir, perhaps in a bucket; None: its own default.
+      split: one of the data set's splits, or a part of it such as train[:10000].
+
+    Raises InputError if TFDS is not installed, the data set is not prepared, or has no such split, or no image or label.
+    """
+
+    def __init__(self, dataset: str, path: str | None, split: str, channels: int, image_size: int):
+        super().__init__(channels, image_size)
+        self._arguments = (dataset, path, split, channels, image_size)
         try:
-            image = read_image(self.files[index], self._channels, self._image_size)
-        except Exception as error:  # what decoders raise on damaged files is of many kinds
-            with _report_lock:
-                if index not in self._unreadable:
-                    self._unreadable.add(index)
-                    log.warning("skipped %s, which cannot be read: %s", self.files[index], error)
-            return None
-        return {"image": image, "label": self._labels[index]}
+            import tensorflow_datasets as tfds
+        except ImportError as error:
+            raise InputError('the source tfds needs TensorFlow Datasets (without TensorFlow): pip install ".[tfds]"') from error
+        where = path or "TFDS's default folder"
+        try:
+            builder = tfds.builder(dataset, data_dir=path)
+            if not builder.info.splits:
+                raise FileNotFoundError("it is not there")
+            self._image, self._label = _image_and_label(tfds, builder.info)
+            self._records = builder.as_data_source(split, decoders={self._image: tfds.decode.SkipDecoding()})
+        except InputError:
+            raise
+        except Exception as error:  # TFDS raises many kinds, and explains them at length
+            reason = str(error).strip().partition("\n")[0].rstrip(".:").removesuffix(". Possible root causes")
+            prepare = f"tfds build {dataset} --file_format=array_record" + (f" --data_dir={path}" if path else "")
+            raise InputError(f"cannot read {split} of {dataset} in {where}: {reason} (not prepared yet? {prepare})") from error
+        self._split = f"{builder.info.full_name} {split}"
+        self.class_names = tuple(builder.info.features[self._label].names)
+        self.description = f"{self._split} of TFDS: {len(self)} images in {len(self.class_names)} classes"
+
+    def __reduce__(self) -> tuple:
+        return TfdsSource, self._arguments
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def encoded(self, index: int) -> tuple[io.BytesIO, int]:
+        record = self._records[index]
+        label = int(record[self._label])
+        if label < 0:
+            raise ValueError("it has no label")
+        return io.BytesIO(record[self._image]), label
+
+    def name(self, index: int) -> str:
+        return f"record {index} of {self._split}"
 
 
 class Cifar10Source:
@@ -191,23 +280,24 @@ class Cifar10Source:
         return {"image": image, "label": int(record[0])}
 
 
-def read_image(path: str | os.PathLike, channels: int, image_size: int) -> np.ndarray:
-    """Decodes a PNG, JPEG or WebP file, whatever its mode, to uint8 [H, W, channels]; see FolderSource for how.
+def read_image(file: str | os.PathLike | BinaryIO, channels: int, image_size: int) -> np.ndarray:
+    """Decodes a PNG, JPEG or WebP file, whatever its mode, to uint8 [H, W, channels]; see EncodedImages for how.
 
     Raises what Pillow raises on a damaged file, and Image.DecompressionBombError on one with more pixels than Pillow
     considers safe, or that would have more once its smaller side is scaled up to `image_size`.
     """
-    with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
+    mode = "RGB" if channels == 3 else "L"
+    with Image.open(file, formats=("PNG", "JPEG", "WEBP")) as image:
         scaled_pixels = image.width * image.height * max(1, image_size / min(image.size)) ** 2
         if Image.MAX_IMAGE_PIXELS and scaled_pixels > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are too many or too narrow")
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):
             image = Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).astype(np.uint8))
         elif image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
+        pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     return pixels if channels == 3 else pixels[..., None]
 
 
@@ -224,6 +314,34 @@ def _subfolders(path: Path) -> list[str]:
 
 def _image_files(folder: Path) -> list[str]:
     return [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names if _is_image(name)]
+
+
+def _by_class(files: list[str], labels: Path, class_names: list[str]) -> dict[str, list[str]]:
+    """Image files by class, as the file `labels` has it."""
+    try:
+        lines = [line.replace(",", " ").split() for line in labels.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"data.labels {labels} cannot be read: {error}") from error
+    named = {words[0]: words[1] for words in lines if len(words) > 1}
+    found = [named.get(os.path.basename(file)) or named.get(Path(file).stem) for file in files]
+    if None in found:
+        file = files[found.index(None)]
+        raise InputError(f"data.labels {labels} names no class for {found.count(None)} of {len(files)} images, such as {file}")
+    classes: dict[str, list[str]] = {name: [] for name in class_names or sorted(set(found))}
+    if unknown := sorted(set(found) - set(classes)):
+        raise InputError(f"data.labels {labels} names the class {unknown[0]}, of which there is no folder of training images")
+    for file, name in zip(files, found):
+        classes[name].append(file)
+    return classes
+
+
+def _image_and_label(tfds: Any, info: Any) -> tuple[str, str]:
+    """Names of the features of a TFDS data set that are its image and its class."""
+    keys, kinds = info.supervised_keys or ("image", "label"), (tfds.features.Image, tfds.features.ClassLabel)
+    features = dict(info.features.items())
+    if len(keys) != 2 or not all(isinstance(features.get(key), kind) for key, kind in zip(keys, kinds)):
+        raise InputError(f"{info.full_name} of TFDS is no set of images with classes; it holds {', '.join(sorted(features))}")
+    return keys
 
 
 def _cifar10_records(path: Path) -> np.ndarray:

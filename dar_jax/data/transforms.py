@@ -1,6 +1,7 @@
 """The crops of ADM (Dhariwal & Nichol 2021) and the mirror, as pure functions on uint8 images [H, W, C] with C = 1 or 3."""
 
 import math
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -28,19 +29,24 @@ def random_crop(image: np.ndarray, size: int, fraction: tuple[float, float], rng
     return _cut(image, top, left, size)
 
 
-def ten_crops(image: np.ndarray, size: int, scale: float) -> np.ndarray:
-    """The four corners and the middle of a centre crop of int(scale * size) pixels, then those of its mirror image.
+def ten_crops(image: Any, size: int) -> list[Any]:
+    """The four corners and the middle of square images, then those of their mirror images.
 
-    image: uint8 [H, W, C]. scale >= 1. Returns uint8 [10, size, size, C] in the order top left, top right, bottom left,
-    bottom right, middle, and the same five places of the mirrored centre crop.
+    image: NumPy or JAX array [..., S, S, C], S >= size. Returns ten arrays [..., size, size, C] in the order top left, top
+    right, bottom left, bottom right, middle, and the same five places of the mirror image; those of NumPy are views.
     """
-    image = center_crop(image, int(size * scale))
-    return np.stack([_one_of_ten(image, size, index) for index in range(10)])
+    spare = image.shape[-3] - size
+    middle = round(spare / 2)
+    places = ((0, 0), (0, spare), (spare, 0), (spare, spare), (middle, middle))
+    return [_cut(side, top, left, size) for side in (image, flip(image)) for top, left in places]
 
 
 def one_of_ten(image: np.ndarray, size: int, scale: float, rng: np.random.Generator) -> np.ndarray:
-    """A random one of `ten_crops` (the transformer's augmentation), without cutting the other nine: uint8 [size, size, C]."""
-    return _one_of_ten(center_crop(image, int(size * scale)), size, int(rng.integers(10)))
+    """A random one of `ten_crops` of the centre crop of int(scale * size) pixels (the transformer's augmentation).
+
+    image: uint8 [H, W, C]. scale >= 1. Returns uint8 [size, size, C].
+    """
+    return ten_crops(center_crop(image, int(size * scale)), size)[rng.integers(10)]
 
 
 def flip(image: np.ndarray) -> np.ndarray:
@@ -61,14 +67,5 @@ def _scale_to(image: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(picture)[..., None] if grey else np.asarray(picture)
 
 
-def _cut(image: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
-    return image[top : top + size, left : left + size]
-
-
-def _one_of_ten(image: np.ndarray, size: int, index: int) -> np.ndarray:
-    if index >= 5:
-        image, index = flip(image), index - 5
-    spare = image.shape[0] - size
-    middle = round(spare / 2)
-    top, left = ((0, 0), (0, spare), (spare, 0), (spare, spare), (middle, middle))[index]
-    return _cut(image, top, left, size)
+def _cut(image: Any, top: int, left: int, size: int) -> Any:
+    return image[..., top : top + size, left : left + size, :]

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from dar_jax import hosts
 from dar_jax.config import SamplingConfig
 from dar_jax.errors import InputError
 from dar_jax.evaluation.loading import Trained, full_batch, pad, put_batch, to_host
@@ -22,6 +23,7 @@ from dar_jax.evaluation.pictures import to_uint8
 from dar_jax.evaluation.progress import Progress
 from dar_jax.files import replacing, write_json
 from dar_jax.sampling.sampler import generate, make_settings
+from dar_jax.training.checkpoint import require_shared
 
 Labels = Literal["balanced", "uniform"]
 
@@ -46,7 +48,7 @@ def generate_npz(
 
     Sample i has the seed `seed` + i and does not depend on the batch, so a run that was interrupted ends with the images of an
     undisturbed one. Until the file is whole, batches are kept in the folder OUT.parts. While the devices draw a batch, the host
-    writes the one before; no more are in memory.
+    writes the one before; no more are in memory. Of several hosts, which share the folder, the first writes.
 
     Raises InputError where OUT exists, OUT.parts holds batches of other settings, or the settings do not fit.
     """
@@ -59,6 +61,7 @@ def generate_npz(
     size = full_batch(min(batch_size, num), trained.mesh)
     classes = class_labels(labels, num, len(trained.class_names), seed)
     parts = _Parts(out.with_name(out.name + ".parts"), num, size)
+    require_shared(parts.folder)
     parts.claim(_about(trained, num, labels, sampling, size, seed))
     seeds = (seed + np.arange(num)).astype(np.uint32)
     waiting = None
@@ -67,7 +70,7 @@ def generate_npz(
         for rows in parts.missing():
             arguments = put_batch((pad(classes[rows].astype(np.int32), size), pad(seeds[rows], size)), trained.mesh)
             with jax.set_mesh(trained.mesh):
-                images = generate(trained.networks, trained.params, settings, *arguments).images
+                images = generate(trained.networks, trained.sampler_params, settings, *arguments).images
             if waiting:
                 parts.write(*waiting)
                 progress.add(waiting[0].stop - waiting[0].start)
@@ -75,9 +78,11 @@ def generate_npz(
         if waiting:
             parts.write(*waiting)
             progress.add(waiting[0].stop - waiting[0].start)
-    with replacing(out) as temporary:
-        _assemble(temporary, parts, classes)
-    shutil.rmtree(parts.folder)
+    if hosts.first():
+        with replacing(out) as temporary:
+            _assemble(temporary, parts, classes)
+        shutil.rmtree(parts.folder)
+    hosts.wait("the file is written")
     return out
 
 
@@ -129,8 +134,10 @@ class _Parts:
         return self.folder / f"{rows.start:09d}.npy"
 
     def write(self, rows: slice, images: jax.Array) -> None:
-        with replacing(self.path(rows)) as temporary, temporary.open("wb") as file:
-            np.save(file, to_uint8(to_host(images)[: rows.stop - rows.start]))
+        pixels = to_uint8(to_host(images)[: rows.stop - rows.start])
+        if hosts.first():
+            with replacing(self.path(rows)) as temporary, temporary.open("wb") as file:
+                np.save(file, pixels)
 
 
 def _assemble(path: Path, parts: _Parts, classes: np.ndarray) -> None:

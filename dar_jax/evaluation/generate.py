@@ -62,7 +62,7 @@ def sample(
     settings = sampling
     if isinstance(sampling, SamplingConfig):
         settings = make_settings(sampling, trained.config, trained.guidance)
-    networks, params, mesh = trained.networks, trained.params, trained.mesh
+    networks, params, mesh = trained.networks, trained.sampler_params, trained.mesh
     labels, seeds = np.asarray(labels, np.int32), np.asarray(seeds, np.uint32)
     size = full_batch(batch_size, mesh)
     given = {}

@@ -4,6 +4,7 @@ A transformer's folder holds its tokenizer in the sub-folder `tokenizer`, so it 
 """
 
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from dar_jax import parallel
 from dar_jax.config import MeshConfig, TokenizerConfig, TokenizerTraining
 from dar_jax.errors import InputError
 from dar_jax.sampling.logits import linear_guidance
-from dar_jax.sampling.sampler import GuidanceSchedule, Networks
+from dar_jax.sampling.sampler import GuidanceSchedule, Networks, SamplerParams, prepare
 from dar_jax.training import checkpoint
 from dar_jax.training.experiment import Experiment
 from dar_jax.training.stages import matmul_dtype
@@ -57,6 +58,12 @@ class Trained:
     def class_names(self) -> tuple[str, ...]:
         return (self.found.transformer or self.found.tokenizer).class_names
 
+    @functools.cached_property
+    def sampler_params(self) -> SamplerParams:
+        """The parameters as the sampler reads them, made at the first use."""
+        with jax.set_mesh(self.mesh):
+            return prepare(self.networks, self.params)
+
     def with_tokenizer(self, config: TokenizerConfig) -> "Trained":
         """The same weights in a tokenizer of other settings, of which the resolution may differ."""
         tokenizer = self.networks.tokenizer.clone(config=config)
@@ -93,7 +100,7 @@ def load_tokenizer(
     Args:
       experiment: that of the checkpoint's run, needed if it had replaced the model.
       weights: of a tokenizer's own run; a transformer's folder holds only the moving average of its tokenizer.
-      mesh: where the weights go; None: the mesh of the run if it fits the devices, else all devices along `data`.
+      mesh: where the weights go; None: that of `run_mesh`.
 
     Raises InputError where the checkpoint is missing, damaged, or needs its experiment.
     """
@@ -132,17 +139,20 @@ def unless_missing(load: Callable[[], T], given: str | None = None) -> T | None:
 
 
 def run_mesh(config: MeshConfig) -> Mesh:
-    """The mesh of a run's settings, or all devices along `data` where there are other devices than in that run."""
+    """The mesh for using the weights of a run: `tensor` as there, all other devices along `data`, where that fits the devices.
+
+    Nothing is cut over `fsdp`, which would gather all weights for every token.
+    """
     try:
-        return parallel.make_mesh(config)
+        return parallel.make_mesh(MeshConfig(data=-1, tensor=config.tensor))
     except InputError as error:
         log.info("%s; using all of them along data", error)
         return parallel.make_mesh(MeshConfig())
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Host arrays [B, ...] -> arrays cut over the mesh along B, which `full_batch` made fit."""
-    return jax.device_put(batch, parallel.batch_sharding(mesh))
+    """Host arrays [B, ...], whole on every host -> arrays cut over the mesh along B, which `full_batch` made fit."""
+    return parallel.put(batch, parallel.batch_sharding(mesh))
 
 
 def full_batch(size: int, mesh: Mesh) -> int:

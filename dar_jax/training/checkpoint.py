@@ -7,9 +7,11 @@ the parts' files, which tells a checkpoint that was copied in part, or cut short
 """
 
 import contextlib
+import importlib.util
 import json
 import logging
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +19,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from dar_jax import parallel
+from dar_jax import hosts, parallel
 from dar_jax.config import TokenizerTraining, TrainConfig, TransformerTraining, from_dict, to_dict
 from dar_jax.errors import InputError
 from dar_jax.training.experiment import Experiment
@@ -57,8 +60,10 @@ class Loaded:
 
 
 def absolute(path: PathLike) -> epath.Path:
-    """The path from the root, as Orbax wants it; a bucket's (`gs://...`) is so already."""
+    """The path from the root, as Orbax wants it; a bucket's (`gs://...`) is so already. InputError without gcsfs for it."""
     path = os.fspath(path)
+    if path.startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
+        raise InputError(f'{path} is in a bucket; that needs: pip install "dar_jax[gcs]"')
     return epath.Path(path if "://" in path else os.path.abspath(path))
 
 
@@ -72,6 +77,22 @@ def writable_folder(path: PathLike) -> epath.Path:
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
     return folder
+
+
+def require_shared(workdir: PathLike) -> None:
+    """Raises InputError where several hosts do not see the same folder, and would leave parts of checkpoints here and there."""
+    if not hosts.many():
+        return
+    folder = writable_folder(workdir)
+    marker = folder / f"hosts-{hosts.of_first(secrets.randbelow(2**31))}"
+    if hosts.first():
+        marker.write_text("")
+    hosts.wait("the marker is written")
+    try:
+        hosts.agree(int(marker.exists()), lambda _: f"{folder} is not the same folder on all hosts; give one that they share")
+    finally:
+        if hosts.first():
+            marker.unlink()
 
 
 def open_checkpoints(workdir: PathLike, train: TrainConfig) -> ocp.training.Checkpointer:
@@ -169,7 +190,7 @@ def restore(path: PathLike, state: TrainState) -> TrainState:
     with _reading(info.path):
         parts = {name: ocp.load_checkpointables(info.path, {name: tree})[name] for name, tree in stored.items()}
     params = parts["params"] if "params" in parts else jax.tree.map(jnp.copy, parts["ema"])
-    step = jax.device_put(jnp.int32(info.step), state.step.sharding)
+    step = parallel.put(np.int32(info.step), state.step.sharding)
     return TrainState(step, params, parts["ema"], parts.get("opt_state"))
 
 
@@ -223,12 +244,10 @@ def _checkpointer(workdir: PathLike, preserve: Any = None) -> ocp.training.Check
 
 
 def _write_sizes(folder: epath.Path) -> None:
-    """Adds files.json to the checkpoint at hand, which still has its temporary name."""
-    for path in folder.iterdir() if jax.process_index() == 0 else ():
+    """Adds files.json to the checkpoint at hand, which does not count as finished yet."""
+    for path in folder.iterdir() if hosts.first() else ():
         if not (path / "files.json").exists():
-            temporary = path / "files.json.tmp"
-            temporary.write_text(json.dumps({part.name: _sizes(part) for part in path.iterdir() if part.is_dir()}))
-            temporary.rename(path / "files.json")
+            (path / "files.json").write_text(json.dumps({part.name: _sizes(part) for part in path.iterdir() if part.is_dir()}))
 
 
 def _sizes(folder: epath.Path, prefix: str = "") -> dict[str, int]:
@@ -257,6 +276,8 @@ def _reading(path: epath.Path) -> Iterator[None]:
     logger.setLevel(logging.CRITICAL)
     try:
         yield
+    except jax.errors.JaxRuntimeError:
+        raise  # another host is gone
     except Exception as error:
         raise _damaged(path, " ".join(f"{type(error).__name__}: {error}".split())[:200]) from error
     finally:

@@ -5,10 +5,10 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TextIO
 
 import numpy as np
+from etils import epath
 from tensorboardX import SummaryWriter
 
 BAR = 20  # characters of the progress bar
@@ -28,18 +28,24 @@ class Log:
         self.live = self.stream.isatty()
         if not active:
             return
-        folder = Path(workdir) / "logs"
+        self._records = _records(workdir)
+        self._remote = "://" in os.fspath(self._records)
+        folder = self._records.parent
         folder.mkdir(parents=True, exist_ok=True)
-        self._records = folder / "metrics.jsonl"
-        _drop_after(self._records, start)
-        self._board = SummaryWriter(str(folder), purge_step=start + 1)
+        self._lines = [json.dumps(record) + "\n" for record in read_records(workdir) if record["step"] <= start]
+        self._write_lines()
+        self._board = SummaryWriter(os.fspath(folder), purge_step=start + 1)
 
     def record(self, step: int, values: Mapping[str, float], seconds_left: float | None) -> None:
         """One set of scalars after `step` steps."""
         if not self.active:
             return
-        with open(self._records, "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        self._lines.append(json.dumps({"step": step, **values}) + "\n")
+        if self._remote:
+            self._write_lines()  # nothing can be appended to an object in a bucket
+        else:
+            with open(self._records, "a") as file:
+                file.write(self._lines[-1])
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         parts = [] if seconds_left is None else [f"{_clock(seconds_left)} left"]
@@ -78,11 +84,16 @@ class Log:
         self.stream.write(text)
         self.stream.flush()
 
+    def _write_lines(self) -> None:
+        whole = self._records if self._remote else self._records.with_name("metrics.jsonl.tmp")
+        whole.write_text("".join(self._lines))
+        if not self._remote:
+            whole.replace(self._records)
+
 
 def read_records(workdir: str | os.PathLike) -> list[dict[str, float]]:
     """The records of a run, oldest first: {"step": ..., "loss": ..., ...}. A last line cut short by a crash is left out."""
-    path = Path(workdir) / "logs" / "metrics.jsonl"
-    records = []
+    path, records = _records(workdir), []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             records.append(json.loads(line))
@@ -91,11 +102,8 @@ def read_records(workdir: str | os.PathLike) -> list[dict[str, float]]:
     return records
 
 
-def _drop_after(path: Path, step: int) -> None:
-    records = [record for record in read_records(path.parent.parent) if record["step"] <= step]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
-    os.replace(temporary, path)
+def _records(workdir: str | os.PathLike) -> epath.Path:
+    return epath.Path(workdir) / "logs" / "metrics.jsonl"
 
 
 def _short(value: float) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from dar_jax import parallel
+from dar_jax import hosts, parallel
 from dar_jax.config import TokenizerTraining, TrainConfig, validate
 from dar_jax.data.pipeline import batches
 from dar_jax.errors import InputError
@@ -42,10 +42,13 @@ class TrainingDiverged(Exception):
 
 @dataclass(frozen=True)
 class Summary:
-    """How a run ended: steps done, whether it was asked to stop before the end, and the last values logged."""
+    """How a run ended: steps done, the signal that stopped it before its last step, and the last values logged.
+
+    Of several hosts that stop together, those that got no signal themselves name SIGTERM.
+    """
 
     step: int
-    interrupted: bool
+    stopped_by: signal.Signals | None
     metrics: dict[str, float]
 
 
@@ -60,13 +63,13 @@ def train(
     """Runs an experiment in WORKDIR, from the beginning or from its last checkpoint, to its last step.
 
     SIGTERM and Ctrl-C end the run after the step at hand, with a checkpoint. Step k depends on the settings and on k only, so
-    a resumed run ends with the very parameters of an uninterrupted one.
+    a resumed run ends with the very parameters of an uninterrupted one. Every one of several hosts (see `hosts`) has to call
+    this, with a WORKDIR that they share; only the first prints and logs. If one of them is lost, the others end.
 
     Args:
-      pictures: makes what is logged every `sample_every` steps.
+      pictures: makes what is logged every `sample_every` steps; called on every host.
       start: gives weights to begin with, as far as they fit; called where there is no checkpoint to resume from.
-
-      evaluate: makes what is logged every `evaluate_every` steps.
+      evaluate: makes what is logged every `evaluate_every` steps; called on every host.
 
     Raises InputError where the settings, the data or WORKDIR are unfit, TrainingDiverged where training is.
     """
@@ -78,14 +81,15 @@ def train(
         raise InputError("train.evaluate_every is set, but this run was given nothing that evaluates; set it to 0")
     folder = checkpoint.absolute(workdir)
     check_writable(folder)
-    found = checkpoint.latest_step(folder)
+    checkpoint.require_shared(folder)
+    found = hosts.of_first(checkpoint.latest_step(folder))
     if found is not None and not resume:
         raise InputError(f"{folder} already holds a run (step {found}); pass --resume or choose another folder")
     mesh = parallel.make_mesh(config.mesh)
     _check_batch(config.train, mesh)
     weights = start() if start is not None and found is None else None
 
-    with jax.set_mesh(mesh):
+    with hosts.ending_together(), jax.set_mesh(mesh):
         if isinstance(config, TokenizerTraining):
             stage = tokenizer_stage(experiment, mesh)
         else:
@@ -94,7 +98,7 @@ def train(
         abstract = abstract_state(stage.init_params, optimizer, mesh, experiment.rules)
         notes = []
         if found is not None:
-            state = checkpoint.restore(folder, abstract)
+            state = checkpoint.restore(folder / "checkpoints" / str(found), abstract)
             if state.opt_state is None:
                 state = with_new_optimizer(state, optimizer, abstract)
                 notes.append("the checkpoint holds no optimizer, a new one starts here")
@@ -108,9 +112,10 @@ def train(
                 state, notes = start_from(weights, state)
         train_step = make_train_step(stage.loss_fn, optimizer, config, abstract, mesh)
         with (
-            Log(folder, config.train.steps, found or 0, active=jax.process_index() == 0) as log,
+            Log(folder, config.train.steps, found or 0, active=hosts.first()) as log,
             checkpoint.open_checkpoints(folder, config.train) as checkpoints,
             _stop_signals() as asked_to_stop,
+            hosts.ending_together(),  # once more, before a checkpoint that is being written waits for a lost host
         ):
             log.say("\n".join([_opening(stage, state.params, mesh, found, resume), *notes]))
             return _run(stage, state, train_step, mesh, log, checkpoints, asked_to_stop, pictures, evaluate)
@@ -118,15 +123,15 @@ def train(
 
 def _run(stage: Stage, state, train_step, mesh: Mesh, log: Log, checkpoints, asked_to_stop, pictures, evaluate) -> Summary:
     train = stage.experiment.config.train
-    step, stopping = int(state.step), False
+    step, stopping = int(state.step), None
     reader, window = _Reader(train, log, checkpoints), Window()
     with contextlib.closing(_device_batches(stage, mesh, start_step=step)) as data:
-        while step < train.steps and not stopping:
+        while step < train.steps and stopping is None:
             batch = next(data)
             state, metrics = train_step(state, batch, stage.frozen)  # returns at once; the device works while the host goes on
             step += 1
             stopping = asked_to_stop(step)
-            last = stopping or step == train.steps
+            last = stopping is not None or step == train.steps
             window = window.add(metrics)
             full = step % train.log_every == 0 or last
             reader.push(step, metrics, window if full else None)
@@ -143,17 +148,21 @@ def _run(stage: Stage, state, train_step, mesh: Mesh, log: Log, checkpoints, ask
     checkpoints.wait()
     if step < train.steps:
         log.say(f"stopped at step {step}, which is saved; go on with --resume")
-    return Summary(step, step < train.steps, reader.record)
+    return Summary(step, stopping if step < train.steps else None, reader.record)
 
 
 def _device_batches(stage: Stage, mesh: Mesh, start_step: int) -> Iterator[dict[str, jax.Array]]:
+    """Batches as global arrays, of which every host reads the rows that its devices hold."""
     config = stage.experiment.config
-    hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
     settings = {"batch_size": config.train.batch_size, "seed": config.train.seed, "start_step": start_step}
-    sharding = parallel.batch_sharding(mesh)
-    with contextlib.closing(batches(stage.source, config.data, **settings, **hosts)) as data:
-        for batch in data:
-            yield {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+    own, parts = parallel.batch_parts(mesh)
+    with contextlib.ExitStack() as open_parts:
+        readers = [batches(stage.source, config.data, **settings, host=part, hosts=parts) for part in own]
+        for reader in readers:
+            open_parts.enter_context(contextlib.closing(reader))
+        for read in zip(*readers):
+            rows = read[0] if len(read) == 1 else {name: np.concatenate([part[name] for part in read]) for name in read[0]}
+            yield parallel.global_batch(rows, mesh)
 
 
 @dataclass(frozen=True)
@@ -227,27 +236,34 @@ class _Reader:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[int], bool]]:
-    """Yields `asked(step)`, true once the run should end after that step. A second Ctrl-C ends it at once.
+def _stop_signals() -> Iterator[Callable[[int], signal.Signals | None]]:
+    """Yields `asked(step)`: the signal because of which the run should end after that step, if there was one. A second Ctrl-C
+    ends it at once.
 
-    Of several processes each may get the signal at another step; JAX makes them agree on one.
+    Of several hosts each may get SIGTERM at another step, or none; JAX, which catches it (see `hosts.join`), makes them agree
+    on one step. Ctrl-C on any of them is handed over as SIGTERM.
     """
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False
-        return
-    asked = threading.Event()
+    many = hosts.many()
+    got: list[signal.Signals] = []
 
     def handle(number: int, frame: Any) -> None:
-        asked.set()
+        got.append(signal.Signals(number))
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.write(2, b"\nstopping after this step, with a checkpoint (Ctrl-C again: at once)\n")  # print is not safe here
+        if many:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    def asked(step: int) -> signal.Signals | None:
+        if many and not multihost_utils.reached_preemption_sync_point(step):
+            return None
+        return got[0] if got else signal.SIGTERM if many else None
+
+    caught = [signal.SIGINT] if many else [signal.SIGINT, signal.SIGTERM]
+    if threading.current_thread() is not threading.main_thread():
+        caught = []  # Python lets no other thread handle signals
+    before = {number: signal.signal(number, handle) for number in caught}
     try:
-        yield lambda step: asked.is_set()
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

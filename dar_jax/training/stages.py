@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -22,6 +21,7 @@ from dar_jax.features.vgg_lpips import SMALLEST
 from dar_jax.objectives import FeatureLoss, feature_terms, next_token_loss, tokenizer_loss
 from dar_jax.release.features import load_dinov2, load_lpips
 from dar_jax.release.weights import resolve
+from dar_jax.tokenizer.tokenizer import Tokenizer
 from dar_jax.training.checkpoint import Loaded, load, save_for_inference
 from dar_jax.training.experiment import Experiment
 from dar_jax.training.state import Params
@@ -54,7 +54,13 @@ def tokenizer_stage(experiment: Experiment, mesh: Mesh) -> Stage:
     model = experiment.build_model(matmul_dtype(config.train.dtype), config.train.remat)
     source = (experiment.source or open_source)(config.data)
     frozen = {} if experiment.loss else _feature_networks(config, mesh)
-    init_params = functools.partial(experiment.init_params, model)
+    init_params, loss_fn = functools.partial(experiment.init_params, model), tokenizer_loss_fn(experiment, model)
+    return Stage(experiment, model, source, tuple(source.class_names), init_params, loss_fn, frozen, None)
+
+
+def tokenizer_loss_fn(experiment: Experiment, model: nn.Module) -> LossFn:
+    """The loss of stage 1 on batches of uint8 images; the frozen parameters are those of `objectives.feature_terms`."""
+    config = experiment.config
 
     def loss_fn(params: Params, batch: dict, key: jax.Array, frozen: Params):
         images = to_float(batch["image"])
@@ -63,7 +69,7 @@ def tokenizer_stage(experiment: Experiment, mesh: Mesh) -> Stage:
         features = _both(feature_terms(frozen, config.loss, model.dtype) if frozen else None, experiment.features)
         return tokenizer_loss(model, params, images, key, config.loss, features)
 
-    return Stage(experiment, model, source, tuple(source.class_names), init_params, loss_fn, frozen, None)
+    return loss_fn
 
 
 def transformer_stage(experiment: Experiment, workdir: epath.Path, mesh: Mesh, resumed: bool) -> Stage:
@@ -86,17 +92,22 @@ def transformer_stage(experiment: Experiment, workdir: epath.Path, mesh: Mesh, r
     dtype = matmul_dtype(config.train.dtype)
     model = experiment.build_model(dtype, config.train.remat)
     encoder = tokenizer.experiment.build_model(dtype)
+    init_params, loss_fn = functools.partial(experiment.init_params, model), transformer_loss_fn(experiment, model, encoder)
+    frozen = {} if isinstance(source, CodesSource) else tokenizer.params
+    return Stage(experiment, model, source, tuple(source.class_names), init_params, loss_fn, frozen, tokenizer)
+
+
+def transformer_loss_fn(experiment: Experiment, model: nn.Module, encoder: Tokenizer | None = None) -> LossFn:
+    """The loss of stage 2 on batches of codes, or of uint8 images, whose codes come from `encoder` with frozen parameters."""
     loss = experiment.loss or _transformer_loss
-    init_params = functools.partial(experiment.init_params, model)
 
     def loss_fn(params: Params, batch: dict, key: jax.Array, frozen: Params):
         if "image" in batch:
             codes = encoder.apply({"params": frozen}, to_float(batch["image"]), method="codes")
             batch = {"codes": codes, "label": batch["label"]}
-        return loss(model, params, batch, key, config)
+        return loss(model, params, batch, key, experiment.config)
 
-    frozen = {} if isinstance(source, CodesSource) else tokenizer.params
-    return Stage(experiment, model, source, tuple(source.class_names), init_params, loss_fn, frozen, tokenizer)
+    return loss_fn
 
 
 def matmul_dtype(name: str) -> jnp.dtype:
@@ -123,7 +134,7 @@ def _feature_networks(config: TokenizerTraining, mesh: Mesh) -> Params:
         if width != sizes.width:
             raise InputError(f"model.velocity.repa_width is {width}, but DINOv2's features have {sizes.width} numbers")
         networks["dinov2"] = load_dinov2(*resolve("dinov2_vitb14", loss.dinov2_weights).files, sizes)
-    return jax.device_put(networks, parallel.shardings(networks, mesh))
+    return parallel.put(networks, parallel.shardings(networks, mesh))
 
 
 def _both(first: FeatureLoss | None, second: FeatureLoss | None) -> FeatureLoss | None:
@@ -152,7 +163,7 @@ def _check_fit(config: TransformerTraining, tokenizer: Loaded, source: Any) -> N
     require("model.num_classes", model.num_classes, "the number of classes of the data is", len(source.class_names))
     if isinstance(source, CodesSource):
         require("model.num_tokens", model.num_tokens, "the number of stored codes per image is", source.info.tokens)
-        if source.info.tokenizer != fingerprint(jax.tree.map(np.asarray, tokenizer.params)):
+        if source.info.tokenizer != fingerprint(tokenizer.params):
             raise InputError(f"the codes in {source.folder} were made by another tokenizer than {tokenizer.workdir}")
     else:
         require("data.image_size", data.image_size, "the tokenizer's image_size is", made.model.image_size)

@@ -83,7 +83,7 @@ def _merge(name: str, mine: jax.Array, other: Any) -> tuple[jax.Array, Row]:
     if other is None:
         return mine, Row("re-made", name, None, mine.shape, "not in those weights")
     if other.shape == mine.shape:
-        return _put(np.asarray(other), mine), Row("taken", name, other.shape, mine.shape)
+        return parallel.put(np.asarray(other).astype(mine.dtype), mine.sharding), Row("taken", name, other.shape, mine.shape)
     shapes = (name, other.shape, mine.shape)
     if other.shape[1:] == mine.shape[1:]:
         if CLASS_TABLE.search(name):
@@ -98,11 +98,6 @@ def _rows(mine: jax.Array, other: Any, rows: slice) -> jax.Array:
     """`mine` with those rows of `other`, which have the same numbers counted from the start or from the end."""
     replaced = jax.jit(lambda a, b: a.at[rows].set(b), out_shardings=mine.sharding)
     return replaced(mine, np.asarray(other[rows]))
-
-
-def _put(value: np.ndarray, like: jax.Array) -> jax.Array:
-    """A host's array in the place of another; every host has the whole and gives its part."""
-    return jax.make_array_from_callback(value.shape, like.sharding, lambda index: value[index].astype(like.dtype))
 
 
 def _part(name: str) -> str:

@@ -1,0 +1,198 @@
+"""Processes of this machine as the hosts of one training job, to be stopped, killed and started again.
+
+    python tests/many_hosts.py --kills 10
+
+trains a small experiment undisturbed, then once more while killing one of its two hosts again and again, each time at a random
+moment, and starting the job anew; it ends with 0 if both runs have the same loss curve and the same parameters, bit for bit.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from conftest import CACHE
+
+ROOT = Path(__file__).parents[1]
+STAND_IN = ROOT / "tests" / "stand_in.py"
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_enable_concurrency_optimized_scheduler=false"
+COMMAND = "import sys; from dar_jax.cli import main; sys.exit(main())"
+
+
+class Job:
+    """`dar-jax ...`, or other code, on `hosts` processes of `devices` simulated devices each. A context manager that leaves no
+    process behind."""
+
+    def __init__(
+        self,
+        *arguments: object,
+        hosts: int = 2,
+        devices: int = 4,
+        heartbeat: int = 20,
+        start: int = 60,
+        code: str = COMMAND,
+        **environment: str,
+    ):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        self.folder = tempfile.TemporaryDirectory()
+        self.processes = []
+        for host in range(hosts):
+            flags = f"--xla_force_host_platform_device_count={devices} {FLAGS}"
+            place = {
+                "JAX_PLATFORMS": "cpu",
+                "XLA_FLAGS": flags,
+                "PYTHONPATH": str(ROOT),
+                "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+            }
+            if hosts > 1:
+                names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+                place |= dict(zip(names, (f"localhost:{port}", str(hosts), str(host))))
+            timeouts = ["--heartbeat-timeout", str(heartbeat), "--start-timeout", str(start)]
+            command = [sys.executable, "-c", code, *map(str, arguments), *timeouts]
+            streams = {name: open(self._file(host, name), "w") for name in ("stdout", "stderr")}  # noqa: SIM115
+            self.processes.append(subprocess.Popen(command, env={**os.environ, **place, **environment}, **streams))
+            for stream in streams.values():
+                stream.close()
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        self.folder.cleanup()
+
+    def send(self, host: int, number: signal.Signals) -> None:
+        self.processes[host].send_signal(number)
+
+    def finish(self, seconds: float = 180) -> list[int]:
+        """Waits for all of them and returns their exit codes."""
+        deadline = time.monotonic() + seconds
+        return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
+
+    def running(self) -> bool:
+        return all(process.poll() is None for process in self.processes)
+
+    def stdout(self, host: int) -> str:
+        """What a host has printed, but for lines of the CPU's collectives."""
+        lines = self._file(host, "stdout").read_text().splitlines()
+        return "\n".join(line for line in lines if "peer ranks" not in line)
+
+    def stderr(self, host: int) -> str:
+        return self._file(host, "stderr").read_text()
+
+    def _file(self, host: int, name: str) -> Path:
+        return Path(self.folder.name) / f"{host}.{name}"
+
+
+def steps_logged(workdir: Path) -> int:
+    """The number of whole lines in a run's record."""
+    path = workdir / "logs" / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def wait_for_step(job: Job, workdir: Path, step: int, seconds: float = 120) -> bool:
+    """Waits until that many steps are logged; false if the job ended before."""
+    deadline = time.monotonic() + seconds
+    while steps_logged(workdir) < step:
+        if not job.running():
+            return False
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{steps_logged(workdir)} of {step} steps; {job.stdout(0)} {job.stderr(0)}")
+        time.sleep(0.01)
+    return True
+
+
+def options(workdir: Path, steps: int) -> list[object]:
+    """A run of the stand-in that logs every step and may be resumed."""
+    settings = ["--train.steps", steps, "--train.log-every", 1, "--train.checkpoint-every", 4]
+    return ["train", STAND_IN, "--workdir", workdir, "--resume", *settings]
+
+
+def curve(workdir: Path) -> list[dict[str, float]]:
+    """What was logged at every step, without what a clock said."""
+    from dar_jax.training.logs import read_records
+
+    return [{name: value for name, value in record.items() if name != "images_per_second"} for record in read_records(workdir)]
+
+
+def run_with_kills(workdir: Path, steps: int, kills: int, rng: np.random.Generator, heartbeat: int, say=lambda text: None):
+    """Trains to the last step although one of two hosts is killed, or stopped without a word, `kills` times.
+
+    The moments are random: within the run, or (every third) at any time after the start. Raises AssertionError if the other
+    host goes on for longer than three times the heartbeat's time.
+    """
+    done = 0
+    for number in range(1000):
+        with Job(*options(workdir, steps), heartbeat=heartbeat, start=2 * heartbeat) as job:
+            if done == kills:
+                codes = job.finish()
+                assert codes == [0, 0], (codes, job.stderr(0), job.stderr(1))
+                return
+            if number % 3 == 2:
+                time.sleep(rng.uniform(0, 5))
+            else:
+                wait_for_step(job, workdir, int((done + rng.uniform(0.5, 1)) * steps / (kills + 1)))
+                time.sleep(rng.uniform(0, 0.5))
+            if not job.running():
+                codes = job.finish()
+                assert codes == [0, 0], (codes, job.stderr(0), job.stderr(1))
+                raise AssertionError("the run was over before all kills; make it longer")
+            victim, how = int(rng.integers(2)), signal.SIGKILL if rng.random() < 0.8 else signal.SIGSTOP
+            step = steps_logged(workdir)
+            job.send(victim, how)
+            began = time.monotonic()
+            code = job.processes[1 - victim].wait(3 * heartbeat)
+            assert code not in (0, 2), (code, job.stderr(1 - victim))
+            done += 1
+            reason = job.stderr(1 - victim).strip().splitlines()
+            said = next((line for line in reason if "dar-jax: host" in line or "another task died" in line), reason[-1:])
+            say(
+                f"{done:3}: {how.name} of host {victim} after {step} logged steps; the other ended with {code} "
+                f"{time.monotonic() - began:.1f} s later: {str(said)[:150]}"
+            )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--heartbeat", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        calm, killed = Path(folder) / "calm", Path(folder) / "killed"
+        began = time.monotonic()
+        with Job(*options(calm, given.steps)) as job:
+            assert job.finish() == [0, 0], job.stderr(0)
+        print(f"undisturbed: {given.steps} steps in {time.monotonic() - began:.0f} s", flush=True)
+        rng = np.random.default_rng(given.seed)
+        run_with_kills(killed, given.steps, given.kills, rng, given.heartbeat, lambda text: print(text, flush=True))
+        same = curve(calm) == curve(killed) and same_parameters(calm, killed)
+        print(
+            f"killed {given.kills} times: {'the same' if same else 'ANOTHER'} curve and parameters, {len(curve(killed))} steps"
+        )
+        return 0 if same else 1
+
+
+def same_parameters(first: Path, second: Path) -> bool:
+    import jax
+    import stand_in
+
+    from dar_jax.training import checkpoint
+
+    trees = [jax.device_get(checkpoint.load(workdir, stand_in.experiment, "params").params) for workdir in (first, second)]
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, *trees)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
