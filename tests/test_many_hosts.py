@@ -8,12 +8,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from many_hosts import Job, curve, options, run_with_kills, same_parameters, wait_for_step
+from many_hosts import Job, curve, options, run_with_kills, same_parameters, wait_for
 
 from dar_jax.quickstart import DIGITS
 from dar_jax.training import checkpoint
 
-STEPS = 40
+STEPS = 60
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def calm(tmp_path_factory):
     with Job(*options(folder, STEPS)) as job:
         assert job.finish() == [0, 0], job.stderr(0)
         assert f"step {STEPS}/{STEPS}" in job.stdout(0) and "8 devices (data 8" in job.stdout(0)
-        assert job.stdout(1) == ""  # only the first host prints
+        assert "step" not in job.stdout(1) and "stand-in" not in job.stdout(1)  # only the first host prints
     return folder
 
 
@@ -34,23 +34,23 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(calm, tmp_path):
     assert same_parameters(tmp_path, calm)
 
 
-@pytest.mark.skip(reason="Ctrl-C on one of two busy hosts has ended without a word; not understood yet")
 def test_stopped_on_one_host_it_goes_on_with_any_number(calm, tmp_path):
     """SIGTERM and Ctrl-C of one host stop all of them after a checkpoint. Sums over another number of hosts or devices are made
     in another order, which changes the last bits."""
 
-    def stop(step, host, number, **machines):
+    def stop(host, number, **machines):
+        before = checkpoint.latest_step(tmp_path) or 0
         with Job(*options(tmp_path, STEPS), **machines) as job:
-            wait_for_step(job, tmp_path, step)
+            wait_for(job, lambda: job.stdout(0).count("\nstep ") >= 3)
             job.send(host, number)
             codes = job.finish()
             assert "which is saved; go on with --resume" in job.stdout(0), job.stderr(0)
-            assert step <= checkpoint.latest_step(tmp_path) < STEPS
+            assert before + 3 <= checkpoint.latest_step(tmp_path) < STEPS
             return codes
 
-    assert stop(6, 1, signal.SIGTERM) == [0, 0]
-    assert stop(15, 0, signal.SIGINT) == [130, 0]
-    assert stop(24, 0, signal.SIGTERM, hosts=1, devices=8) == [0]
+    assert stop(1, signal.SIGTERM) == [0, 0]
+    assert stop(0, signal.SIGINT) == [130, 0]
+    assert stop(0, signal.SIGTERM, hosts=1, devices=8) == [0]
     with Job(*options(tmp_path, STEPS), hosts=1, devices=1) as job:
         assert job.finish() == [0], job.stderr(0)
     found, expected = curve(tmp_path), curve(calm)
@@ -71,7 +71,6 @@ def codes(tiny_run, tmp_path_factory):
     return folder
 
 
-@pytest.mark.skip(reason="compares records in which a value is missing; not mended yet")
 def test_two_hosts_learn_what_one_learns(tiny_run, codes, tmp_path):
     """From codes that are fixed: those that a training step computes change where a latent lies between two of them. Pictures,
     and metrics on held-out images, are made with the help of every host."""
@@ -92,8 +91,9 @@ def test_two_hosts_learn_what_one_learns(tiny_run, codes, tmp_path):
     assert len(expected) == 21 and "eval_bits_per_token" in expected[-1]
     for name, wanted in (("two", expected), ("across", [record for record in expected if "loss" in record])):
         for found, other in zip(curve(tmp_path / name), wanted, strict=True):
-            counted = [key for key in other if "accuracy" in key]  # of tokens, of which one may be as probable as another
-            assert {**found, **dict.fromkeys(counted)} == pytest.approx({**other, **dict.fromkeys(counted)}, rel=1e-5), name
+            assert found.keys() == other.keys()
+            exact = {key for key in other if "accuracy" not in key}  # which counts tokens, and two may be equally probable
+            assert {key: found[key] for key in exact} == pytest.approx({key: other[key] for key in exact}, rel=1e-5), name
 
 
 def test_rows_and_folders(tmp_path):
