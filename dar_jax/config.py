@@ -183,6 +183,10 @@ class TokenizerLossConfig:
     entropy_temperature: float = 0.01
     lpips: float = 0.0  # LPIPS with VGG16 of the predicted image
     repa: float = 0.0  # 1 - cosine between the REPA head and the patch tokens of DINOv2
+    gan: float = 0.0  # non-saturating loss against a PatchGAN discriminator, which learns beside the tokenizer
+    gan_start_step: int = 20_000  # nothing of the two before
+    gan_width: int = 128  # channels of the discriminator's first layer
+    gan_halvings: int = 3  # its convolutions of stride 2; a logit sees 70 pixels with 3, 34 with 2, 16 with 1
     lpips_weights: str | None = None  # file or folder; None: looked for by name
     dinov2_weights: str | None = None  # file; None: looked for by name
 
@@ -325,6 +329,15 @@ def validate(config: TokenizerTraining | TransformerTraining) -> None:
             config.loss.repa == 0 or config.model.velocity.has_repa,
             f"loss.repa needs the REPA head, but velocity.repa_layer is {config.model.velocity.repa_layer} "
             f"in a network of {config.model.velocity.layers} layers",
+        )
+        loss = config.loss
+        require(
+            loss.gan == 0 or (loss.gan_width > 0 and loss.gan_width % 16 == 0),
+            f"loss.gan_width is {loss.gan_width}, it should be a multiple of 16",
+        )
+        require(
+            loss.gan == 0 or (loss.gan_halvings > 0 and config.model.image_size >> loss.gan_halvings >= 3),
+            f"loss.gan_halvings is {loss.gan_halvings}, it should be at least 1 and leave 3 of the {config.model.image_size}",
         )
     else:
         model = config.model

@@ -4,7 +4,7 @@ Shapes: B batch, H W pixels, C channels, T tokens, V codebook size.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from dar_jax.features.dinov2 import Dinov2, Dinov2Config, preprocess
 from dar_jax.features.vgg_lpips import Lpips
 from dar_jax.layers import Array, DType
 from dar_jax.llama import Llama
+from dar_jax.tokenizer.discriminator import Discriminator
 from dar_jax.tokenizer.quantizer import similarity
 from dar_jax.tokenizer.tokenizer import Tokenizer, TokenizerOutput
 
@@ -28,13 +29,13 @@ def tokenizer_loss(
     images: Array,
     key: Array,
     config: TokenizerLossConfig,
-    features: FeatureLoss | None = None,
+    features: Sequence[FeatureLoss] = (),
 ) -> tuple[Array, Metrics]:
     """Flow matching + codebook + commitment + entropy, with a time and noise drawn per image.
 
     Args:
       images: [B, H, W, C] float32 in [-1, 1].
-      features: adds terms such as LPIPS or REPA, which look at the predicted image or at the REPA features (None in a model
+      features: add terms such as LPIPS or REPA, which look at the predicted image or at the REPA features (None in a model
         without their head).
 
     Returns: the loss, and its parts as scalars; "code_counts" [V] int32 counts how often each code was used.
@@ -42,11 +43,11 @@ def tokenizer_loss(
     time_key, noise_key = jax.random.split(key)
     times = jax.random.uniform(time_key, (len(images),))
     noise = jax.random.normal(noise_key, images.shape)
-    return_repa = features is not None and model.config.velocity.has_repa
+    return_repa = bool(features) and model.config.velocity.has_repa
     output = model.apply({"params": params}, images, times, noise, return_repa)
     terms = tokenizer_terms(model, output, config)
-    if features is not None:
-        terms |= features(images, output)
+    for more in features:
+        terms |= more(images, output)
     loss = sum(terms.values())
     metrics = {"loss": loss, **terms}
     if output.quantized.codes is not None:
@@ -74,6 +75,31 @@ def feature_terms(frozen: dict, config: TokenizerLossConfig, dtype: DType = jnp.
             tokens = Dinov2(sizes, dtype).apply({"params": frozen["dinov2"]}, preprocess(images, side))
             found["repa"] = config.repa * (1 - optax.cosine_similarity(output.repa, tokens, epsilon=1e-8)).mean()
         return found
+
+    return terms
+
+
+def adversarial_terms(discriminator: Discriminator, params: dict, config: TokenizerLossConfig, step: Array) -> FeatureLoss:
+    """The non-saturating loss (Goodfellow et al. 2014, arXiv 1406.2661) of the predicted image, times its weight, and the
+    discriminator's own; both are 0, and are not computed, before step `gan_start_step`.
+
+    Each teaches its own side only: the first the tokenizer, the second the discriminator, whose parameters these are.
+    """
+
+    def terms(images: Array, output: TokenizerOutput) -> Metrics:
+        stop = jax.lax.stop_gradient
+
+        def judge(params: dict, images: Array, real: bool) -> Array:
+            logits = discriminator.apply({"params": params}, images)
+            return jax.nn.softplus(-logits if real else logits).mean()
+
+        def play() -> tuple[Array, Array]:
+            deceived = judge(stop(params), output.image, True)
+            told_apart = (judge(params, images, True) + judge(params, stop(output.image), False)) / 2
+            return config.gan * deceived, told_apart
+
+        gan, own = jax.lax.cond(step >= config.gan_start_step, play, lambda: (jnp.float32(0), jnp.float32(0)))
+        return {"gan": gan, "discriminator": own}
 
     return terms
 

@@ -32,8 +32,8 @@ Rules = Sequence[tuple[str, P]]
 # (regular expression on the end of a parameter's path, how its LAST dimensions are cut). The first match counts. Dimensions
 # that a rule does not name, such as the leading layers of a stack of blocks, stay whole.
 RULES: Rules = (
-    # frozen feature networks: convolutions and their norms are small, and whole everywhere
-    (r"conv\d_\d/kernel|(Conv2d_\w+|branch\w+|fc)/kernel", P()),
+    # frozen feature networks and the discriminator: convolutions and their norms are small, and whole everywhere
+    (r"conv\d_\d/kernel|(Conv2d_\w+|branch\w+|fc)/kernel|discriminator/\w+/kernel", P()),
     (r"class_token|head\d|mean|var", P()),
     (r"qkv/bias", P("tensor", None, None)),
     # attention: kernels [D, N, K] and [N, K, D], fused kernel [D, M, R + 2, K]

@@ -9,7 +9,8 @@ from dar_jax import objectives
 from dar_jax.config import TokenizerLossConfig, VelocityConfig
 from dar_jax.features.dinov2 import Dinov2, Dinov2Config, preprocess
 from dar_jax.features.vgg_lpips import Lpips
-from dar_jax.objectives import entropy_loss, feature_terms, tokenizer_loss
+from dar_jax.objectives import adversarial_terms, entropy_loss, feature_terms, tokenizer_loss
+from dar_jax.tokenizer.discriminator import Discriminator
 
 IMAGES = jnp.tanh(jax.random.normal(jax.random.key(8), (64, 8, 8, 1)))
 
@@ -47,12 +48,12 @@ def test_feature_terms_are_added(tiny_tokenizer):
     def features(images, output):
         return {"pixels": 3 * jnp.abs(images - output.image).mean()}
 
-    def loss(params, hook):
-        return tokenizer_loss(model, params, IMAGES, jax.random.key(0), TokenizerLossConfig(), hook)
+    def loss(params, hooks):
+        return tokenizer_loss(model, params, IMAGES, jax.random.key(0), TokenizerLossConfig(), hooks)
 
-    (with_hook, metrics), plain = loss(params, features), loss(params, None)[0]
+    (with_hook, metrics), plain = loss(params, [features]), loss(params, [])[0]
     assert float(with_hook - plain) == pytest.approx(float(metrics["pixels"]), rel=1e-4)
-    gradients = [jax.grad(lambda p, hook=hook: loss(p, hook)[0])(params)["encoder"] for hook in (features, None)]
+    gradients = [jax.grad(lambda p, hooks=hooks: loss(p, hooks)[0])(params)["encoder"] for hooks in ([features], [])]
     assert any(not np.allclose(a, b) for a, b in zip(*map(jax.tree.leaves, gradients)))
 
 
@@ -81,9 +82,44 @@ def test_lpips_and_repa_by_hand(tiny_tokenizer, monkeypatch):
     assert feature_terms({}, TokenizerLossConfig())(images, output) == {}  # needs no network
 
     def loss(params, config):
-        return tokenizer_loss(model, params, images, jax.random.key(0), config, feature_terms(frozen, config))[0]
+        return tokenizer_loss(model, params, images, jax.random.key(0), config, [feature_terms(frozen, config)])[0]
 
     gradients = jax.grad(loss)(params, TokenizerLossConfig(flow=0, codebook=0, commitment=0, lpips=0.5, repa=2.0))
     flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)}
     assert all(jnp.isfinite(leaf).all() for leaf in flat.values())
     assert all((jnp.abs(flat[name]) > 0).any() for name in flat if "repa" in name or "patch_out" in name or "patchify" in name)
+
+
+def test_each_side_of_the_gan_learns_from_its_own_loss(tiny_tokenizer):
+    model, params = tiny_tokenizer()
+    opponent, config = Discriminator(16, 1), TokenizerLossConfig(gan=0.3, gan_start_step=5)
+    weights = jax.tree.map(lambda x: x + 0.1, opponent.init(jax.random.key(1), IMAGES)["params"])
+
+    def total(params, weights, step):
+        terms = adversarial_terms(opponent, weights, config, step)
+        return tokenizer_loss(model, params, IMAGES, jax.random.key(0), config, [terms])
+
+    def by_hand(params, weights, fixed):
+        """The logistic losses as binary cross entropies, against a discriminator with other weights."""
+        output = {}
+        loss, _ = tokenizer_loss(model, params, IMAGES, jax.random.key(0), config, [lambda _, o: output.update(o=o) or {}])
+
+        def real(weights, images):
+            return jax.nn.sigmoid(opponent.apply({"params": weights}, images))
+
+        fooled = -jnp.log(real(fixed, output["o"].image)).mean()
+        predicted = jax.lax.stop_gradient(output["o"].image)
+        told = -jnp.log(real(weights, IMAGES)).mean() - jnp.log(1 - real(weights, predicted)).mean()
+        return loss + 0.3 * fooled + told / 2
+
+    gradients = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))
+    found, metrics = gradients(params, weights, 5)
+    assert metrics["gan"] > 0 and metrics["discriminator"] > 0
+    expected = jax.grad(by_hand, argnums=(0, 1))(params, weights, weights)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), found, expected)
+    plain = jax.grad(lambda p: tokenizer_loss(model, p, IMAGES, jax.random.key(0), config)[0])(params)
+    assert any(not np.allclose(a, b) for a, b in zip(*map(jax.tree.leaves, (found[0], plain))))
+
+    (early, idle), metrics = gradients(params, weights, 4)
+    assert metrics["gan"] == metrics["discriminator"] == 0 and not any(map(np.any, jax.tree.leaves(idle)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), early, plain)

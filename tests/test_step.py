@@ -86,7 +86,7 @@ def tokenizer():
     images = np.random.default_rng(0).uniform(-1, 1, (16, 8, 8, 1)).astype(np.float32)
     params = jax.jit(model.init)(jax.random.key(0), images[:1])["params"]
 
-    def loss_fn(params, batch, key, frozen):
+    def loss_fn(params, batch, key, frozen, step):
         return objectives.tokenizer_loss(model, params, batch, key, TokenizerLossConfig(entropy=0.01))
 
     return loss_fn, noisy(params), images
@@ -99,7 +99,7 @@ def transformer():
     labels, codes = rng.integers(0, 10, 16).astype(np.int32), rng.integers(0, 32, (16, 8)).astype(np.int32)
     params = jax.jit(model.init)(jax.random.key(0), labels[:1], codes[:1])["params"]
 
-    def loss_fn(params, batch, key, frozen):
+    def loss_fn(params, batch, key, frozen, step):
         return objectives.next_token_loss(model, params, *batch, key)  # with dropout
 
     return loss_fn, noisy(params), (codes, labels)
@@ -149,7 +149,7 @@ WIDE = dataclasses.replace(
 
 
 def wide_tokenizer():
-    def loss_fn(params, batch, key, frozen):
+    def loss_fn(params, batch, key, frozen, step):
         return objectives.tokenizer_loss(Tokenizer(WIDE), params, batch, key, TokenizerLossConfig())
 
     images = jax.ShapeDtypeStruct((16, 8, 8, 1), jnp.float32)
@@ -159,7 +159,7 @@ def wide_tokenizer():
 def wide_transformer():
     model = Llama(LlamaConfig(layers=4, heads=8, width=128, num_tokens=16, vocab_size=512, num_classes=10, mlp_multiple=16))
 
-    def loss_fn(params, batch, key, frozen):
+    def loss_fn(params, batch, key, frozen, step):
         return objectives.next_token_loss(model, params, *batch, key)
 
     codes, labels = jax.ShapeDtypeStruct((16, 16), jnp.int32), jax.ShapeDtypeStruct((16,), jnp.int32)
@@ -212,7 +212,7 @@ def test_a_bad_layout_is_noticed(capfd):
     assert "Involuntary full rematerialization" in capfd.readouterr().err
 
 
-def linear_loss(params, batch, key, frozen):
+def linear_loss(params, batch, key, frozen, step):
     error = jnp.square(batch["x"] @ params["kernel"] - batch["y"]).mean()
     return error, {"count": jnp.sum(batch["y"] > 0), "draw": jax.random.uniform(key)}
 
@@ -256,8 +256,8 @@ def test_step_follows_from_seed_and_number(linear):
 @pytest.mark.usefixtures("one_dimensional_rule")
 @pytest.mark.parametrize("spoil", ["loss", "gradient"])
 def test_state_survives_what_is_not_finite(linear, spoil):
-    def loss_fn(params, batch, key, frozen):
-        loss, metrics = linear_loss(params, batch, key, frozen)
+    def loss_fn(params, batch, key, frozen, step):
+        loss, metrics = linear_loss(params, batch, key, frozen, step)
         if spoil == "loss":
             return loss + jnp.inf, metrics
         return loss + jnp.sqrt(jnp.sum(0 * params["kernel"])), metrics  # the slope of sqrt at 0 is infinite

@@ -23,7 +23,7 @@ from dar_jax.sampling.logits import linear_guidance
 from dar_jax.sampling.sampler import Networks, generate, make_settings
 from dar_jax.training import checkpoint
 from dar_jax.training.experiment import Experiment, load_experiment
-from dar_jax.training.stages import tokenizer_loss_fn, transformer_loss_fn
+from dar_jax.training.stages import tokenizer_loss_fn, tokenizer_params, transformer_loss_fn
 from dar_jax.training.state import Params, abstract_state, make_optimizer
 from dar_jax.training.step import make_train_step
 
@@ -78,7 +78,9 @@ def training_job(experiment: Experiment, mesh: Mesh) -> Job:
     check_batch(train.batch_size, train.accumulate, mesh)
     model = experiment.build_model(jnp.dtype(train.dtype), train.remat)
     image = ((config.data.image_size, config.data.image_size, config.data.channels), jnp.uint8)
+    init_params = functools.partial(experiment.init_params, model)
     if isinstance(config, TokenizerTraining):
+        init_params = functools.partial(tokenizer_params, experiment, model)
         loss_fn, inputs = tokenizer_loss_fn(experiment, model), {"image": image}
         frozen = placed({} if experiment.loss else feature_networks(experiment), mesh)
     elif (tokenizer := None if config.data.source == "codes" else find_tokenizer(experiment)) is not None:
@@ -90,7 +92,7 @@ def training_job(experiment: Experiment, mesh: Mesh) -> Job:
         loss_fn, inputs, frozen = transformer_loss_fn(experiment, model), {"codes": ((config.model.num_tokens,), jnp.int32)}, {}
     optimizer = make_optimizer(config.optimizer, train.steps)
     with jax.set_mesh(mesh):
-        state = abstract_state(functools.partial(experiment.init_params, model), optimizer, mesh, experiment.rules)
+        state = abstract_state(init_params, optimizer, mesh, experiment.rules)
         step = make_train_step(loss_fn, optimizer, config, state, mesh)
         traced = step.trace(state, batch_of(train.batch_size, {**inputs, "label": ((), jnp.int32)}, mesh), frozen)
     memory = {

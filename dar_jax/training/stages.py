@@ -18,13 +18,14 @@ from dar_jax.data.sources import open_source
 from dar_jax.errors import InputError
 from dar_jax.features.dinov2 import Dinov2Config
 from dar_jax.features.vgg_lpips import SMALLEST
-from dar_jax.objectives import FeatureLoss, feature_terms, next_token_loss, tokenizer_loss
+from dar_jax.objectives import adversarial_terms, feature_terms, next_token_loss, tokenizer_loss
 from dar_jax.release.features import load_dinov2, load_lpips
 from dar_jax.release.weights import resolve
+from dar_jax.tokenizer.discriminator import Discriminator
 from dar_jax.tokenizer.tokenizer import Tokenizer
 from dar_jax.training.checkpoint import Loaded, load, save_for_inference
 from dar_jax.training.experiment import Experiment
-from dar_jax.training.state import Params
+from dar_jax.training.state import DISCRIMINATOR, Params, without_discriminator
 from dar_jax.training.step import LossFn
 
 
@@ -54,20 +55,37 @@ def tokenizer_stage(experiment: Experiment, mesh: Mesh) -> Stage:
     model = experiment.build_model(matmul_dtype(config.train.dtype), config.train.remat)
     source = (experiment.source or open_source)(config.data)
     frozen = {} if experiment.loss else _feature_networks(config, mesh)
-    init_params, loss_fn = functools.partial(experiment.init_params, model), tokenizer_loss_fn(experiment, model)
+    if experiment.loss is not None and config.loss.gan != 0:
+        raise InputError("loss.gan is a part of the library's loss, which this experiment replaces; set it to 0")
+    init_params, loss_fn = functools.partial(tokenizer_params, experiment, model), tokenizer_loss_fn(experiment, model)
     return Stage(experiment, model, source, tuple(source.class_names), init_params, loss_fn, frozen, None)
+
+
+def tokenizer_params(experiment: Experiment, model: nn.Module) -> Params:
+    """What stage 1 trains: the tokenizer and, for a GAN, its discriminator; from the settings only."""
+    config, params = experiment.config, experiment.init_params(model)
+    if config.loss.gan == 0:
+        return params
+    images = jnp.zeros((1, config.model.image_size, config.model.image_size, config.model.channels))
+    key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
+    return {**params, DISCRIMINATOR: _discriminator(config, jnp.float32).init(key, images)["params"]}
 
 
 def tokenizer_loss_fn(experiment: Experiment, model: nn.Module) -> LossFn:
     """The loss of stage 1 on batches of uint8 images; the frozen parameters are those of `objectives.feature_terms`."""
     config = experiment.config
 
-    def loss_fn(params: Params, batch: dict, key: jax.Array, frozen: Params):
+    def loss_fn(params: Params, batch: dict, key: jax.Array, frozen: Params, step: jax.Array):
         images = to_float(batch["image"])
         if experiment.loss is not None:
             return experiment.loss(model, params, {**batch, "image": images}, key, config)
-        features = _both(feature_terms(frozen, config.loss, model.dtype) if frozen else None, experiment.features)
-        return tokenizer_loss(model, params, images, key, config.loss, features)
+        features = [experiment.features] if experiment.features else []
+        if frozen:
+            features.append(feature_terms(frozen, config.loss, model.dtype))
+        if config.loss.gan != 0:
+            opponent = _discriminator(config, model.dtype)
+            features.append(adversarial_terms(opponent, params[DISCRIMINATOR], config.loss, step))
+        return tokenizer_loss(model, without_discriminator(params), images, key, config.loss, features)
 
     return loss_fn
 
@@ -101,7 +119,7 @@ def transformer_loss_fn(experiment: Experiment, model: nn.Module, encoder: Token
     """The loss of stage 2 on batches of codes, or of uint8 images, whose codes come from `encoder` with frozen parameters."""
     loss = experiment.loss or _transformer_loss
 
-    def loss_fn(params: Params, batch: dict, key: jax.Array, frozen: Params):
+    def loss_fn(params: Params, batch: dict, key: jax.Array, frozen: Params, step: jax.Array):
         if "image" in batch:
             codes = encoder.apply({"params": frozen}, to_float(batch["image"]), method="codes")
             batch = {"codes": codes, "label": batch["label"]}
@@ -137,10 +155,8 @@ def _feature_networks(config: TokenizerTraining, mesh: Mesh) -> Params:
     return parallel.put(networks, parallel.shardings(networks, mesh))
 
 
-def _both(first: FeatureLoss | None, second: FeatureLoss | None) -> FeatureLoss | None:
-    if first is None or second is None:
-        return first or second
-    return lambda images, output: first(images, output) | second(images, output)
+def _discriminator(config: TokenizerTraining, dtype: jnp.dtype) -> Discriminator:
+    return Discriminator(config.loss.gan_width, config.loss.gan_halvings, dtype)
 
 
 def _transformer_loss(model: nn.Module, params: Params, batch: dict, key: jax.Array, config: TransformerTraining):

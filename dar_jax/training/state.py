@@ -1,6 +1,7 @@
 """The state of a training run: parameters, their moving average and the optimizer."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from dar_jax.config import OptimizerConfig
 
 Params = Any
 
+DISCRIMINATOR = "discriminator"  # what a GAN's opponent is called among the parameters
 DECAYED = re.compile(r"(^|/)(kernel|output|codebook|\w+_table)$")
 
 
@@ -24,13 +26,19 @@ DECAYED = re.compile(r"(^|/)(kernel|output|codebook|\w+_table)$")
 class TrainState:
     """All that changes in training. Randomness and data follow from `step`, so no key and no iterator is kept.
 
-    step: int32 scalar, the number of steps done. params, ema: trees of float32 arrays. opt_state: of `make_optimizer`.
+    step: int32 scalar, the number of steps done. params, ema: trees of float32 arrays; a discriminator is trained with the
+    others, but not averaged. opt_state: of `make_optimizer`.
     """
 
     step: jax.Array
     params: Params
     ema: Params
     opt_state: optax.OptState
+
+
+def without_discriminator(params: Params) -> Params:
+    """The parameters of the model alone."""
+    return {name: part for name, part in params.items() if name != DISCRIMINATOR}
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -61,8 +69,8 @@ def decay_mask(params: Params) -> Any:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW (eps 1e-8), for a run of `steps` steps."""
-    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    """Clipping by the global norm, then AdamW (eps 1e-8), for a run of `steps` steps. A discriminator's norm is its own."""
+    clip = optax.identity() if config.clip_norm is None else optax.stateless(functools.partial(_clip, config.clip_norm))
     adamw = optax.adamw(
         learning_rate(config, steps),
         b1=config.beta1,
@@ -74,10 +82,17 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     return optax.chain(clip, adamw)
 
 
+def _clip(norm: float, gradients: Params, _: Params) -> Params:
+    clip, model = optax.clip_by_global_norm(norm), without_discriminator(gradients)
+    others = {name: part for name, part in gradients.items() if name not in model}
+    return {**clip.update(model, optax.EmptyState())[0], **clip.update(others, optax.EmptyState())[0]}
+
+
 def _initializer(init_params: Callable[[], Params], optimizer: optax.GradientTransformation) -> Callable[[], TrainState]:
     def init() -> TrainState:
         params = init_params()
-        return TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+        ema = jax.tree.map(jnp.copy, without_discriminator(params))
+        return TrainState(jnp.int32(0), params, ema, optimizer.init(params))
 
     return init
 
@@ -112,7 +127,8 @@ def init_state(
     """The state before the first step, made in place on the mesh; the values do not depend on the mesh.
 
     Args:
-      init_params: makes the parameters, such as `lambda: model.init(key, images)["params"]`. The EMA starts equal to them.
+      init_params: makes the parameters, a dictionary, such as `lambda: model.init(key, images)["params"]`. The EMA starts
+        equal to them.
       rules: a fork's own sharding rules, see `parallel.shardings`.
     """
     abstract = abstract_state(init_params, optimizer, mesh, rules)

@@ -11,11 +11,11 @@ from jax.sharding import PartitionSpec as P
 
 from dar_jax import parallel
 from dar_jax.config import TokenizerTraining, TransformerTraining
-from dar_jax.training.state import Params, TrainState, learning_rate
+from dar_jax.training.state import Params, TrainState, learning_rate, without_discriminator
 
 Batch = Any  # a tree of arrays, the batch first
 Metrics = dict[str, jax.Array]
-LossFn = Callable[[Params, Batch, jax.Array, Any], tuple[jax.Array, Metrics]]
+LossFn = Callable[[Params, Batch, jax.Array, Any, jax.Array], tuple[jax.Array, Metrics]]
 TrainStep = Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]
 
 
@@ -29,8 +29,9 @@ def make_train_step(
     """Returns the jitted `train_step(state, batch, frozen) -> (state, metrics)`, which consumes (donates) its state.
 
     Args:
-      loss_fn: (params, batch, key, frozen) -> (scalar loss, metrics). Metrics are means over the batch where they are
-        floating point and counts where they are integers; `frozen` holds parameters that are not trained.
+      loss_fn: (params, batch, key, frozen, step) -> (scalar loss, metrics). Metrics are means over the batch where they are
+        floating point and counts where they are integers; `frozen` holds parameters that are not trained; `step` is the
+        number of steps done, int32.
       state: the state or its abstract form; only the shardings are looked at.
 
     Step k draws its randomness from fold_in(key(seed), k), with accumulation also from the number of the part. The metrics
@@ -41,15 +42,15 @@ def make_train_step(
     schedule = learning_rate(config.optimizer, train.steps)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
-    def gradients(params: Params, batch: Batch, key: jax.Array, frozen: Any) -> tuple[Params, Metrics]:
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key, frozen)
+    def gradients(params: Params, batch: Batch, key: jax.Array, frozen: Any, step: jax.Array) -> tuple[Params, Metrics]:
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key, frozen, step)
         grads = jax.lax.with_sharding_constraint(grads, state_shardings.params)
         return grads, {**metrics, "loss": loss}
 
-    def accumulated(params: Params, batch: Batch, key: jax.Array, frozen: Any) -> tuple[Params, Metrics]:
+    def accumulated(params: Params, batch: Batch, key: jax.Array, frozen: Any, step: jax.Array) -> tuple[Params, Metrics]:
         def add_part(total: Params, numbered: tuple[jax.Array, Batch]) -> tuple[Params, Metrics]:
             number, part = numbered
-            grads, metrics = gradients(params, part, jax.random.fold_in(key, number), frozen)
+            grads, metrics = gradients(params, part, jax.random.fold_in(key, number), frozen, step)
             return jax.tree.map(jnp.add, total, grads), metrics
 
         parts = (jnp.arange(train.accumulate), split_batch(batch, train.accumulate, mesh))
@@ -59,13 +60,14 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch, frozen: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(train.seed), state.step)
-        grads, metrics = (accumulated if train.accumulate > 1 else gradients)(state.params, batch, key, frozen)
+        grads, metrics = (accumulated if train.accumulate > 1 else gradients)(state.params, batch, key, frozen, state.step)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
+        averaged = without_discriminator(params)
+        ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, averaged)
         new, old = (params, ema, opt_state), (state.params, state.ema, state.opt_state)
         params, ema, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 

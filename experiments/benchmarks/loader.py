@@ -198,7 +198,7 @@ def tokenizer_flops(experiment: Experiment) -> float:
     }
 
     def loss(params: dict, frozen: dict, images: jax.Array) -> jax.Array:
-        return tokenizer_loss(model, params, images, jax.random.key(0), config.loss, feature_terms(frozen, config.loss))[0]
+        return tokenizer_loss(model, params, images, jax.random.key(0), config.loss, [feature_terms(frozen, config.loss)])[0]
 
     return count_flops(jax.grad(loss), _params(experiment), frozen, images)
 
