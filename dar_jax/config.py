@@ -221,6 +221,8 @@ class TrainConfig:
     sample_every: int = 0  # a grid of samples (or reconstructions) in the log every so many steps; 0: never
     evaluate_every: int = 0  # metrics on held-out images in the log every so many steps; 0: never
     evaluate_images: int = 256  # on so many of them
+    profile: tuple[int, int] | None = None  # a profiler trace of these steps, first and last, in the folder of the logs
+    peak_flops: float | None = None  # bfloat16 operations/s of one device, for the MFU in the log; None: by its kind, if known
 
 
 @dataclass(frozen=True)
@@ -315,6 +317,13 @@ def validate(config: TokenizerTraining | TransformerTraining) -> None:
     )
     for name in ("log_every", "checkpoint_every", "keep_checkpoints", "evaluate_images"):
         require(getattr(train, name) > 0, f"train.{name} is {getattr(train, name)}, it should be at least 1")
+    if train.profile is not None:
+        first, last = train.profile
+        require(
+            1 <= first <= last <= train.steps,
+            f"train.profile is {first} {last}, it should be a first and a last step between 1 and train.steps {train.steps}",
+        )
+    require(train.peak_flops is None or train.peak_flops > 0, f"train.peak_flops is {train.peak_flops}, it should be above 0")
     require(0 <= optimizer.ema_decay < 1, f"optimizer.ema_decay is {optimizer.ema_decay}, it should be in [0, 1)")
     require(data.channels in (1, 3), f"data.channels is {data.channels}, it should be 1 (grey) or 3 (RGB)")
     if isinstance(config, TokenizerTraining):

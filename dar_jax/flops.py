@@ -1,8 +1,10 @@
-"""How many floating-point operations a function's matrix products take, counted from its traced program.
+"""How many floating-point operations a function's matrix products take, counted from its traced program, and how many a device
+can do.
 
 The count follows the model by itself: whatever is multiplied in it is counted, in loops as often as they turn. Only matrix
 products and convolutions count, as is usual for model FLOPs utilisation (MFU), and causal attention counts in full, as it is
-computed. What a hand-written kernel does inside is not seen, and the body of a `shard_map` counts as that of one device.
+computed. Of hand-written kernels only cuDNN's attention is seen, and counts as the same attention without a kernel; the body of
+a `shard_map` counts as that of one device.
 """
 
 import math
@@ -13,6 +15,33 @@ from typing import Any
 import jax
 import numpy as np
 from jax.extend import core
+
+# Dense bfloat16 operations/s of one device, by `jax.Device.device_kind`. TPUs: Google Cloud's pages on the versions,
+# docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x, of which a chip is two devices. NVIDIA: the data sheets of the
+# products, nvidia.com/data-center; where they only give the rate with sparsity, half of it.
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,  # v5e
+    "TPU v5": 459e12,  # v5p
+    "TPU v6 lite": 918e12,  # v6e
+    "TPU7x": 2307e12 / 2,
+    **dict.fromkeys(("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB"), 312e12),
+    **dict.fromkeys(("NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe"), 312e12),
+    "NVIDIA A40": 149.7e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40": 181.05e12,
+    "NVIDIA L40S": 362.05e12,
+    **dict.fromkeys(("NVIDIA H100 80GB HBM3", "NVIDIA H200"), 1979e12 / 2),
+    "NVIDIA H100 NVL": 1671e12 / 2,
+    "NVIDIA H100 PCIe": 1513e12 / 2,
+    "NVIDIA B200": 4500e12 / 2,
+    "NVIDIA GB200": 5000e12 / 2,
+}
+# By the name of the primitive: the products of attention without a kernel. The scores that the backward pass computes again are
+# not among them.
+FUSED_ATTENTION = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 4}
+PERMUTATION = "permutation"  # the name of products that only move numbers, and do not count
+REMATERIALIZED = "rematted_computation"  # how `jax.checkpoint` names what it computes again
 
 
 @dataclass(frozen=True)
@@ -29,16 +58,27 @@ class Product:
     precision: str
     name: str
 
+    @property
+    def again(self) -> bool:
+        """Whether the backward pass computes it a second time (`jax.checkpoint`)."""
+        return REMATERIALIZED in self.name
+
 
 def count_flops(function: Callable, *arguments: Any) -> float:
     """Floating-point operations of `function(*arguments)`, on all devices together; a multiplication and its addition are two.
 
     A loop whose number of turns is only known when it runs counts once; of several branches, the one that takes most. What
-    rematerialisation computes again counts again: for MFU, count the function without it.
+    rematerialisation computes again counts again, other than in `model_flops`.
 
     Args: arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
     """
     return sum(product.flops for product in matrix_products(jax.make_jaxpr(function)(*arguments)))
+
+
+def model_flops(traced: jax.stages.Traced) -> float:
+    """Floating-point operations of a traced function (`jax.jit(f).trace(...)`), on all devices together, as MFU is about them:
+    what rematerialisation computes again does not count again."""
+    return sum(product.flops for product in matrix_products(traced.jaxpr) if not product.again)
 
 
 def matrix_products(jaxpr: core.ClosedJaxpr) -> list[Product]:
@@ -61,10 +101,16 @@ def _products(jaxpr: core.Jaxpr, times: float, outer: str) -> Iterator[Product]:
     for equation in jaxpr.eqns:
         name = "/".join(filter(None, (outer, str(equation.source_info.name_stack))))
         kind, inside = equation.primitive.name, core.jaxprs_in_params(equation.params)
+        if PERMUTATION in name:
+            continue
         if kind in ("dot_general", "conv_general_dilated"):
             flops, sizes = (_dot if kind == "dot_general" else _convolution)(equation)
             dtypes = tuple(str(side.aval.dtype) for side in equation.invars[:2])
             yield Product(times * flops, sizes, dtypes, _precision(equation.params["precision"]), name)
+        elif kind in FUSED_ATTENTION:
+            query, key = (side.aval for side in equation.invars[:2])  # [B, T, N, K], [B, S, M, K]
+            flops, sizes = 2.0 * query.size * key.shape[1], (query.shape[1], key.shape[1], query.shape[3])
+            yield Product(times * FUSED_ATTENTION[kind] * flops, sizes, (str(query.dtype), str(key.dtype)), "default", name)
         elif kind == "cond":
             branches = [list(_products(branch, times, name)) for branch in inside]
             yield from max(branches, key=lambda products: sum(product.flops for product in products))

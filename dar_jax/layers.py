@@ -17,6 +17,8 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
+from dar_jax.flops import PERMUTATION
+
 Array = jax.Array
 DType = jnp.dtype | type
 
@@ -90,14 +92,25 @@ def pad_rope(rope: Rope, count: int) -> Rope:
 
 
 def apply_rope(x: Array, rope: Rope) -> Array:
-    """Turns adjacent pairs of x [B, T, N, K] by the angles of `rope`; computed in float32, returned in x's dtype.
-
-    Every element meets its partner by a shift; taking the pairs apart would cost TPU several changes of layout.
-    """
+    """Turns adjacent pairs of x [B, T, N, K] by the angles of `rope`; computed in float32, returned in x's dtype."""
     cos, sin = (part[None, :, None, :] for part in rope)
-    first, wide = np.arange(x.shape[-1]) % 2 == 0, x.astype(jnp.float32)
-    partner = jnp.where(first, jnp.roll(wide, -1, axis=-1), jnp.roll(wide, 1, axis=-1))
-    return (wide * cos + partner * sin).astype(x.dtype)
+    return (x.astype(jnp.float32) * cos + _partners(x) * sin).astype(x.dtype)
+
+
+def _partners(x: Array) -> Array:
+    """The other element of each adjacent pair of x [..., K], float32.
+
+    Taking the pairs apart would cost a TPU several changes of layout. Shifts become a part of the operations around them for
+    a single token, but of a sequence they are written to memory, which a product with a permutation is not.
+    """
+    size = x.shape[-1]
+    if x.shape[1] == 1:
+        wide = x.astype(jnp.float32)
+        return jnp.where(np.arange(size) % 2 == 0, jnp.roll(wide, -1, axis=-1), jnp.roll(wide, 1, axis=-1))
+    swap = np.eye(size, dtype=x.dtype)[np.arange(size) ^ 1]
+    exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    with jax.named_scope(PERMUTATION):
+        return jnp.dot(x, swap, precision=exact, preferred_element_type=jnp.float32)
 
 
 # --- attention -----------------------------------------------------------------------------------------------------------

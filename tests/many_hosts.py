@@ -114,8 +114,9 @@ def options(workdir: Path, steps: int) -> list[object]:
 def curve(workdir: Path) -> list[dict[str, float]]:
     """What was logged at every step, without what a clock said."""
     from dar_jax.training.logs import read_records
+    from dar_jax.training.loop import RATES
 
-    return [{name: value for name, value in record.items() if name != "images_per_second"} for record in read_records(workdir)]
+    return [{name: value for name, value in record.items() if name not in RATES} for record in read_records(workdir)]
 
 
 def run_with_kills(workdir: Path, steps: int, kills: int, rng: np.random.Generator, heartbeat: int, say=lambda text: None):

@@ -49,6 +49,17 @@ class Case:
         images = jnp.zeros((1, *(model.config.image_size,) * 2, model.config.channels))
         return model, *self._params(model, tokenizer_entries(model.config), images)
 
+    def inception(self) -> dict[str, np.ndarray]:
+        """The tensors of Inception's file, by name."""
+
+        def tensor(name: str, shape: list[int]) -> np.ndarray:
+            x = self.rules.fill(self.seed, name, tuple(shape))
+            if name.endswith("running_var"):
+                return 1 + np.abs(x)
+            return 1 + x if name.endswith("bn.weight") else x
+
+        return {name: tensor(name, shape) for name, shape in self.info["parameters"].items()}
+
     def llama(self):
         """(model, parameters, table of names) of a transformer case."""
         config = self.info["config"]

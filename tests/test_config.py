@@ -47,6 +47,10 @@ def test_malformed_settings(change, message):
     [
         (TokenizerTraining(train=TrainConfig(steps=0)), "train.steps"),
         (TokenizerTraining(train=TrainConfig(batch_size=10, accumulate=4)), "accumulate"),
+        (TokenizerTraining(train=TrainConfig(profile=(0, 3))), "train.profile is 0 3"),
+        (TokenizerTraining(train=TrainConfig(profile=(4, 3))), "train.profile is 4 3"),
+        (TokenizerTraining(train=TrainConfig(profile=(4, 9), steps=8)), "train.profile is 4 9"),
+        (TokenizerTraining(train=TrainConfig(peak_flops=0.0)), "train.peak_flops"),
         (TokenizerTraining(data=DataConfig(image_size=128)), "128 pixels"),
         (TokenizerTraining(data=DataConfig(channels=2)), "channels"),
         (TokenizerTraining(data=DataConfig(source="codes")), "codes"),

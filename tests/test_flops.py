@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dar_jax.config import LlamaConfig
-from dar_jax.flops import count_flops, matrix_products
+from dar_jax.config import LlamaConfig, TokenizerLossConfig
+from dar_jax.flops import PEAKS, count_flops, matrix_products, model_flops
 from dar_jax.llama import Llama
+from dar_jax.objectives import next_token_loss, tokenizer_loss
 
 
 def array(*shape, dtype=jnp.float32):
@@ -92,6 +93,50 @@ def test_every_layer_of_a_transformer_counts_and_so_does_what_is_computed_again(
     # The first inputs' gradients are those of tables, which take no product; so the three layers, twice, and the head.
     assert trained == 3 * forward
     assert trained < again <= 4 * forward
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_model_flops_leave_out_what_is_computed_again(remat, tiny_tokenizer):
+    """In every kind of block: self attention, cross attention, and those of the transformer."""
+    tokenizer, params = tiny_tokenizer()
+    config = LlamaConfig(layers=3, heads=2, width=16, num_tokens=8, vocab_size=32, num_classes=4, mlp_multiple=8)
+
+    def encode_and_denoise(remat):
+        model, key = tokenizer.clone(remat=remat), jax.random.key(0)
+        loss = lambda params, images: tokenizer_loss(model, params, images, key, TokenizerLossConfig())[0]  # noqa: E731
+        return jax.jit(jax.grad(loss)).trace(params, array(2, 8, 8, 1))
+
+    def predict(remat):
+        model = Llama(config, remat=remat)
+        loss = lambda params, labels, codes: next_token_loss(model, params, codes, labels)[0]  # noqa: E731
+        inputs = array(2, dtype=jnp.int32), array(2, 8, dtype=jnp.int32)
+        params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+        return jax.jit(jax.grad(loss)).trace(params, *inputs)
+
+    for trace in (encode_and_denoise, predict):
+        once, again = trace("none"), trace(remat)
+        assert sum(product.flops for product in matrix_products(again.jaxpr)) > model_flops(again) == model_flops(once) > 0
+
+
+def test_cudnn_attention_counts_as_attention_without_a_kernel(monkeypatch):
+    """Traced as on a GPU that has cuDNN, forward and backward."""
+    kernels = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(kernels, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(kernels, "check_is_flash_attention", lambda *arguments: None)
+
+    def flops(implementation):
+        attend = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, implementation=implementation).sum()  # noqa: E731
+        sides = array(2, 128, 4, 16, dtype=jnp.bfloat16), *[array(2, 64, 4, 16, dtype=jnp.bfloat16)] * 2
+        return count_flops(attend, *sides), count_flops(jax.grad(attend, argnums=(0, 1, 2)), *sides)
+
+    assert flops("cudnn") == flops("xla") == (4 * 2 * 128 * 64 * 4 * 16, 12 * 2 * 128 * 64 * 4 * 16)
+
+
+def test_peaks_of_devices():
+    """The dense rates, with products in bfloat16; some of them are said by the makers of devices for sparse matrices only."""
+    assert PEAKS["TPU v5 lite"] == 197e12 and PEAKS["TPU v6 lite"] == 918e12
+    assert PEAKS["NVIDIA A100-SXM4-80GB"] == 312e12 and PEAKS["NVIDIA H200"] == PEAKS["NVIDIA H100 80GB HBM3"] == 989.5e12
+    assert jax.devices()[0].device_kind not in PEAKS  # the CPU
 
 
 def test_products_tell_where_they_are_and_of_what_they_are_made():

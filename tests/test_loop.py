@@ -20,7 +20,7 @@ from dar_jax.errors import InputError
 from dar_jax.training import checkpoint
 from dar_jax.training.experiment import Experiment, load_experiment
 from dar_jax.training.logs import read_records
-from dar_jax.training.loop import TrainingDiverged, train
+from dar_jax.training.loop import RATES, TrainingDiverged, train
 from dar_jax.training.state import learning_rate
 
 TRAIN = """
@@ -87,8 +87,7 @@ def test_killed_anywhere_a_run_resumes_to_the_same_bits(uninterrupted, tmp_path)
     (step, found), (last, expected) = saved(tmp_path), saved(uninterrupted)
     assert step == last == 30
     jax.tree.map(np.testing.assert_array_equal, found, expected)
-    strip = ("images_per_second",)
-    records = [[{k: v for k, v in r.items() if k not in strip} for r in read_records(w)] for w in (tmp_path, uninterrupted)]
+    records = [[{k: v for k, v in r.items() if k not in RATES} for r in read_records(w)] for w in (tmp_path, uninterrupted)]
     assert [r["step"] for r in records[0]] == [r["step"] for r in records[1]] == list(range(2, 31, 2))
     assert records[0][-1] == records[1][-1]
 
@@ -158,10 +157,52 @@ def test_logs(tmp_path, capsys):
     # the stand-in counts the 16 labels of two batches, 10 kinds at most, as if they were codes
     assert all(r["codebook_usage"] == 1 - r["dead_codes"] / 16 and 6 <= r["dead_codes"] < 12 for r in records)
     assert records[-1]["images_per_second"] > 0 and records[-1]["learning_rate"] == 0
+    assert all(r["tokens_per_second"] == pytest.approx(4 * r["images_per_second"]) for r in records[1:])
+    assert not any("mfu" in r for r in records)  # a CPU's peak is not known
     assert drawn == [((8, 8, 8, 1), (32,))] * 2
     assert list((tmp_path / "logs").glob("events.*"))
     out = capsys.readouterr().out
     assert "from the beginning (no checkpoint to resume from), 8 devices" in out and "step 8/8" in out and "loss" in out
+
+
+def test_mfu_is_the_models_operations_by_time_and_peak(tmp_path):
+    train(with_train(peak_flops=1e9), tmp_path)
+    # two layers of the stand-in on 64 pixels, in the forward pass, for the weights, and the second for its inputs
+    flops = 8 * (3 + 2) * 2 * 64 * 32
+    records = read_records(tmp_path)
+    assert [set(RATES) <= set(record) for record in records] == [True] * 4
+    for record in records:
+        assert record["mfu"] == pytest.approx(record["images_per_second"] / 8 * flops / (8 * 1e9), rel=1e-6)
+
+
+def traced_steps(workdir):
+    """Numbers of the steps in a run's profiles, by folder."""
+    found = {}
+    for path in workdir.glob("logs/plugins/profile/*/*.xplane.pb"):
+        planes = jax.profiler.ProfileData.from_file(str(path)).planes
+        events = [event for plane in planes for line in plane.lines for event in line.events if event.name == "train"]
+        found[path.parent.name] = sorted({value for event in events for name, value in event.stats if name == "step_num"})
+    return found
+
+
+def test_profile_holds_the_steps_that_were_asked_for(tmp_path, capsys):
+    train(with_train(), tmp_path)
+    assert not (tmp_path / "logs/plugins").exists()
+    train(with_train(steps=12, profile=(10, 11)), tmp_path, resume=True)
+    assert traced_steps(tmp_path) == {"steps_10_to_11": [10, 11]}
+    assert f"wrote the profile {tmp_path}/logs/plugins/profile/steps_10_to_11" in capsys.readouterr().out
+    train(with_train(steps=14, profile=(10, 12)), tmp_path, resume=True)  # past its end
+    train(with_train(steps=16, profile=(12, 15)), tmp_path, resume=True)  # amid it
+    assert traced_steps(tmp_path) == {"steps_10_to_11": [10, 11], "steps_12_to_15": [15]}
+
+
+def test_profile_is_written_where_a_run_ends_amid_it(tmp_path):
+    def evaluate(stage, params):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(with_train(profile=(2, 6), evaluate_every=4), tmp_path, evaluate=evaluate)
+    assert traced_steps(tmp_path) == {"steps_2_to_6": [2, 3, 4]}
 
 
 def test_diverging_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from dar_jax import cli, parallel
 from dar_jax.config import MeshConfig, TokenizerLossConfig, VelocityConfig
 from dar_jax.errors import InputError
-from dar_jax.flops import Product, count_flops
+from dar_jax.flops import PEAKS, Product, count_flops
 from dar_jax.plan import ENVIRONMENT, compiler, hlo, jobs, planner, report
 from dar_jax.plan.chips import CHIPS, GIB, chip_of
 from dar_jax.quickstart import TOKENIZER, TRANSFORMER
@@ -373,6 +373,14 @@ def test_says_how_to_get_libtpu(capsys, monkeypatch, on_cpu):
     assert code == 2
     with pytest.raises(InputError, match=r'pip install "jax\[tpu\]"'):
         compiler.open_topology("v5e:2x2")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_a_chips_peak_is_that_of_its_device(topology, on_cpu):
+    """So that the plan's MFU and that of a run's log are shares of the same."""
+    devices = compiler.open_topology(topology)
+    assert len(devices) == 4 and PEAKS[devices[0].device_kind] == chip_of(topology).peak
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 
 from dar_jax.errors import InputError
+from dar_jax.flops import PEAKS
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,10 @@ GIB = 2**30
 # Google Cloud's pages on the versions, docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e (read in 2026). The interconnect is
 # half of what they give for both directions together. Of the memory, the part that libtpu's compiler gives to a program.
 CHIPS = {
-    "v4": Chip(275e12, 30.75 * GIB, 1200e9, 300e9, 3, "v4:4x4x4", "megacore"),
-    "v5e": Chip(197e12, 15.75 * GIB, 819e9, 200e9, 2, "v5e:8x8", "default"),
-    "v5p": Chip(459e12, 95.74 * GIB, 2765e9, 600e9, 3, "v5p:4x4x4", "megacore"),
-    "v6e": Chip(918e12, 31.25 * GIB, 1638e9, 400e9, 2, "v6e:8x8", "default"),
+    "v4": Chip(PEAKS["TPU v4"], 30.75 * GIB, 1200e9, 300e9, 3, "v4:4x4x4", "megacore"),
+    "v5e": Chip(PEAKS["TPU v5 lite"], 15.75 * GIB, 819e9, 200e9, 2, "v5e:8x8", "default"),
+    "v5p": Chip(PEAKS["TPU v5"], 95.74 * GIB, 2765e9, 600e9, 3, "v5p:4x4x4", "megacore"),
+    "v6e": Chip(PEAKS["TPU v6 lite"], 31.25 * GIB, 1638e9, 400e9, 2, "v6e:8x8", "default"),
 }
 
 

@@ -119,6 +119,11 @@ def matrix_flops(computations: Computations, times: Mapping[str, float], passes:
     return total
 
 
+def has_kernels(computations: Computations) -> bool:
+    """Whether there are hand-written kernels, inside of which nothing is counted."""
+    return any("tpu_custom_call" in op.attributes for ops in computations.values() for op in ops.values())
+
+
 def collectives(computations: Computations, times: Mapping[str, float], devices: int) -> list[Collective]:
     """The communication of one call by kind, most bytes first. Every device sends these bytes if rings are used, which are
     what takes the least: 2 (n - 1) / n of what n devices sum up, (n - 1) / n of what they gather, scatter or exchange."""

@@ -133,9 +133,10 @@ def make_plan(experiment: Experiment, topology: str, chip: Chip, sampling: bool)
     times = hlo.executions(computations)
     collectives = hlo.collectives(computations, times, mesh.size)
     compiled_flops = mesh.size * hlo.matrix_flops(computations, times)
+    in_kernels = max(0.0, found.flops - compiled_flops) if hlo.has_kernels(computations) else 0.0
     seconds = report.roofline(
         chip,
-        hlo.matrix_flops(computations, times, passes=True),
+        hlo.matrix_flops(computations, times, passes=True) + in_kernels / mesh.size,
         hlo.hbm_bytes(computations, times),
         sum(row.bytes for row in collectives),
     )
@@ -145,7 +146,8 @@ def make_plan(experiment: Experiment, topology: str, chip: Chip, sampling: bool)
     )
     return dataclasses.replace(
         found,
-        compiled_flops=compiled_flops,
+        compiled_flops=compiled_flops + in_kernels,
+        kernel_flops=in_kernels,
         collectives=collectives,
         seconds=seconds,
         mfu=found.model_flops / (mesh.size * chip.peak * seconds["step"]),

@@ -18,9 +18,10 @@ class Plan:
     """What one step of training, or one batch of samples, takes on a topology. Bytes, operations and seconds.
 
     memory: on each chip by name, with "total" and "limit". model_flops: of the model's products on all chips, what training
-    computes twice to save memory left out; flops: with it; compiled_flops: of all chips, as compiled. seconds: the least that
-    matrix products, memory and interconnect need, and "step", the most of the three. Where the program does not fit, there
-    are no compiled_flops, collectives, seconds and so on.
+    computes twice to save memory left out; flops: with it; compiled_flops: of all chips, as compiled; kernel_flops: of these,
+    what the program lacks outside of hand-written kernels, which say nothing of their own. seconds: the least that matrix
+    products, memory and interconnect need, and "step", the most of the three. Where the program does not fit, there are no
+    compiled_flops, collectives, seconds and so on.
     """
 
     experiment: str
@@ -37,6 +38,7 @@ class Plan:
     flops: float
     notes: list[str]
     compiled_flops: float | None = None
+    kernel_flops: float = 0.0
     collectives: list[Collective] = field(default_factory=list)
     seconds: dict[str, float] | None = None
     mfu: float | None = None
@@ -167,7 +169,8 @@ def text(plan: Plan) -> str:
     }
     if plan.seconds is not None:
         share = plan.compiled_flops / plan.flops
-        sections["operations"].append(f"compiled, all chips together: {share:.3f} of that")
+        kernels = f", {plan.kernel_flops / plan.flops:.1%} in kernels" if plan.kernel_flops else ""
+        sections["operations"].append(f"compiled, all chips together: {share:.3f} of that{kernels}")
         calls = [f"{row.kind}: {row.count:,.0f} calls, each chip sends {_gib(row.bytes)}" for row in plan.collectives]
         parts = {name: f"{1e3 * value:.3g} ms" for name, value in plan.seconds.items()}
         step = parts.pop("step")

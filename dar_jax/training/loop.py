@@ -21,9 +21,11 @@ from dar_jax.config import TokenizerTraining, TrainConfig, validate
 from dar_jax.data.pipeline import batches
 from dar_jax.errors import InputError
 from dar_jax.files import check_writable
+from dar_jax.flops import PEAKS, model_flops
 from dar_jax.training import checkpoint
 from dar_jax.training.experiment import Experiment
 from dar_jax.training.logs import Log
+from dar_jax.training.profile import Profile
 from dar_jax.training.stages import Stage, tokenizer_stage, transformer_stage
 from dar_jax.training.start import Start, start_from
 from dar_jax.training.state import Params, abstract_state, init_state, make_optimizer, with_new_optimizer
@@ -113,22 +115,32 @@ def train(
         train_step = make_train_step(stage.loss_fn, optimizer, config, abstract, mesh)
         with (
             Log(folder, config.train.steps, found or 0, active=hosts.first()) as log,
+            Profile(config.train.profile, folder, log) as profile,
             checkpoint.open_checkpoints(folder, config.train) as checkpoints,
             _stop_signals() as asked_to_stop,
             hosts.ending_together(),  # once more, before a checkpoint that is being written waits for a lost host
         ):
             log.say("\n".join([_opening(stage, state.params, mesh, found, resume), *notes]))
-            return _run(stage, state, train_step, mesh, log, checkpoints, asked_to_stop, pictures, evaluate)
+            return _run(stage, state, train_step, mesh, log, profile, checkpoints, asked_to_stop, pictures, evaluate)
 
 
-def _run(stage: Stage, state, train_step, mesh: Mesh, log: Log, checkpoints, asked_to_stop, pictures, evaluate) -> Summary:
+def _run(
+    stage: Stage, state, train_step, mesh: Mesh, log: Log, profile: Profile, checkpoints, asked_to_stop, pictures, evaluate
+) -> Summary:
     train = stage.experiment.config.train
     step, stopping = int(state.step), None
-    reader, window = _Reader(train, log, checkpoints), Window()
+    reader, window = _Reader(train.steps, log, checkpoints), Window()
     with contextlib.closing(_device_batches(stage, mesh, start_step=step)) as data:
         while step < train.steps and stopping is None:
+            if profile.begins(step + 1):
+                with reader.pause(step):
+                    profile.start(state)
             batch = next(data)
-            state, metrics = train_step(state, batch, stage.frozen)  # returns at once; the device works while the host goes on
+            if reader.work is None:
+                reader.work = _work(stage, mesh, train_step, state, batch)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+                # Returns at once: the device works while the host goes on, to bring the next batches to the device.
+                state, metrics = train_step(state, batch, stage.frozen)
             step += 1
             stopping = asked_to_stop(step)
             last = stopping is not None or step == train.steps
@@ -136,12 +148,15 @@ def _run(stage: Stage, state, train_step, mesh: Mesh, log: Log, checkpoints, ask
             full = step % train.log_every == 0 or last
             reader.push(step, metrics, window if full else None)
             window = Window() if full else window
+            if profile.ends(step):
+                with reader.pause(step):
+                    profile.stop(state)
             if train.sample_every and step % train.sample_every == 0:
-                log.pictures(step, pictures(stage, state.ema, batch))
+                with reader.pause(step):
+                    log.pictures(step, pictures(stage, state.ema, batch))
             if train.evaluate_every and step % train.evaluate_every == 0:
-                reader.drain()
-                log.record(step, evaluate(stage, state.ema), None)
-                reader.restart_clock(step)
+                with reader.pause(step):
+                    log.record(step, evaluate(stage, state.ema), None)
             if step % train.checkpoint_every == 0 or last:
                 reader.drain()
                 checkpoint.save(checkpoints, state, stage.experiment, stage.class_names)
@@ -163,6 +178,40 @@ def _device_batches(stage: Stage, mesh: Mesh, start_step: int) -> Iterator[dict[
         for read in zip(*readers):
             rows = read[0] if len(read) == 1 else {name: np.concatenate([part[name] for part in read]) for name in read[0]}
             yield parallel.global_batch(rows, mesh)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step does on all devices.
+
+    least_seconds: what its matrix products would take at the devices' bfloat16 peak; None where this is not known.
+    """
+
+    images: int
+    tokens: int
+    least_seconds: float | None
+
+    def rates(self, steps: int, seconds: float) -> dict[str, float]:
+        """What goes to the log when so many steps have taken so long.
+
+        `mfu`, model FLOPs utilisation, is that of the whole step: of the frozen networks' operations as well, not of what is
+        computed again. It is a share of the bfloat16 peak in float32, too.
+        """
+        found = {"images_per_second": steps * self.images / seconds, "tokens_per_second": steps * self.tokens / seconds}
+        return found if self.least_seconds is None else found | {"mfu": steps * self.least_seconds / seconds}
+
+
+RATES = ("images_per_second", "tokens_per_second", "mfu")  # what is logged of the time, not of the training
+
+
+def _work(stage: Stage, mesh: Mesh, train_step: Any, state: Any, batch: Mapping[str, jax.Array]) -> Work:
+    config = stage.experiment.config
+    images, tokens = config.train.batch_size, config.train.batch_size * config.model.num_tokens
+    peak = config.train.peak_flops or PEAKS.get(mesh.devices.flat[0].device_kind)  # of CPUs nobody says it
+    if peak is None:
+        return Work(images, tokens, None)
+    traced = train_step.trace(state, batch, stage.frozen)  # costs nothing: the first step does not trace again
+    return Work(images, tokens, model_flops(traced) / (mesh.size * peak))
 
 
 @dataclass(frozen=True)
@@ -194,8 +243,9 @@ _add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
 class _Reader:
     """Reads metrics `LOOK_AHEAD` steps late, so that the device does not wait for the host; stops where they are not finite."""
 
-    def __init__(self, train: TrainConfig, log: Log, checkpoints):
-        self.train, self.log, self.checkpoints = train, log, checkpoints
+    def __init__(self, steps: int, log: Log, checkpoints):
+        self.steps, self.log, self.checkpoints = steps, log, checkpoints
+        self.work: Work | None = None  # of a step, before the first of them is read
         self.record: dict[str, float] = {}
         self._pending: deque[tuple[int, Metrics, Window | None]] = deque()
         self._clock: tuple[int, float] | None = None  # a step and when it was done; starts after the compilation
@@ -209,9 +259,13 @@ class _Reader:
         while self._pending:
             self._read(*self._pending.popleft())
 
-    def restart_clock(self, step: int) -> None:
-        """Leaves what happened since `step` out of the rate."""
-        self._clock = (step, time.perf_counter())
+    @contextlib.contextmanager
+    def pause(self, step: int) -> Iterator[None]:
+        """For what is no training: begins when the metrics up to `step` are read, and is left out of the rates."""
+        self.drain()
+        yield
+        if self._clock is not None:
+            self._clock = (step, time.perf_counter())
 
     def _read(self, step: int, metrics: Metrics, window: Window | None) -> None:
         if not metrics["finite"]:
@@ -224,8 +278,8 @@ class _Reader:
         steps, seconds = step - self._clock[0], time.perf_counter() - self._clock[1]
         seconds_left = None
         if steps:
-            self.record["images_per_second"] = steps * self.train.batch_size / seconds
-            seconds_left = (self.train.steps - step) * seconds / steps
+            self.record |= self.work.rates(steps, seconds)
+            seconds_left = (self.steps - step) * seconds / steps
         self._clock = (step, time.perf_counter())
         self.log.record(step, self.record, seconds_left)
 

@@ -36,7 +36,7 @@ from dar_jax.data.transforms import center_crop
 from dar_jax.features.dinov2 import Dinov2, Dinov2Config
 from dar_jax.features.vgg_lpips import Lpips
 from dar_jax.files import write_json
-from dar_jax.flops import count_flops
+from dar_jax.flops import PEAKS, count_flops
 from dar_jax.objectives import feature_terms, next_token_loss, tokenizer_loss
 from dar_jax.training.experiment import Experiment, load_experiment
 
@@ -55,9 +55,9 @@ class Machine:
 
 MACHINES = {
     # 8 of the chips of a slice such as v5e:8x8, whose hosts have 224 virtual processors, two to a core
-    "v5e host (8 chips)": Machine(8 * 197e12, 112),
+    "v5e host (8 chips)": Machine(8 * PEAKS["TPU v5 lite"], 112),
     # one of the 8 of a DGX H200, which has 112 cores
-    "H200": Machine(989e12, 14),
+    "H200": Machine(PEAKS["NVIDIA H200"], 14),
 }
 
 

@@ -1,6 +1,6 @@
-"""Times the PyTorch release for `sampling.py`, in the release's own environment: nothing of dar_jax is imported.
+"""Times the PyTorch release for `sampling.py` and `train_step.py`, in the release's own environment, without dar_jax.
 
-Command:  python release_worker.py FOLDER encode|decode|predict SIZE BATCH DTYPE REPEATS
+Command:  python release_worker.py FOLDER encode|decode|predict|train SIZE BATCH DTYPE REPEATS
 Prints the seconds of the fastest run after a first one. Weights are random.
 """
 
@@ -38,15 +38,39 @@ def decode():
     return lambda: model.decode_into_pixels(condition, 256, 256)
 
 
-def predict():
-    from autoregressive.models.generate import generate
+def transformer(**dropout):
     from autoregressive.models.gpt import GPT_models
 
     sizes = dict(vocab_size=16384, block_size=256, num_classes=1000, cls_token_num=1, model_type="c2i")
-    model = GPT_models[f"GPT-{size}"](**sizes).eval().to(device, getattr(torch, dtype))
+    return GPT_models[f"GPT-{size}"](**sizes, **dropout)
+
+
+def predict():
+    from autoregressive.models.generate import generate
+
+    model = transformer().eval().to(device, getattr(torch, dtype))
     labels = torch.arange(batch, device=device)
     settings = dict(cfg_scale="1.1,8", temperature=1.0, top_k=0, top_p=1.0, sample_logits=True)
     return lambda: generate(model, labels, 256, **settings)
+
+
+def train():
+    """A step with dropout, clipping and AdamW; the release's own script adds no moving average unless it is asked to."""
+    model = transformer(resid_dropout_p=0.1, ffn_dropout_p=0.1, token_dropout_p=0.1).train().to(device)
+    groups = [[p for p in model.parameters() if (p.dim() >= 2) == decayed] for decayed in (True, False)]
+    settings = [{"params": group, "weight_decay": decay} for group, decay in zip(groups, (0.05, 0.0))]
+    optimizer = torch.optim.AdamW(settings, lr=1e-4, betas=(0.9, 0.95), fused=True)
+    codes, labels = torch.randint(0, 16384, (batch, 256), device=device), torch.arange(batch, device=device)
+
+    def step():
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+            _, loss = model(cond_idx=labels, idx=codes[:, :-1], targets=codes)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
 
 
 def seconds(function) -> float:
@@ -57,7 +81,7 @@ def seconds(function) -> float:
     return time.perf_counter() - start
 
 
-with torch.inference_mode():
-    timed = {"encode": encode, "decode": decode, "predict": predict}[kind]()
+with torch.inference_mode(kind != "train"):
+    timed = {"encode": encode, "decode": decode, "predict": predict, "train": train}[kind]()
     seconds(timed)
     print(min(seconds(timed) for _ in range(repeats)))

@@ -15,15 +15,9 @@ every matrix of the decoder once per step, at the rate of a copy measured here. 
 import dataclasses
 import functools
 import json
-import multiprocessing
-import platform
-import re
-import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -33,7 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from common import apart, attempt, best, machine_name, matrix_rate, peak_memory, print_table, release_seconds, seconds
 
+from dar_jax.cli import Ints, Words
 from dar_jax.config import LLAMA_SIZES, LlamaConfig, SamplingConfig, TokenizerConfig
 from dar_jax.evaluation.reconstruct import quantize
 from dar_jax.flops import count_flops
@@ -56,8 +52,8 @@ SIDE_BY_SIDE = (  # what is timed beside the release: kind, size of the transfor
 class Options:
     """Time the sampler on this machine."""
 
-    models: tuple[str, ...] = ("L", "XL")  # sizes of the transformer
-    batch_sizes: tuple[int, ...] = (1, 8, 64, 256)
+    models: Words = ("L", "XL")  # sizes of the transformer
+    batch_sizes: Ints = (1, 8, 64, 256)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of matrix products
     repeats: int = 3  # runs after the first one, of which the fastest counts
     json: Path | None = None  # also write everything to this file
@@ -89,28 +85,14 @@ def main(options: Options) -> None:
         options.json.write_text(json.dumps({**about, "rows": rows}, indent=2))
 
 
-def apart(function: Callable, *arguments: Any) -> Any:
-    """Calls a function in a process of its own, so that its peak of memory is its own and the device is free afterwards."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
 # --- the machine -----------------------------------------------------------------------------------------------------------
 
 
 def describe_machine(dtype: str) -> tuple[str, Limits]:
     """Its name, and its limits measured on large arrays."""
-    device, accelerator = jax.devices()[0], jax.default_backend() != "cpu"
-    name = f"{len(jax.devices())} x {device.device_kind}"
-    if not accelerator:
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        name = f"{multiprocessing.cpu_count()} cores of {found[1] if found else platform.processor()}"
-    array = jnp.ones((1 << (30 if accelerator else 28)) // 4, jnp.float32)
-    size_of, copy = array.nbytes, copy_seconds(array)
-    size = 8192 if accelerator else 2048
-    matrix = jnp.ones((size, size), dtype)
-    product = best(jax.jit(jnp.dot), matrix, matrix, repeats=5)
-    return name, Limits(2 * size_of / copy, 2 * size**3 / product)
+    array = jnp.ones((1 << (28 if jax.default_backend() == "cpu" else 30)) // 4, jnp.float32)
+    size = array.nbytes
+    return machine_name(), Limits(2 * size / copy_seconds(array), matrix_rate(dtype))
 
 
 def copy_seconds(array: jax.Array) -> float:
@@ -122,24 +104,6 @@ def copy_seconds(array: jax.Array) -> float:
         array = jax.block_until_ready(add(array))
         times.append(time.perf_counter() - start)
     return min(times[1:])
-
-
-def best(function: Callable, *arguments: Any, repeats: int) -> float:
-    """Seconds of the fastest of some runs, after one that compiles."""
-    jax.block_until_ready(function(*arguments))
-    return min(seconds(function, *arguments) for _ in range(repeats))
-
-
-def seconds(function: Callable, *arguments: Any) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(function(*arguments))
-    return time.perf_counter() - start
-
-
-def peak_memory() -> float:
-    """GiB of the first device's memory, or of this process where the device does not say."""
-    stats = jax.devices()[0].memory_stats() or {}
-    return stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30
 
 
 # --- the sampler -----------------------------------------------------------------------------------------------------------
@@ -231,12 +195,9 @@ def measure(size: str, dtype: str, batch: int, repeats: int) -> dict[str, float]
 
 def row_of(options: Options, limits: Limits, size: str, batch: int) -> dict[str, Any]:
     """A row of the table: rates, and the share of what the limits allow."""
-    try:
-        found = apart(measure, size, options.dtype, batch, options.repeats)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return {"model": size, "batch": batch, "note": "out of memory"}
+    found = attempt(measure, size, options.dtype, batch, options.repeats)
+    if "note" in found:
+        return {"model": size, "batch": batch, **found}
     bounds = {}
     for part in ("predict", "decode"):
         times = found[f"{part}_bytes"] / limits.bandwidth, found[f"{part}_flops"] / limits.matrix_rate
@@ -263,9 +224,8 @@ def row_of(options: Options, limits: Limits, size: str, batch: int) -> dict[str,
 
 def beside_release(options: Options, kind: str, size: str | None, batch: int) -> dict[str, Any]:
     ours = apart(time_ours, kind, size, batch, options.dtype, options.repeats)
-    worker = [options.release_python, Path(__file__).with_name("release_worker.py"), options.release, kind, size, batch]
-    arguments = [str(argument) for argument in (*worker, options.dtype, options.repeats)]
-    theirs = float(subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    worker = options.release_python, options.release
+    theirs = release_seconds(*worker, kind, size, batch, options.dtype, options.repeats)
     what = kind if size is None else f"{kind} {size}"
     return {"what": what, "batch": batch, "ours s": ours, "release s": theirs, "release/ours": theirs / ours}
 
@@ -277,18 +237,6 @@ def time_ours(kind: str, size: str | None, batch: int, dtype: str, repeats: int)
         return best(quantize, networks, jax.device_put(params), images, repeats=repeats)
     made = make_sampler(size, dtype)
     return best(functools.partial({"decode": decode_batch, "predict": predict}[kind], made), batch, repeats=repeats)
-
-
-def print_table(rows: list[dict[str, Any]]) -> None:
-    names = [name for name in max(rows, key=len) if name != "measured"]
-    cells = [names] + [[cell(row.get(name, row.get("note", ""))) for name in names] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    for line in cells:
-        print("  ".join(text.rjust(width) for text, width in zip(line, widths)))
-
-
-def cell(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,91 @@
+"""What the benchmarks share: the machine, timing, memory, a process for each measurement, and tables."""
+
+import math
+import multiprocessing
+import platform
+import re
+import resource
+import subprocess
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def apart(function: Callable, *arguments: Any) -> Any:
+    """Calls a function in a process of its own, so that its peak of memory is its own and the device is free afterwards."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def attempt(function: Callable, *arguments: Any) -> dict[str, Any]:
+    """As `apart`, of a function that returns figures by name; a "note" takes their place where memory does not suffice."""
+    try:
+        return apart(function, *arguments)
+    except BrokenProcessPool:
+        return {"note": "killed, as processes are that take too much memory"}
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"note": "out of memory"}
+
+
+def machine_name() -> str:
+    """The devices, or the processor where there are none."""
+    if jax.default_backend() != "cpu":
+        return f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return f"{multiprocessing.cpu_count()} cores of {found[1] if found else platform.processor()}"
+
+
+def matrix_rate(dtype: str) -> float:
+    """Floating-point operations/s of one large matrix product on one device."""
+    size = 8192 if jax.default_backend() != "cpu" else 2048
+    matrix = jnp.ones((size, size), dtype)
+    return 2 * size**3 / best(jax.jit(jnp.dot), matrix, matrix, repeats=5)
+
+
+def best(function: Callable, *arguments: Any, repeats: int) -> float:
+    """Seconds of the fastest of some runs, after one that compiles."""
+    jax.block_until_ready(function(*arguments))
+    return min(seconds(function, *arguments) for _ in range(repeats))
+
+
+def seconds(function: Callable, *arguments: Any) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(function(*arguments))
+    return time.perf_counter() - start
+
+
+def peak_memory() -> float:
+    """GiB of the fullest device's memory, or of this process where the devices do not say."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return max(found.get("peak_bytes_in_use", process) for found in stats) / 2**30
+
+
+def release_seconds(python: Path, release: Path, kind: str, size: str | None, batch: int, dtype: str, repeats: int) -> float:
+    """What `release_worker.py` prints; its arguments are explained there."""
+    worker = [python, Path(__file__).with_name("release_worker.py"), release, kind, size, batch, dtype, repeats]
+    said = subprocess.run([str(argument) for argument in worker], check=True, stdout=subprocess.PIPE, text=True).stdout
+    return float(said.splitlines()[-1])
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """The columns are those of the longest row; a row's "note" takes the place of what it lacks, "measured" is left out."""
+    names = [name for name in max(rows, key=len) if name != "measured"]
+    cells = [names] + [[_cell(row.get(name, row.get("note", ""))) for name in names] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for line in cells:
+        print("  ".join(text.rjust(width) for text, width in zip(line, widths)))
+
+
+def _cell(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if math.isfinite(value) and abs(value) >= 1000 else f"{value:.3g}"

@@ -1,0 +1,34 @@
+"""The benchmark of the training step, `experiments/benchmarks/train_step.py`, on a transformer of one layer."""
+
+import importlib
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from dar_jax.config import LLAMA_SIZES
+
+FOLDER = Path(__file__).parent.parent / "experiments" / "benchmarks"
+
+
+def test_rows_are_measured_and_their_rates_follow(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(FOLDER)
+    benchmark = importlib.import_module("train_step")
+    monkeypatch.setitem(LLAMA_SIZES, "tiny", {"layers": 1, "heads": 2, "width": 16})
+    monkeypatch.setattr(benchmark, "apart", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(benchmark, "attempt", lambda function, *arguments: function(*arguments))
+    file = tmp_path / "found.json"
+    settings = {"models": ("tiny",), "batch_sizes": (8,), "remats": ("none", "full"), "dtype": "float32", "peak_flops": 1e9}
+    benchmark.main(benchmark.Options(**settings, steps=1, repeats=1, json=file))
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["remat"] for row in rows] == ["none", "full"]
+    for row in rows:
+        found = row["measured"]
+        # three times the forward pass: a layer with its gated MLP of width 256, attention over 256 tokens, and the output
+        layer = 2 * 16 * (4 * 16 + 3 * 256) + 4 * 16 * 256
+        assert found["model_flops"] == pytest.approx(3 * 8 * 256 * (layer + 2 * 16 * 16384), rel=0.01)
+        assert found["devices"] == len(jax.devices()) == 8 and found["peak_gib"] > 0
+        assert row["tokens/s"] == pytest.approx(8 * 256 / found["step_seconds"]) == 256 * row["images/s"]
+        assert row["MFU"] == f"{found['model_flops'] / (found['step_seconds'] * 8e9):.1%}"
+    assert "MFU" in capsys.readouterr().out
