@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from dar_jax import parallel
-from dar_jax.flops import matrix_products
+from dar_jax.flops import matrix_products, model_flops
 from dar_jax.plan import hlo, jobs, report
 from dar_jax.plan.chips import Chip, chip_of
 from dar_jax.plan.compiler import cache_folder, compile_for, open_topology, without_jax_cache
@@ -107,9 +107,7 @@ def make_plan(experiment: Experiment, topology: str, chip: Chip, sampling: bool)
         log.info("compiling %s for %s, batch %d; of a large model this takes minutes", what, topology, train.batch_size)
 
     job = jobs.make_job(experiment, mesh, sampling)
-    products = model_products = matrix_products(job.traced.jaxpr)
-    if train.remat != "none" and not sampling:
-        model_products = matrix_products(jobs.make_job(with_train(experiment, remat="none"), mesh, False).traced.jaxpr)
+    products = matrix_products(job.traced.jaxpr)
     with jax.set_mesh(mesh):
         program = compile_for(job.traced.lower(), topology, cache_folder(), starting)
     found = report.Plan(
@@ -123,7 +121,7 @@ def make_plan(experiment: Experiment, topology: str, chip: Chip, sampling: bool)
         remat=train.remat,
         fits=program.hlo is not None and program.needed <= chip.memory,
         memory={**job.memory, "temporaries": program.temporaries, "total": program.needed, "limit": chip.memory},
-        model_flops=sum(product.flops for product in model_products),
+        model_flops=model_flops(job.traced),
         flops=sum(product.flops for product in products),
         notes=[*job.notes, *report.notes_on_products(products), *program.warnings],
     )
