@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from dar_jax.flops import window_taps
+from dar_jax.flops import PERMUTATION, window_taps
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Products of float32 in so many passes of bfloat16 ones, which is what a TPU's matrix unit multiplies.
@@ -106,11 +106,11 @@ def executions(computations: Computations) -> dict[str, float]:
 
 
 def matrix_flops(computations: Computations, times: Mapping[str, float], passes: bool = False) -> float:
-    """Floating-point operations of the products of one device in one call; with `passes`, float32 ones of high precision
-    count as often as a TPU's matrix unit takes them."""
+    """Floating-point operations of the products of one device in one call, those that only move numbers left out; with
+    `passes`, these count too, and float32 ones of high precision as often as a TPU's matrix unit takes them."""
     total = 0.0
     for name, op in _runs(computations, times):
-        if op.kind in ("dot", "convolution"):
+        if op.kind in ("dot", "convolution") and (passes or PERMUTATION not in op.attributes):
             sides = [computations[name][operand].shapes[0] for operand in op.operands]
             flops = (_dot_flops if op.kind == "dot" else _convolution_flops)(op, *sides[:2])
             is_float32 = any(side.dtype == "f32" for side in sides)
