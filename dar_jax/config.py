@@ -346,7 +346,8 @@ def validate(config: TokenizerTraining | TransformerTraining) -> None:
         )
         require(
             loss.gan == 0 or (loss.gan_halvings > 0 and config.model.image_size >> loss.gan_halvings >= 3),
-            f"loss.gan_halvings is {loss.gan_halvings}, it should be at least 1 and leave 3 of the {config.model.image_size}",
+            f"loss.gan_halvings is {loss.gan_halvings}, it should be at least 1 and leave 3 pixels or more "
+            f"of {config.model.image_size}",
         )
     else:
         model = config.model
