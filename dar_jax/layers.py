@@ -107,7 +107,7 @@ def _partners(x: Array) -> Array:
     if x.shape[1] == 1:
         wide = x.astype(jnp.float32)
         return jnp.where(np.arange(size) % 2 == 0, jnp.roll(wide, -1, axis=-1), jnp.roll(wide, 1, axis=-1))
-    swap = np.eye(size, dtype=x.dtype)[np.arange(size) ^ 1]
+    swap = jax.nn.one_hot(np.arange(size) ^ 1, size, dtype=x.dtype)
     exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     with jax.named_scope(PERMUTATION):
         return jnp.dot(x, swap, precision=exact, preferred_element_type=jnp.float32)
