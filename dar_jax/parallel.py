@@ -7,11 +7,14 @@ Callers enter the mesh with `jax.set_mesh(mesh)`; one device is a 1 x 1 x 1 mesh
 
 By default all devices stand along `data`: every one holds all of the state, 16 bytes a parameter, and the only traffic is the
 sum of the gradients. That is best as long as the state leaves room for activations. Larger models, as in the ImageNet recipes,
-take `MeshConfig(data=1, fsdp=-1)`, at the price of gathering each layer's parameters in the forward and in the backward pass.
-Where the network between hosts is slow, `MeshConfig(data=-1, fsdp=N)` with the N devices of one host keeps that traffic inside.
+take `MeshConfig(data=-1, fsdp=-1)`, which cuts it over up to 16 devices, at the price of gathering each layer's parameters in
+the forward and in the backward pass. More parts save little memory, and on a TPU parts of less than a tile are not scattered
+but summed up whole. Where the network between hosts is slow, `MeshConfig(data=-1, fsdp=N)` with the N devices of one host keeps
+that traffic inside.
 `tensor` is for layers that do not fit otherwise, and for sampling in small batches.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Sequence
@@ -66,10 +69,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     Raises InputError where the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    if config.fsdp_limit < 1:
+        raise InputError(f"mesh fsdp-limit = {config.fsdp_limit} should be at least 1")
+    if config.data == config.fsdp == -1 and config.tensor > 0:
+        rest = len(devices) // config.tensor
+        fsdp = max(size for size in range(1, config.fsdp_limit + 1) if rest % size == 0)
+        config = dataclasses.replace(config, fsdp=fsdp)
     sizes = [config.data, config.fsdp, config.tensor]
     given = f"mesh data x fsdp x tensor = {' x '.join(map(str, sizes))}"
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise InputError(f"{given}: sizes should be at least 1, and at most one of them -1 (whatever the others leave)")
+        raise InputError(f"{given}: sizes should be at least 1, and at most one of them, or data and fsdp, -1 (the rest)")
     known = math.prod(size for size in sizes if size != -1)
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     if math.prod(sizes) != len(devices):

@@ -52,6 +52,6 @@ experiment = Experiment(
         ),
         train=TrainConfig(steps=360_000, batch_size=1024, dtype="bfloat16", checkpoint_every=5000, sample_every=5000),
         sampling=SamplingConfig(guidance=(1.1, 8.0)),
-        mesh=MeshConfig(data=1, fsdp=-1),  # every device keeps a part of the parameters and gathers a layer at a time
+        mesh=MeshConfig(data=-1, fsdp=-1),  # every device keeps a part of the parameters and gathers a layer at a time
     )
 )

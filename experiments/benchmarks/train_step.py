@@ -1,7 +1,7 @@
 """How fast a training step is here: time, images and tokens a second, MFU and memory, for each of the paper's models.
 
 Command:  python experiments/benchmarks/train_step.py --json train_step.json
-Options:  --models tokenizer,B,L --batch-sizes 64,256 --remats none,dots --dtype bfloat16 --mesh.fsdp 8 --mesh.data 1
+Options:  --models tokenizer,B,L --batch-sizes 64,256 --remats none,dots --dtype bfloat16 --mesh.fsdp -1
           --peak-flops 989e12
 Beside the PyTorch release, in one run, each of the two alone on the machine in its turn:
           python experiments/benchmarks/train_step.py --release D-AR --release-python D-AR/venv/bin/python \\
