@@ -368,11 +368,12 @@ class Evaluate:
         if self.num_images is not None:
             _check_batch(self.num_images, "number of images")
         for path in (self.json, self.save_statistics):
-            if path is not None:
+            if path is not None and _first():
                 check_writable(Path(path).absolute().parent)
         extractor = open_extractor(self.weights, self.resize, self.batch_size, _mesh(self.mesh))
-        report = evaluate(self.samples, self.reference, extractor, self.num_images, keep_as=self.save_statistics)
-        if self.json is not None:
+        keep_as = self.save_statistics if _first() else None
+        report = evaluate(self.samples, self.reference, extractor, self.num_images, keep_as)
+        if self.json is not None and _first():
             write_json(self.json, report)
         print(table(report))
 
@@ -421,7 +422,7 @@ class EvaluateTokenizer(Generic[Settings]):
         _check_batch(self.batch_size)
         if self.num_images is not None:
             _check_batch(self.num_images, "number of images")
-        if self.json is not None:
+        if self.json is not None and _first():
             check_writable(Path(self.json).absolute().parent)
         experiment, model = _experiment(self.experiment), find(self.checkpoint).tokenizer.config.model
         given = {"solver": self.solver, "num_denoising_steps": self.num_denoising_steps}
@@ -436,7 +437,7 @@ class EvaluateTokenizer(Generic[Settings]):
         report = evaluate_tokenizer(
             trained, source, data, extractor, lpips, sampling, self.seed, self.batch_size, self.num_images
         )
-        if self.json is not None:
+        if self.json is not None and _first():
             write_json(self.json, report)
         print(table(report))
 
@@ -480,11 +481,13 @@ class EvaluateAr(Generic[Settings]):
             _check_batch(self.num_images, "number of images")
         experiment = _experiment(self.experiment)
         source = ((experiment and experiment.source) or open_source)(self.data)
-        check_writable(self.out)
+        if _first():
+            check_writable(self.out)
         trained = load_sampler(self.checkpoint, experiment, self.weights, _mesh(self.mesh))
         report = evaluate_transformer(trained, source, self.data, self.batch_size, self.num_images)
-        written = write_report(report, self.out, trained.config.num_groups, trained.config.codebook_size)
-        print("\n".join([describe(report), *map(str, written)]))
+        if _first():
+            written = write_report(report, self.out, trained.config.num_groups, trained.config.codebook_size)
+            print("\n".join([describe(report), *map(str, written)]))
 
 
 @dataclass(frozen=True)
@@ -526,7 +529,8 @@ class Sweep:
         base = found.transformer.config.sampling
         pairs = [_pair(text) for text in self.guidance or ()]
         configs = variants(base, pairs, self.temperature or (), self.top_k or (), self.top_p or ())
-        check_writable(self.out)
+        if _first():
+            check_writable(self.out)
         mesh = _mesh(self.mesh)
         extractor = open_extractor(self.inception, self.resize, self.batch_size, mesh)
         trained = load_sampler(self.checkpoint, experiment, self.weights, mesh)
@@ -539,7 +543,8 @@ class Sweep:
             "weights": f"{extractor.network.weights} (SHA-256 {extractor.network.sha256})",
             "resize": self.resize,
         }
-        print("\n".join([table(rows), *map(str, write_report(rows, self.out, about))]))
+        if _first():
+            print("\n".join([table(rows), *map(str, write_report(rows, self.out, about))]))
 
 
 @dataclass(frozen=True)
@@ -720,7 +725,7 @@ def join_hosts(arguments: list[str]) -> list[str]:
         raise InputError(str(error)) from error
     from dar_jax import hosts
 
-    hosts.join(**vars(options), preemptible=arguments[0] == "train")
+    hosts.join(**_given(vars(options)), preemptible=arguments[0] == "train")
     return others
 
 
@@ -821,7 +826,7 @@ def _condense(complaint: str, prog: str) -> str:
 @contextlib.contextmanager
 def _only_first_prints() -> Iterator[None]:
     """Of many hosts, all but the first print only what goes wrong."""
-    if (hosts := _many_hosts()) is None or hosts.first():
+    if _first():
         yield
         return
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
@@ -833,6 +838,11 @@ def _fail(what: object, code: int) -> int:
     if (hosts := _many_hosts()) is not None:
         hosts.leave(f"{hosts.name()}: " + " ".join(str(what).split()), code)
     return _say(what, code)
+
+
+def _first() -> bool:
+    """Whether this process prints, and writes what is written once: it is alone, or the first of several hosts."""
+    return (hosts := _many_hosts()) is None or hosts.first()
 
 
 def _many_hosts() -> Any:

@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,9 +37,9 @@ def join(
     coordinator_address: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
-    heartbeat_timeout: int | None = None,
-    start_timeout: int | None = None,
-    preemptible: bool = False,
+    heartbeat_timeout: int = HEARTBEAT_TIMEOUT,
+    start_timeout: int = START_TIMEOUT,
+    preemptible: bool = True,
 ) -> None:
     """Makes this process one host of a job, if it is to be one; has to be called before JAX looks for devices.
 
@@ -49,10 +49,10 @@ def join(
 
     Args:
       coordinator_address: host:port of process 0, where it will listen; process_id: 0 .. num_processes - 1.
-      heartbeat_timeout: seconds after which a silent host counts as dead; None: `HEARTBEAT_TIMEOUT`.
-      start_timeout: seconds to wait for the other hosts; None: `START_TIMEOUT`.
-      preemptible: whether SIGTERM is to be answered by `multihost_utils.reached_preemption_sync_point` instead of ending the
-        process.
+      heartbeat_timeout: seconds after which a silent host counts as dead.
+      start_timeout: seconds to wait for the other hosts.
+      preemptible: whether SIGTERM is to be answered by `multihost_utils.reached_preemption_sync_point`, as training does,
+        instead of ending the process.
 
     Raises InputError where the settings contradict each other, or are too few to find the other hosts.
     """
@@ -60,13 +60,8 @@ def join(
     if settings is None or jax.distributed.is_initialized():
         return
     jax.config.update("jax_enable_preemption_service", preemptible)
-    timeouts = {
-        "heartbeat_timeout_seconds": heartbeat_timeout or HEARTBEAT_TIMEOUT,
-        "initialization_timeout": start_timeout or START_TIMEOUT,
-    }
-    text = (
-        f"dar-jax: waiting for the other hosts, {timeouts['initialization_timeout']} seconds at most; is each of them started?"
-    )
+    timeouts = {"heartbeat_timeout_seconds": heartbeat_timeout, "initialization_timeout": start_timeout}
+    text = f"dar-jax: waiting for the other hosts, {start_timeout} seconds at most; is each of them started?"
     notice = threading.Timer(PATIENCE, lambda: print(text, file=sys.stderr, flush=True))
     notice.start()
     try:
@@ -104,12 +99,9 @@ def of_first(value: int | None) -> int | None:
     return None if found < 0 else found
 
 
-def agree(value: int, complaint: Callable[[np.ndarray], str]) -> None:
-    """Raises InputError on every host, with `complaint` of all their values, unless `value` is the same on all of them."""
-    if many():
-        values = np.asarray(multihost_utils.process_allgather(np.int32(value)))
-        if np.any(values != values[0]):
-            raise InputError(complaint(values))
+def everywhere(holds: bool) -> bool:
+    """Whether it holds on all hosts."""
+    return bool(np.all(multihost_utils.process_allgather(np.bool_(holds)))) if many() else holds
 
 
 def wait(what: str) -> None:
@@ -134,11 +126,11 @@ def ending_together() -> Iterator[None]:
 
 
 def leave(message: str | None, code: int) -> NoReturn:
-    """Ends this process now, so that the others notice; an ordinary exit would wait for them, who may be waiting for us.
+    """Ends this process, one of many hosts, now; an ordinary exit would wait for the others, who may be waiting for us.
 
     Args: message, a line for stderr; None: the traceback of the exception at hand.
     """
-    if many() and first():
+    if first():
         time.sleep(1)  # all may have failed alike, and this host's end would end the others before they can say so
     if message is None:
         traceback.print_exc()
@@ -182,7 +174,10 @@ def _slurm_tasks() -> int:
 
 
 def _local_devices() -> dict[str, Any]:
-    """With one task for each node of SLURM, all of a node's GPUs are the task's; JAX would give it the first one only."""
+    """With one task for each node of SLURM, all of a node's GPUs are the task's; JAX would give it the first one only, unless
+    JAX_LOCAL_DEVICE_IDS says which, which an argument would override."""
+    if "JAX_LOCAL_DEVICE_IDS" in os.environ:
+        return {}
     tasks, gpus = _slurm_tasks(), _number("SLURM_GPUS_ON_NODE")
     return {"local_device_ids": list(range(gpus))} if gpus and tasks > 1 and tasks == _number("SLURM_NNODES") else {}
 

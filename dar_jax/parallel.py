@@ -134,13 +134,28 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH))
 
 
+def batch_shares(mesh: Mesh) -> int:
+    """Over how many devices a batch is cut."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_batch(size: int, parts: int, mesh: Mesh) -> None:
+    """Raises InputError where a batch, in so many parts, cannot be spread over the mesh."""
+    shares = batch_shares(mesh)
+    if size < 1 or size % (parts * shares):
+        raise InputError(
+            f"train.batch_size {size} in {parts} parts cannot be spread over data x fsdp = {shares} devices; "
+            f"make it a multiple of {parts * shares}"
+        )
+
+
 def batch_parts(mesh: Mesh) -> tuple[list[int], int]:
     """Which parts of a batch the devices of this host hold: (numbers of the parts in order, number of equal parts in all).
 
     With one part for every host this would be (host, hosts), but a mesh that follows the wires of a TPU slice may give a host
     rows that do not lie together, and one whose `tensor` axis crosses hosts gives several hosts the same rows.
     """
-    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    shares = batch_shares(mesh)
     places = batch_sharding(mesh).addressable_devices_indices_map((shares,)).values()
     own = sorted({place[0].start or 0 for place in places})
     for size in range(len(own), 0, -1):  # the fewest parts: as many neighbouring shares in each as possible

@@ -1,24 +1,17 @@
 """Eight simulated devices and a compilation cache for every test, and `--golden` to run the parity cases of another folder."""
 
 import os
-import tempfile
 from pathlib import Path
 
+from many_hosts import CACHE, FLAGS
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-FLAGS = [
-    "--xla_force_host_platform_device_count=8",
-    # Compiling takes longer than running here; level 0 halves it and changes no number beyond rounding.
-    "--xla_backend_optimization_level=0",
-    # With fewer cores than devices, collectives that run side by side can wait for each other for ever.
-    "--xla_cpu_enable_concurrency_optimized_scheduler=false",
-]
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {FLAGS}"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-CACHE = Path(os.environ.get("DAR_JAX_TEST_CACHE", Path(tempfile.gettempdir()) / f"dar_jax-test-cache-{os.getuid()}"))
-jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

@@ -19,9 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
+RATES = ("images_per_second", "tokens_per_second", "mfu")  # what is logged of the time, not of the training
 ROOT = Path(__file__).parents[1]
-CACHE = os.environ.get("DAR_JAX_TEST_CACHE", f"{tempfile.gettempdir()}/dar_jax-test-cache-{os.getuid()}")  # as in conftest.py
+CACHE = os.environ.get("DAR_JAX_TEST_CACHE", f"{tempfile.gettempdir()}/dar_jax-test-cache-{os.getuid()}")
 STAND_IN = ROOT / "tests" / "stand_in.py"
+# Compiling takes longer than running here; level 0 halves it and changes no number beyond rounding. And with fewer cores than
+# devices, collectives that run side by side can wait for each other for ever.
 FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_enable_concurrency_optimized_scheduler=false"
 COMMAND = "import sys; from dar_jax.cli import main; sys.exit(main())"
 
@@ -114,7 +117,6 @@ def options(workdir: Path, steps: int) -> list[object]:
 def curve(workdir: Path) -> list[dict[str, float]]:
     """What was logged at every step, without what a clock said."""
     from dar_jax.training.logs import read_records
-    from dar_jax.training.loop import RATES
 
     return [{name: value for name, value in record.items() if name not in RATES} for record in read_records(workdir)]
 

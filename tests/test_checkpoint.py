@@ -90,6 +90,9 @@ def test_weights_alone(written, tmp_path):
     state = checkpoint.restore(tmp_path, abstract_state(init_params, OPTIMIZER, parallel.make_mesh(MeshConfig())))
     jax.tree.map(np.testing.assert_array_equal, (state.params, state.ema), (loaded.params, loaded.params))
     assert state.opt_state is None and state.step == 5
+    grown = lambda: {**init_params(), "discriminator": {"bias": jnp.zeros(1)}}  # noqa: E731
+    with pytest.raises(InputError, match="another experiment, its ema differ"):  # which has nothing to start that from
+        checkpoint.restore(tmp_path, abstract_state(grown, OPTIMIZER, parallel.make_mesh(MeshConfig())))
     with pytest.raises(InputError, match="holds no params"):
         checkpoint.load(tmp_path, weights="params")
 

@@ -164,6 +164,9 @@ def test_data_sources_by_name(tmp_path):
     assert data_source("cifar10/train:some/folder") == DataConfig("cifar10", path="some/folder", image_size=32)
     assert data_source("tfds/validation/64:imagenet2012").dataset == "imagenet2012"
     assert data_source("samples/folder") is None
+    assert data_source("tfds/train[:10]/64:mnist").split == "train[:10]"
+    with pytest.raises(InputError, match="such as folder/val/256$"):
+        open_images("folder/val")
     with pytest.raises(InputError, match="folder/val:photos lacks the size in pixels to crop the images to"):
         open_images("folder/val:photos")
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from dar_jax.config import LlamaConfig, TokenizerLossConfig
-from dar_jax.flops import PEAKS, count_flops, matrix_products, model_flops
+from dar_jax.flops import count_flops, matrix_products, model_flops
 from dar_jax.llama import Llama
 from dar_jax.objectives import next_token_loss, tokenizer_loss
 
@@ -130,13 +130,6 @@ def test_cudnn_attention_counts_as_attention_without_a_kernel(monkeypatch):
         return count_flops(attend, *sides), count_flops(jax.grad(attend, argnums=(0, 1, 2)), *sides)
 
     assert flops("cudnn") == flops("xla") == (4 * 2 * 128 * 64 * 4 * 16, 12 * 2 * 128 * 64 * 4 * 16)
-
-
-def test_peaks_of_devices():
-    """The dense rates, with products in bfloat16; some of them are said by the makers of devices for sparse matrices only."""
-    assert PEAKS["TPU v5 lite"] == 197e12 and PEAKS["TPU v6 lite"] == 918e12
-    assert PEAKS["NVIDIA A100-SXM4-80GB"] == 312e12 and PEAKS["NVIDIA H200"] == PEAKS["NVIDIA H100 80GB HBM3"] == 989.5e12
-    assert jax.devices()[0].device_kind not in PEAKS  # the CPU
 
 
 def test_products_tell_where_they_are_and_of_what_they_are_made():

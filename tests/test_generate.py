@@ -165,6 +165,7 @@ def test_kinds_of_checkpoints(tiny_run):
 def test_mesh_of_a_run_on_other_devices():
     assert run_mesh(MeshConfig(data=2, fsdp=2, tensor=2)).shape == {"data": 4, "fsdp": 1, "tensor": 2}
     assert run_mesh(MeshConfig(tensor=64)).shape == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert run_mesh(MeshConfig(data=1, tensor=-1)).shape == {"data": 1, "fsdp": 1, "tensor": 8}
 
 
 def test_reconstruct(trained, digits):

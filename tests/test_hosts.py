@@ -38,6 +38,7 @@ def asked(monkeypatch):
         # one task a node, which is to have all of the node's GPUs; and one task for each GPU, which JAX sees to
         ({**SLURM, "SLURM_NTASKS": "2", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4"}, {"local_device_ids": [0, 1, 2, 3]}),
         ({**SLURM, "SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4"}, {}),
+        ({**SLURM, "SLURM_NTASKS": "2", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "JAX_LOCAL_DEVICE_IDS": "1"}, {}),
         ({**SLURM, "SLURM_NTASKS": "2", **EXPLICIT}, TRIPLE),
         ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, None),  # a batch script, not a task of srun
         ({"OMPI_COMM_WORLD_SIZE": "4"}, {}),

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import stand_in
+from many_hosts import RATES
 
 from dar_jax.config import LlamaConfig, MeshConfig, TransformerTraining
 from dar_jax.errors import InputError
 from dar_jax.training import checkpoint
 from dar_jax.training.experiment import Experiment, load_experiment
 from dar_jax.training.logs import read_records
-from dar_jax.training.loop import RATES, TrainingDiverged, train
+from dar_jax.training.loop import TrainingDiverged, train
 from dar_jax.training.state import learning_rate
 
 TRAIN = """

@@ -350,7 +350,7 @@ def on_cpu(monkeypatch, tmp_path):
 
 
 def test_errors_in_one_line(capsys, monkeypatch, on_cpu):
-    experiment = EXPERIMENTS / "digits_ar.py"
+    experiment, tokenizer = EXPERIMENTS / "digits_ar.py", EXPERIMENTS / "digits_tokenizer.py"
     devices = jax.devices()
     monkeypatch.setattr(planner, "open_topology", lambda name: devices)
     for arguments, message in (
@@ -360,19 +360,27 @@ def test_errors_in_one_line(capsys, monkeypatch, on_cpu):
         (("--topology", "v5e:2x4", "--mesh.fsdp", "3"), "does not fit the 8 devices"),
         (("--topology", "v5e:2x4", "--sampling"), "pass --tokenizer"),
         (("--topology", "v5e:2x4", "--tokenizer", "nowhere", "--sampling"), "nowhere"),
+        (("--topology", "v5e:2x4", "--tokenizer", experiment, "--sampling"), "is of a transformer, not of a tokenizer"),
+        (
+            ("--topology", "v5e:2x4", "--tokenizer", tokenizer, "--model.vocab-size", "64"),
+            "the tokenizer's codebook_size is 128",
+        ),
+        (
+            ("--topology", "v5e:2x4", "--tokenizer", tokenizer, "--sampling", "--model.heads", "3"),
+            "a multiple of model.heads 3",
+        ),
     ):
         code, said = run(capsys, experiment, *arguments)
         assert code == 2 and message in said.err and said.err.count("\n") == 1 and not said.out
-    code, said = run(capsys, EXPERIMENTS / "digits_tokenizer.py", "--topology", "v5e:2x4", "--sampling")
+    code, said = run(capsys, tokenizer, "--topology", "v5e:2x4", "--sampling")
     assert code == 2 and "of a tokenizer" in said.err
 
 
 def test_says_how_to_get_libtpu(capsys, monkeypatch, on_cpu):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    code, said = run(capsys, "unused", "--topology", "v5e:2x2")
-    assert code == 2
-    with pytest.raises(InputError, match=r'pip install "jax\[tpu\]"'):
-        compiler.open_topology("v5e:2x2")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "libtpu" else find_spec(name, *rest))
+    code, said = run(capsys, EXPERIMENTS / "digits_ar.py", "--topology", "v5e:2x2")
+    assert code == 2 and 'pip install "jax[tpu]"' in said.err
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")

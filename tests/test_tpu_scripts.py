@@ -344,7 +344,7 @@ def slurm(tmp_path):
 SLURM_TRAIN = ["experiments/mine.py", "--workdir", "runs/mine", *ODD]
 ON_NODES = {"SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_ON_NODE": "32"}
 SRUN = ["--ntasks-per-node=1", "--gpus-per-node=4", "--kill-on-bad-exit=1", "--cpus-per-task=32"]
-SRUN += ["env", "JAX_LOCAL_DEVICE_IDS=0,1,2,3", "dar-jax", "train", *SLURM_TRAIN, "--resume"]
+SRUN += ["dar-jax", "train", *SLURM_TRAIN, "--resume"]
 
 
 def test_slurm_submits_itself(slurm):

@@ -2,12 +2,14 @@
 
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import jax
 import pytest
 
 from dar_jax.config import LLAMA_SIZES
+from dar_jax.errors import InputError
 
 FOLDER = Path(__file__).parent.parent / "experiments" / "benchmarks"
 
@@ -32,3 +34,23 @@ def test_rows_are_measured_and_their_rates_follow(monkeypatch, tmp_path, capsys)
         assert row["tokens/s"] == pytest.approx(8 * 256 / found["step_seconds"]) == 256 * row["images/s"]
         assert row["MFU"] == f"{found['model_flops'] / (found['step_seconds'] * 8e9):.1%}"
     assert "MFU" in capsys.readouterr().out
+
+
+def test_beside_the_release(monkeypatch, tmp_path):
+    """Transformers only, each with the time that its worker says; what has no room for itself has no ratio."""
+    monkeypatch.syspath_prepend(FOLDER)
+    benchmark = importlib.import_module("train_step")
+    times = {"B": {"step_seconds": 2.0, "model_flops": 1e12, "devices": 1, "tokens_per_image": 256, "peak_gib": 1.0}}
+    asked = []
+    monkeypatch.setattr(benchmark, "apart", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(benchmark, "attempt", lambda _, options, model, *rest: times.get(model, {"note": "out of memory"}))
+    monkeypatch.setattr(benchmark, "release_seconds", lambda *arguments: asked.append(arguments[2:5]) or 3.0)
+    monkeypatch.setitem(times["B"], "compile_seconds", 1.0)
+    settings = {"models": ("tokenizer", "B", "L"), "batch_sizes": (8,), "dtype": "float32", "peak_flops": 1e12}
+    file = tmp_path / "found.json"
+    with pytest.raises(InputError, match="belong together"):
+        benchmark.main(benchmark.Options(**settings, release=tmp_path))
+    benchmark.main(benchmark.Options(**settings, release=tmp_path, release_python=Path(sys.executable), json=file))
+    rows = json.loads(file.read_text())["rows"]
+    assert asked == [("train", "B", 8)] and [row["model"] for row in rows] == ["B", "L"]
+    assert rows[0]["release/ours"] == 1.5 and rows[1]["note"] == "out of memory" and "release/ours" not in rows[1]

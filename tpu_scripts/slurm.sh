@@ -33,10 +33,9 @@ done
 if [[ -n $HERE ]]; then
   gpus=${SLURM_GPUS_ON_NODE:-}
   [[ -n $gpus ]] || die "there is no allocation with GPUs here: leave --here out"
-  # On SLURM, JAX takes one GPU for each process unless it is told which.
   command=(srun --ntasks-per-node=1 --gpus-per-node="$gpus" --kill-on-bad-exit=1
     --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}"
-    env JAX_LOCAL_DEVICE_IDS="$(seq -s, 0 $((gpus - 1)))" dar-jax train "$@" --resume)
+    dar-jax train "$@" --resume)
 else
   [[ -n ${GPUS:-} && -n ${CPUS:-} ]] || die "GPUS or CPUS is not set: export GPUS=8 CPUS=64, with what each node has"
   command=(sbatch --job-name="$(basename "$1" .py)" --nodes="${NODES:-1}" --ntasks-per-node=1 --gpus-per-node="$GPUS"

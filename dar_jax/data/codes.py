@@ -83,7 +83,7 @@ def begin(folder: str | os.PathLike, info: CodesInfo) -> None:
             if any(folder.glob("shard-*")):
                 raise InputError(f"{folder} holds shards without codes.json; choose an empty folder")
             _write_json(folder, info, shards=None)
-        missing_shards(folder, info)
+        _require_same(folder, info)
         for leftover in folder.glob("*.tmp"):
             leftover.unlink(missing_ok=True)
     except OSError as error:
@@ -93,14 +93,13 @@ def begin(folder: str | os.PathLike, info: CodesInfo) -> None:
 def missing_shards(folder: str | os.PathLike, info: CodesInfo) -> list[int]:
     """The shards that are still to be written in a folder that was begun. Raises InputError if it holds other codes or none."""
     folder = _folder(folder)
-    found, _ = _read_json(folder)
-    for field in dataclasses.fields(info):
-        before, now = getattr(found, field.name), getattr(info, field.name)
-        if before != now:
-            raise InputError(
-                f"{folder} holds codes of another {field.name} ({_short(before)}, not {_short(now)}); choose another folder"
-            )
-    return [shard for shard in range(info.shards) if not _shard(folder, shard).exists()]
+    _require_same(folder, info)
+    return [shard for shard in range(info.shards) if not has_shard(folder, shard)]
+
+
+def has_shard(folder: str | os.PathLike, shard: int) -> bool:
+    """Whether a shard has been written."""
+    return _shard(epath.Path(folder), shard).exists()
 
 
 def write_shard(folder: str | os.PathLike, shard: int, codes: np.ndarray, labels: np.ndarray) -> None:
@@ -262,6 +261,16 @@ def _folder(path: str | os.PathLike) -> epath.Path:
     except ImportError as error:
         raise InputError(f'{folder} cannot be reached ({error}): pip install ".[gcs]"') from error
     return folder
+
+
+def _require_same(folder: epath.Path, info: CodesInfo) -> None:
+    found, _ = _read_json(folder)
+    for field in dataclasses.fields(info):
+        before, now = getattr(found, field.name), getattr(info, field.name)
+        if before != now:
+            raise InputError(
+                f"{folder} holds codes of another {field.name} ({_short(before)}, not {_short(now)}); choose another folder"
+            )
 
 
 @contextlib.contextmanager

@@ -103,16 +103,17 @@ def data_source(name: str) -> DataConfig | None:
     """The data source of a name SOURCE/SPLIT[/SIZE][:PLACE]; None for another name.
 
     PLACE is the folder, of TFDS the data set. SIZE, in pixels, is needed but for digits and CIFAR-10, which have their own.
-    Examples: digits/test, cifar10/train:cifar-10-batches-bin, folder/val/256:imagenet, tfds/validation/256:imagenet2012.
+    Examples: digits/test, cifar10/train:cifar-10-batches-bin, folder/val/256:imagenet, tfds/train[:10000]/256:imagenet2012.
     Raises InputError where SIZE is missing.
     """
-    found = re.fullmatch(r"(digits|cifar10|folder|tfds)/([^/:]+)(?:/(\d+))?(?::(.+))?", name)
+    found = re.fullmatch(r"(digits|cifar10|folder|tfds)/([^/:\[]+(?:\[[^\]]*\])?)(?:/(\d+))?(?::(.+))?", name)
     if found is None:
         return None
     source, split, size, place = found.groups()
     size = int(size) if size else {"digits": 8, "cifar10": 32}.get(source)
     if not size:
-        raise InputError(f"{name} lacks the size in pixels to crop the images to, such as {source}/{split}/256:{place}")
+        example = f"{source}/{split}/256" + (f":{place}" if place else "")
+        raise InputError(f"{name} lacks the size in pixels to crop the images to, such as {example}")
     where = {"dataset": place} if source == "tfds" else {"path": place}
     return DataConfig(source=source, split=split, image_size=size, channels=1 if source == "digits" else 3, **where)
 

@@ -144,7 +144,7 @@ def run_mesh(config: MeshConfig) -> Mesh:
     Nothing is cut over `fsdp`, which would gather all weights for every token.
     """
     try:
-        return parallel.make_mesh(MeshConfig(data=-1, tensor=config.tensor))
+        return parallel.make_mesh(MeshConfig(data=1 if config.tensor == -1 else -1, tensor=config.tensor))
     except InputError as error:
         log.info("%s; using all of them along data", error)
         return parallel.make_mesh(MeshConfig())
@@ -157,7 +157,7 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 
 def full_batch(size: int, mesh: Mesh) -> int:
     """`size` rounded up to a multiple of the devices that share a batch."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = parallel.batch_shares(mesh)
     return -(-size // shards) * shards
 
 

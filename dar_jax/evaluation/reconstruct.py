@@ -53,6 +53,7 @@ def reconstruct(
       sampling: its solver and number of steps count; None: the defaults.
       batch_size: images at a time, rounded up to fit the devices; fewer are padded, so that one compilation serves.
     """
+    prepared = trained.sampler_params  # the resolution changes none of them
     trained = trained.with_tokenizer(at_image_size(trained.config))
     networks, params, mesh = trained.networks, trained.params, trained.mesh
     settings = make_settings(sampling or SamplingConfig(), trained.config)
@@ -62,7 +63,7 @@ def reconstruct(
         with jax.set_mesh(mesh):
             quantized = quantize(networks, params, put_batch(batch, mesh))
             noise = _noise(put_batch(batch_seeds, mesh), trained.config)
-            samples = decode(networks, trained.sampler_params, settings, quantized.values, noise)
+            samples = decode(networks, prepared, settings, quantized.values, noise)
         decoded.append(pictures.to_uint8(to_host(samples.images)[:count]))
         if quantized.codes is not None:
             codes.append(to_host(quantized.codes)[:count])

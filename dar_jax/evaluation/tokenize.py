@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from dar_jax import hosts
 from dar_jax.config import DataConfig, TokenizerConfig
@@ -23,6 +22,7 @@ from dar_jax.evaluation.loading import Trained, full_batch, put_batch
 from dar_jax.evaluation.progress import Progress
 from dar_jax.evaluation.reconstruct import quantize
 from dar_jax.sampling.sampler import Networks
+from dar_jax.training.checkpoint import require_shared
 
 
 def tokenize(
@@ -57,13 +57,10 @@ def tokenize(
         data=f"{source.description}; {data.crop} crops{mirrored} of {data.image_size} pixels",
     )
     host, count = jax.process_index(), jax.process_count()
+    require_shared(out)
     if host == 0:
         codes.begin(out, info)
     hosts.wait("the folder of codes is there")
-    begun = (epath.Path(out) / "codes.json").exists()
-    hosts.agree(
-        begun, lambda _: f"{out} is not the same folder on all hosts; give one that they share, such as gs://BUCKET/codes"
-    )
     missing, size = codes.missing_shards(out, info), full_batch(batch_size, trained.mesh)
 
     def write(shards: Sequence[int], progress: Progress) -> None:
@@ -85,7 +82,7 @@ def tokenize(
         if own:
             write(own, progress)
     for shard in random.Random(host).sample(others, len(others)):  # in another order on each host, to share what is left
-        if shard in codes.missing_shards(out, info):
+        if not codes.has_shard(out, shard):
             with Progress(f"left by another host: shard {shard}", len(info.elements(shard))) as progress:
                 write([shard], progress)
     if host == 0:

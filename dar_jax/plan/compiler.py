@@ -5,6 +5,7 @@ So the text of the compiled program is kept, and all figures come from it.
 """
 
 import contextlib
+import dataclasses
 import gzip
 import hashlib
 import importlib.metadata
@@ -15,7 +16,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -66,7 +67,8 @@ def compile_for(lowered: jax.stages.Lowered, topology: str, cache: Path | None, 
     Raises InputError where the program cannot be compiled for another reason than memory.
     """
     versions = [importlib.metadata.version(package) for package in ("jax", "libtpu")]
-    key = hashlib.sha256("\n".join([lowered.as_text(), topology, *versions]).encode()).hexdigest()
+    fields = [field.name for field in dataclasses.fields(Program)]
+    key = hashlib.sha256("\n".join([lowered.as_text(), topology, *versions, *fields]).encode()).hexdigest()
     path = cache and cache / f"{key}.json.gz"
     if path and path.is_file():
         stored = json.loads(gzip.decompress(path.read_bytes()))
@@ -75,7 +77,7 @@ def compile_for(lowered: jax.stages.Lowered, topology: str, cache: Path | None, 
     program = _compile(lowered)
     if path:
         with contextlib.suppress(OSError), replacing(path) as temporary:
-            temporary.write_bytes(gzip.compress(json.dumps(asdict(program)).encode()))
+            temporary.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(program)).encode()))
     return program
 
 

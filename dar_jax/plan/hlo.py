@@ -22,7 +22,7 @@ _OP = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*?) ([\w-]+)\((.*?)\)(.*)")
 _SHAPE = re.compile(r"([a-z]+\d*)\w*\[([\d,]*)\](?:\{([^}]*)\})?")
 _CALLED = re.compile(r"\b(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.-]+)")
 _BODY = r"\bbody=%?([\w.-]+)"
-_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_BRANCHES = r"\bbranch_computations=\{([^}]*)\}"
 # What moves nothing: names for values, and what is counted inside of it or where it begins.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
 _FREE |= {"partition-id", "replica-id", "opt-barrier"}
@@ -249,7 +249,7 @@ def _runs(computations: Computations, times: Mapping[str, float]) -> Iterator[tu
 def _called(op: Op) -> list[str]:
     if op.kind not in ("while", "fusion", "call", "conditional") and not op.kind.endswith("-start"):
         return []  # sums and sorts call a computation for every element
-    return [*_CALLED.findall(op.attributes), *re.findall(r"%([\w.-]+)", op.attribute(_BRANCHES.pattern))]
+    return [*_CALLED.findall(op.attributes), *re.findall(r"%([\w.-]+)", op.attribute(_BRANCHES))]
 
 
 def _turns(computations: Computations, op: Op) -> int:

@@ -23,7 +23,7 @@ from dar_jax.sampling.logits import linear_guidance
 from dar_jax.sampling.sampler import Networks, generate, make_settings
 from dar_jax.training import checkpoint
 from dar_jax.training.experiment import Experiment, load_experiment
-from dar_jax.training.stages import tokenizer_loss_fn, tokenizer_params, transformer_loss_fn
+from dar_jax.training.stages import check_terms, check_tokenizer, tokenizer_loss_fn, tokenizer_params, transformer_loss_fn
 from dar_jax.training.state import Params, abstract_state, make_optimizer
 from dar_jax.training.step import make_train_step
 
@@ -44,19 +44,26 @@ class Job:
 
 def make_job(experiment: Experiment, mesh: Mesh, sampling: bool) -> Job:
     """The training step of an experiment, or its sampler; of `train.batch_size` images. Errors as of the two."""
+    validate(experiment.config)
     return (sampling_job if sampling else training_job)(experiment, mesh)
 
 
-def find_tokenizer(experiment: Experiment) -> Experiment | None:
+def find_tokenizer(experiment: Experiment, takes_images: bool) -> Experiment | None:
     """The experiment of a transformer's tokenizer, which `config.tokenizer` names by a checkpoint or by an experiment file;
-    None where it names none. Raises InputError where there is no such file."""
+    None where it names none. Raises InputError where there is no such file, or it does not fit the transformer, as
+    `stages.check_tokenizer` says."""
     path = experiment.config.tokenizer
     if path is None:
-        return experiment.tokenizer
-    if os.fspath(path).endswith(".py"):
-        return load_experiment(path)
-    config = checkpoint.inspect(path).config
-    return experiment.tokenizer.with_config(config) if experiment.tokenizer else Experiment(config)
+        found = experiment.tokenizer
+    elif os.fspath(path).endswith(".py"):
+        found = load_experiment(path)
+    else:
+        config = checkpoint.inspect(path).config
+        found = experiment.tokenizer.with_config(config) if experiment.tokenizer else Experiment(config)
+    if found is not None:
+        check_tokenizer(experiment.config, found.config, path or "the experiment's tokenizer", takes_images)
+        validate(found.config)
+    return found
 
 
 def for_accelerators(experiment: Experiment) -> Experiment:
@@ -74,16 +81,16 @@ def training_job(experiment: Experiment, mesh: Mesh) -> Job:
     """
     experiment = for_accelerators(experiment)
     config, train = experiment.config, experiment.config.train
-    validate(config)
-    check_batch(train.batch_size, train.accumulate, mesh)
+    parallel.check_batch(train.batch_size, train.accumulate, mesh)
     model = experiment.build_model(jnp.dtype(train.dtype), train.remat)
     image = ((config.data.image_size, config.data.image_size, config.data.channels), jnp.uint8)
     init_params = functools.partial(experiment.init_params, model)
     if isinstance(config, TokenizerTraining):
+        check_terms(experiment)
         init_params = functools.partial(tokenizer_params, experiment, model)
         loss_fn, inputs = tokenizer_loss_fn(experiment, model), {"image": image}
         frozen = placed({} if experiment.loss else feature_networks(experiment), mesh)
-    elif (tokenizer := None if config.data.source == "codes" else find_tokenizer(experiment)) is not None:
+    elif (tokenizer := None if config.data.source == "codes" else find_tokenizer(experiment, True)) is not None:
         tokenizer = for_accelerators(tokenizer)
         encoder = tokenizer.build_model(jnp.dtype(tokenizer.config.train.dtype))
         loss_fn, inputs = transformer_loss_fn(experiment, model, encoder), {"image": image}
@@ -114,11 +121,11 @@ def sampling_job(experiment: Experiment, mesh: Mesh) -> Job:
     """
     if isinstance(experiment.config, TokenizerTraining):
         raise InputError("sampling needs the experiment of a transformer, this one is of a tokenizer")
-    tokenizer = find_tokenizer(experiment)
+    tokenizer = find_tokenizer(experiment, takes_images=False)
     if tokenizer is None:
         raise InputError("sampling needs the tokenizer too; pass --tokenizer with its experiment file or a checkpoint")
     batch_size = experiment.config.train.batch_size
-    check_batch(batch_size, 1, mesh)
+    parallel.check_batch(batch_size, 1, mesh)
     stages = {"tokenizer": for_accelerators(tokenizer), "llama": for_accelerators(experiment)}
     networks = Networks(**{name: stage.build_model(jnp.dtype(stage.config.train.dtype)) for name, stage in stages.items()})
     guidance = experiment.guidance or linear_guidance
@@ -158,16 +165,6 @@ def batch_of(size: int, arrays: dict[str, tuple[tuple[int, ...], Any]], mesh: Me
     """A batch of so many elements, given the shape and dtype of one, on the mesh."""
     sharding = parallel.batch_sharding(mesh)
     return {name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=sharding) for name, (shape, dtype) in arrays.items()}
-
-
-def check_batch(size: int, parts: int, mesh: Mesh) -> None:
-    """Raises InputError where a batch, in so many parts, cannot be spread over the mesh."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if size < 1 or size % (parts * shards):
-        raise InputError(
-            f"a batch of {size} in {parts} parts cannot be spread over data x fsdp = {shards} chips; "
-            f"make it a multiple of {parts * shards}"
-        )
 
 
 def count(tree: Any) -> int:

@@ -147,7 +147,7 @@ def suggestion(best: tuple[int, str] | None, given: tuple[int, str]) -> str:
     if best == given:
         return "as given; neither a larger batch nor less remat that fits was found"
     remat = "" if best[1] == given[1] else f" --train.remat {best[1]}"
-    return f"--batch-size {best[0]}{remat} fits"
+    return f"--train.batch-size {best[0]}{remat} fits"
 
 
 def text(plan: Plan) -> str:

@@ -16,11 +16,6 @@ NORM_GROUPS = 16
 MOST_DOUBLINGS = 3  # of the number of channels
 
 
-def logits_per_side(image_size: int, halvings: int) -> int:
-    """Logits along each side of an image; none are left if this is below 1."""
-    return image_size // 2**halvings - 2
-
-
 class Discriminator(nn.Module):
     """Convolutions of stride 2, which double the channels, and two of stride 1; each logit sees one patch of the image, of 70
     pixels for three halvings."""
@@ -31,7 +26,7 @@ class Discriminator(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
-        """[B, H, W, C] float32 in [-1, 1] -> logits [B, h, w] float32, see `logits_per_side`: high for real patches."""
+        """[B, H, W, C] float32 in [-1, 1] -> logits [B, h, w] float32, h = H // 2^halvings - 2: high for real patches."""
         convolution = functools.partial(
             nn.Conv, kernel_size=(KERNEL, KERNEL), padding=1, dtype=self.dtype, kernel_init=nn.initializers.normal(0.02)
         )

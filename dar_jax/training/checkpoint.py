@@ -80,7 +80,7 @@ def writable_folder(path: PathLike) -> epath.Path:
 
 
 def require_shared(workdir: PathLike) -> None:
-    """Raises InputError where several hosts do not see the same folder, and would leave parts of checkpoints here and there."""
+    """Raises InputError where several hosts do not see the same folder, and would leave their parts here and there."""
     if not hosts.many():
         return
     folder = writable_folder(workdir)
@@ -89,7 +89,8 @@ def require_shared(workdir: PathLike) -> None:
         marker.write_text("")
     hosts.wait("the marker is written")
     try:
-        hosts.agree(int(marker.exists()), lambda _: f"{folder} is not the same folder on all hosts; give one that they share")
+        if not hosts.everywhere(marker.exists()):
+            raise InputError(f"{folder} is not the same folder on all hosts; give one that they share, or gs://BUCKET/FOLDER")
     finally:
         if hosts.first():
             marker.unlink()
@@ -187,6 +188,8 @@ def restore(path: PathLike, state: TrainState) -> TrainState:
     for part, tree in stored.items():
         _require_whole(info.path, part)
         _require_same(info.path, part, tree)
+    if "params" not in stored:
+        _require_same(info.path, "ema", state.params)
     with _reading(info.path):
         parts = {name: ocp.load_checkpointables(info.path, {name: tree})[name] for name, tree in stored.items()}
     params = parts["params"] if "params" in parts else jax.tree.map(jnp.copy, parts["ema"])

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dar_jax import hosts, parallel
-from dar_jax.config import TokenizerTraining, TrainConfig, validate
+from dar_jax.config import TokenizerTraining, validate
 from dar_jax.data.pipeline import batches
 from dar_jax.errors import InputError
 from dar_jax.files import check_writable
@@ -88,7 +88,7 @@ def train(
     if found is not None and not resume:
         raise InputError(f"{folder} already holds a run (step {found}); pass --resume or choose another folder")
     mesh = parallel.make_mesh(config.mesh)
-    _check_batch(config.train, mesh)
+    parallel.check_batch(config.train.batch_size, config.train.accumulate, mesh)
     weights = start() if start is not None and found is None else None
 
     with hosts.ending_together(), jax.set_mesh(mesh):
@@ -199,9 +199,6 @@ class Work:
         """
         found = {"images_per_second": steps * self.images / seconds, "tokens_per_second": steps * self.tokens / seconds}
         return found if self.least_seconds is None else found | {"mfu": steps * self.least_seconds / seconds}
-
-
-RATES = ("images_per_second", "tokens_per_second", "mfu")  # what is logged of the time, not of the training
 
 
 def _work(stage: Stage, mesh: Mesh, train_step: Any, state: Any, batch: Mapping[str, jax.Array]) -> Work:
@@ -321,15 +318,6 @@ def _stop_signals() -> Iterator[Callable[[int], signal.Signals | None]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _check_batch(train: TrainConfig, mesh: Mesh) -> None:
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if train.batch_size // train.accumulate % shards:
-        raise InputError(
-            f"train.batch_size {train.batch_size} in {train.accumulate} parts cannot be spread over "
-            f"data x fsdp = {shards} devices; make it a multiple of {train.accumulate * shards}"
-        )
 
 
 def _opening(stage: Stage, params: Params, mesh: Mesh, found: int | None, resume: bool) -> str:

@@ -52,13 +52,26 @@ class Stage:
 def tokenizer_stage(experiment: Experiment, mesh: Mesh) -> Stage:
     """Stage 1. Raises InputError where the data or the networks of a loss term cannot be opened."""
     config = experiment.config
+    check_terms(experiment)
     model = experiment.build_model(matmul_dtype(config.train.dtype), config.train.remat)
     source = (experiment.source or open_source)(config.data)
     frozen = {} if experiment.loss else _feature_networks(config, mesh)
-    if experiment.loss is not None and config.loss.gan != 0:
-        raise InputError("loss.gan is a part of the library's loss, which this experiment replaces; set it to 0")
     init_params, loss_fn = functools.partial(tokenizer_params, experiment, model), tokenizer_loss_fn(experiment, model)
     return Stage(experiment, model, source, tuple(source.class_names), init_params, loss_fn, frozen, None)
+
+
+def check_terms(experiment: Experiment) -> None:
+    """Raises InputError where a term of the tokenizer's loss does not go with the experiment."""
+    loss, model = experiment.config.loss, experiment.config.model
+    if experiment.loss is not None:
+        if loss.gan != 0:
+            raise InputError("loss.gan is a part of the library's loss, which this experiment replaces; set it to 0")
+        return
+    if loss.lpips != 0 and model.image_size < SMALLEST:
+        raise InputError(f"loss.lpips needs images of at least {SMALLEST} pixels; set it to 0")
+    if loss.repa != 0 and model.velocity.repa_width != Dinov2Config().width:
+        width = model.velocity.repa_width
+        raise InputError(f"model.velocity.repa_width is {width}, but DINOv2's features have {Dinov2Config().width} numbers")
 
 
 def tokenizer_params(experiment: Experiment, model: nn.Module) -> Params:
@@ -144,14 +157,9 @@ def _feature_networks(config: TokenizerTraining, mesh: Mesh) -> Params:
     """The frozen networks of the loss terms that have a weight, on the mesh."""
     loss, networks = config.loss, {}
     if loss.lpips != 0:
-        if config.model.image_size < SMALLEST:
-            raise InputError(f"loss.lpips needs images of at least {SMALLEST} pixels; set it to 0")
         networks["lpips"] = load_lpips(*resolve("lpips_vgg16", loss.lpips_weights).files)
     if loss.repa != 0:
-        sizes, width = Dinov2Config(), config.model.velocity.repa_width
-        if width != sizes.width:
-            raise InputError(f"model.velocity.repa_width is {width}, but DINOv2's features have {sizes.width} numbers")
-        networks["dinov2"] = load_dinov2(*resolve("dinov2_vitb14", loss.dinov2_weights).files, sizes)
+        networks["dinov2"] = load_dinov2(*resolve("dinov2_vitb14", loss.dinov2_weights).files, Dinov2Config())
     return parallel.put(networks, parallel.shardings(networks, mesh))
 
 
@@ -164,23 +172,34 @@ def _transformer_loss(model: nn.Module, params: Params, batch: dict, key: jax.Ar
 
 
 def _check_fit(config: TransformerTraining, tokenizer: Loaded, source: Any) -> None:
-    made, model, data = tokenizer.config, config.model, config.data
-
-    def require(what: str, ours: Any, whose: str, theirs: Any) -> None:
-        if ours != theirs:
-            raise InputError(f"{what} is {ours}, but {whose} {theirs}")
-
-    if not isinstance(made, TokenizerTraining):
-        raise InputError(f"{tokenizer.workdir} is the run of a transformer, not of a tokenizer")
-    if not made.model.vq_enable:
-        raise InputError(f"the tokenizer in {tokenizer.workdir} is continuous (vq_enable is false), it makes no codes")
-    require("model.vocab_size", model.vocab_size, "the tokenizer's codebook_size is", made.model.codebook_size)
-    require("model.num_tokens", model.num_tokens, "the tokenizer's num_tokens is", made.model.num_tokens)
-    require("model.num_classes", model.num_classes, "the number of classes of the data is", len(source.class_names))
-    if isinstance(source, CodesSource):
-        require("model.num_tokens", model.num_tokens, "the number of stored codes per image is", source.info.tokens)
+    stored = isinstance(source, CodesSource)
+    check_tokenizer(config, tokenizer.config, f"the run in {tokenizer.workdir}", takes_images=not stored)
+    classes = len(source.class_names)
+    _require_equal("model.num_classes", config.model.num_classes, "the number of classes of the data is", classes)
+    if stored:
+        tokens = source.info.tokens
+        _require_equal("model.num_tokens", config.model.num_tokens, "the number of stored codes per image is", tokens)
         if source.info.tokenizer != fingerprint(tokenizer.params):
             raise InputError(f"the codes in {source.folder} were made by another tokenizer than {tokenizer.workdir}")
-    else:
-        require("data.image_size", data.image_size, "the tokenizer's image_size is", made.model.image_size)
-        require("data.channels", data.channels, "the tokenizer's channels are", made.model.channels)
+
+
+def check_tokenizer(config: TransformerTraining, made: TokenizerTraining, name: str, takes_images: bool) -> None:
+    """Raises InputError where a transformer cannot learn the codes of a tokenizer.
+
+    Args: made, the tokenizer's settings; name, what messages call it; takes_images, whether it encodes images in training.
+    """
+    if not isinstance(made, TokenizerTraining):
+        raise InputError(f"{name} is of a transformer, not of a tokenizer")
+    if not made.model.vq_enable:
+        raise InputError(f"{name} is of a continuous tokenizer (vq_enable is false), which makes no codes")
+    model, data = config.model, config.data
+    _require_equal("model.vocab_size", model.vocab_size, "the tokenizer's codebook_size is", made.model.codebook_size)
+    _require_equal("model.num_tokens", model.num_tokens, "the tokenizer's num_tokens is", made.model.num_tokens)
+    if takes_images:
+        _require_equal("data.image_size", data.image_size, "the tokenizer's image_size is", made.model.image_size)
+        _require_equal("data.channels", data.channels, "the tokenizer's channels are", made.model.channels)
+
+
+def _require_equal(what: str, ours: Any, whose: str, theirs: Any) -> None:
+    if ours != theirs:
+        raise InputError(f"{what} is {ours}, but {whose} {theirs}")

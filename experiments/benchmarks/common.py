@@ -5,16 +5,32 @@ import multiprocessing
 import platform
 import re
 import resource
+import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import tyro
+
+from dar_jax.errors import InputError
+from dar_jax.files import write_json
+
+
+def run(main: Callable[[Any], None], options: type, about: str) -> None:
+    """Calls `main` with the options of the command line; what is wrong with them is one line and exit code 2."""
+    try:
+        main(tyro.cli(options, description=about))
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def apart(function: Callable, *arguments: Any) -> Any:
@@ -69,11 +85,27 @@ def peak_memory() -> float:
     return max(found.get("peak_bytes_in_use", process) for found in stats) / 2**30
 
 
+def check_release(python: Path | None, release: Path | None) -> None:
+    """Raises InputError where one of the two is given without the other, or is not there."""
+    if (python is None) != (release is None):
+        raise InputError("--release and --release-python belong together: a folder, and a Python with torch that runs it")
+    if release and not release.is_dir():
+        raise InputError(f"there is no folder {release}")
+    if python and shutil.which(python) is None:
+        raise InputError(f"{python} cannot be run")
+
+
 def release_seconds(python: Path, release: Path, kind: str, size: str | None, batch: int, dtype: str, repeats: int) -> float:
     """What `release_worker.py` prints; its arguments are explained there."""
     worker = [python, Path(__file__).with_name("release_worker.py"), release, kind, size, batch, dtype, repeats]
     said = subprocess.run([str(argument) for argument in worker], check=True, stdout=subprocess.PIPE, text=True).stdout
     return float(said.splitlines()[-1])
+
+
+def write_report(path: Path | None, rows: list[dict[str, Any]], command: str, **about: Any) -> None:
+    """The rows and what they are of as JSON, where a file is asked for."""
+    if path:
+        write_json(path, {"date": str(date.today()), "command": command, "jax": jax.__version__, **about, "rows": rows})
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

@@ -28,16 +28,15 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from dar_jax.config import DataConfig
+from dar_jax.config import DataConfig, MeshConfig, TransformerTraining
 from dar_jax.data import codes
 from dar_jax.data.pipeline import Batch, batches, elements
 from dar_jax.data.sources import Source, open_source
 from dar_jax.data.transforms import center_crop
-from dar_jax.features.dinov2 import Dinov2, Dinov2Config
-from dar_jax.features.vgg_lpips import Lpips
 from dar_jax.files import write_json
-from dar_jax.flops import PEAKS, count_flops
-from dar_jax.objectives import feature_terms, next_token_loss, tokenizer_loss
+from dar_jax.flops import PEAKS, count_flops, model_flops
+from dar_jax.parallel import make_mesh
+from dar_jax.plan.jobs import training_job
 from dar_jax.training.experiment import Experiment, load_experiment
 
 BATCH = 64
@@ -161,11 +160,11 @@ def needs() -> dict[str, Need]:
     tokenizer = experiments.pop("imagenet256_tokenizer")
     encoding = encoder_flops(tokenizer)
     found = {
-        "tokenizer": Need(tokenizer_flops(tokenizer), 0.45, "decode, ADM random crop"),
+        "tokenizer": Need(step_flops(tokenizer), 0.45, "decode, ADM random crop"),
         "storing ten crops": Need(10 * encoding, 0.45, "decode, centre crop of 281 to store ten"),
     }
     for name, experiment in experiments.items():
-        size, flops = name.rpartition("_")[2].upper(), transformer_flops(experiment)
+        size, flops = name.rpartition("_")[2].upper(), step_flops(experiment)
         found[f"transformer {size}, images"] = Need(flops + encoding, 0.5, "decode, one of ten crops")
         found[f"transformer {size}, codes"] = Need(flops, 0.5, "stored codes")
     return found
@@ -188,49 +187,22 @@ def compare(recipe: str, need: Need, rate: float) -> Iterator[dict[str, Any]]:
         }
 
 
-def tokenizer_flops(experiment: Experiment) -> float:
-    """Of one image in a step of stage 1, LPIPS and DINOv2 included."""
-    config, model = experiment.config, experiment.build_model()
-    images = _images(config.model)
-    frozen = {
-        "lpips": jax.eval_shape(Lpips().init, jax.random.key(0), images, images)["params"],
-        "dinov2": jax.eval_shape(Dinov2(Dinov2Config()).init, jax.random.key(0), _shape(1, 224, 224, 3))["params"],
-    }
-
-    def loss(params: dict, frozen: dict, images: jax.Array) -> jax.Array:
-        return tokenizer_loss(model, params, images, jax.random.key(0), config.loss, [feature_terms(frozen, config.loss)])[0]
-
-    return count_flops(jax.grad(loss), _params(experiment), frozen, images)
+def step_flops(experiment: Experiment) -> float:
+    """Of one image in a training step: the tokenizer's with its frozen networks, a transformer's on stored codes."""
+    config = experiment.config
+    changes = {"train": dataclasses.replace(config.train, batch_size=1, accumulate=1)}
+    if isinstance(config, TransformerTraining):
+        changes["data"] = dataclasses.replace(config.data, source="codes")
+    changed = experiment.with_config(dataclasses.replace(config, **changes))
+    return model_flops(training_job(changed, make_mesh(MeshConfig(), jax.devices()[:1])).traced)
 
 
 def encoder_flops(experiment: Experiment) -> float:
     """Of one image that becomes codes."""
-    model = experiment.build_model()
-    arguments = _params(experiment), _images(experiment.config.model)
-    return count_flops(lambda params, images: model.apply({"params": params}, images, method="codes"), *arguments)
-
-
-def transformer_flops(experiment: Experiment) -> float:
-    """Of one image's codes in a step of stage 2."""
-    model = experiment.build_model()
-
-    def loss(params: dict, tokens: jax.Array, labels: jax.Array) -> jax.Array:
-        return next_token_loss(model, params, tokens, labels, jax.random.key(0))[0]
-
-    tokens, labels = _shape(1, experiment.config.model.num_tokens, dtype=jnp.int32), _shape(1, dtype=jnp.int32)
-    return count_flops(jax.grad(loss), _params(experiment), tokens, labels)
-
-
-def _params(experiment: Experiment) -> Any:
-    return jax.eval_shape(lambda: experiment.init_params(experiment.build_model()))
-
-
-def _images(model: Any) -> jax.ShapeDtypeStruct:
-    return _shape(1, model.image_size, model.image_size, model.channels)
-
-
-def _shape(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
+    config, model = experiment.config.model, experiment.build_model()
+    images = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, config.channels), jnp.float32)
+    params = jax.eval_shape(lambda: experiment.init_params(model))
+    return count_flops(lambda params, images: model.apply({"params": params}, images, method="codes"), params, images)
 
 
 def write_images(folder: Path, count: int = 64) -> str:

@@ -14,7 +14,6 @@ every matrix of the decoder once per step, at the rate of a copy measured here. 
 
 import dataclasses
 import functools
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -26,8 +25,20 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
-from common import apart, attempt, best, machine_name, matrix_rate, peak_memory, print_table, release_seconds, seconds
+from common import (
+    apart,
+    attempt,
+    best,
+    check_release,
+    machine_name,
+    matrix_rate,
+    peak_memory,
+    print_table,
+    release_seconds,
+    run,
+    seconds,
+    write_report,
+)
 
 from dar_jax.cli import Ints, Words
 from dar_jax.config import LLAMA_SIZES, LlamaConfig, SamplingConfig, TokenizerConfig
@@ -70,6 +81,7 @@ class Limits:
 
 
 def main(options: Options) -> None:
+    check_release(options.release_python, options.release)
     machine, limits = apart(describe_machine, options.dtype)
     command = " ".join(["python", *sys.argv])
     print(f"{machine}, {date.today()}, {options.dtype}\n{command}")
@@ -80,9 +92,7 @@ def main(options: Options) -> None:
         sizes = [(model, batch) for model in options.models for batch in options.batch_sizes]
         rows = [row_of(options, limits, *size) for size in sizes]
     print_table(rows)
-    if options.json:
-        about = {"machine": machine, "date": str(date.today()), "command": command, **dataclasses.asdict(limits)}
-        options.json.write_text(json.dumps({**about, "rows": rows}, indent=2))
+    write_report(options.json, rows, command, machine=machine, **dataclasses.asdict(limits))
 
 
 # --- the machine -----------------------------------------------------------------------------------------------------------
@@ -240,4 +250,4 @@ def time_ours(kind: str, size: str | None, batch: int, dtype: str, repeats: int)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run(main, Options, __doc__)

@@ -26,13 +26,22 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import tyro
-from common import apart, attempt, machine_name, matrix_rate, peak_memory, print_table, release_seconds
+from common import (
+    apart,
+    attempt,
+    check_release,
+    machine_name,
+    matrix_rate,
+    peak_memory,
+    print_table,
+    release_seconds,
+    run,
+    write_report,
+)
 
 from dar_jax import parallel
 from dar_jax.cli import Ints, Words
 from dar_jax.config import LLAMA_SIZES, LlamaConfig, MeshConfig
-from dar_jax.files import write_json
 from dar_jax.flops import PEAKS, model_flops
 from dar_jax.plan.jobs import training_job
 from dar_jax.training.experiment import Experiment, load_experiment
@@ -67,18 +76,19 @@ class Machine:
 
 
 def main(options: Options) -> None:
+    check_release(options.release_python, options.release)
     machine = apart(describe_machine, options)
     command = " ".join(["python", *sys.argv])
     print(f"{machine.name}, {date.today()}, {options.dtype}, jax {jax.__version__}\n{command}")
     print(f"peak of a device {machine.peak / 1e12:.4g} TFLOP/s ({machine.source})\n")
     make_row = beside_release if options.release else row_of
-    remats = ("none",) if options.release else options.remats
-    choices = itertools.product(options.models, options.batch_sizes, remats)
+    models, remats = options.models, options.remats
+    if options.release:
+        models, remats = [model for model in models if model != "tokenizer"], ("none",)
+    choices = itertools.product(models, options.batch_sizes, remats)
     rows = [make_row(options, machine, *choice) for choice in choices]
     print_table(rows)
-    if options.json:
-        about = {"machine": dataclasses.asdict(machine), "date": str(date.today()), "command": command, "jax": jax.__version__}
-        write_json(options.json, {**about, "dtype": options.dtype, "rows": rows})
+    write_report(options.json, rows, command, machine=dataclasses.asdict(machine), dtype=options.dtype)
 
 
 def describe_machine(options: Options) -> Machine:
@@ -172,10 +182,12 @@ def beside_release(options: Options, machine: Machine, model: str, batch: int, r
     """A row with both times, each the fastest of some single steps."""
     options = dataclasses.replace(options, steps=1)
     ours = row_of(options, machine, model, batch, remat)
+    if "note" in ours:
+        return ours
     worker = options.release_python, options.release
     theirs = release_seconds(*worker, "train", model, batch, options.dtype, options.repeats)
     return ours | {"release ms": 1e3 * theirs, "release/ours": theirs / ours["measured"]["step_seconds"]}
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run(main, Options, __doc__)
