@@ -4,19 +4,33 @@ import contextlib
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from dar_jax.errors import InputError
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path is in a bucket, `gs://...`, and not on a disk of this machine."""
+    return "://" in os.fspath(path)
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary name beside `path` to write to; it takes the place of `path` if nothing is raised.
+    """Yields a temporary name to write to; the file takes the place of `path` if nothing is raised.
 
-    Folders above are made where needed.
+    Folders above are made where needed. To a bucket (`gs://...`), which takes objects whole or not at all, it is copied.
     """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder) / "whole"
+            yield temporary
+            epath.Path(temporary).copy(path, overwrite=True)
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
@@ -38,7 +52,7 @@ def check_writable(path: str | os.PathLike) -> None:
 
     A bucket (gs://...) says so only when something is written.
     """
-    if "://" in os.fspath(path):
+    if is_remote(path):
         return
     path = Path(path).absolute()
     existing = next(folder for folder in (path, *path.parents) if folder.exists())

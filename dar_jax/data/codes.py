@@ -10,17 +10,14 @@ written whole or not at all, so writing goes on at the missing shards after an i
 different shards of one folder. The folder may be in a bucket (`gs://...`).
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import tempfile
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -124,7 +121,7 @@ def write_shard(folder: str | os.PathLike, shard: int, codes: np.ndarray, labels
     path = _shard(folder, shard)
     if path.exists():
         return
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         try:
             writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")  # one image can be read without others
             for record in records:
@@ -273,18 +270,6 @@ def _require_same(folder: epath.Path, info: CodesInfo) -> None:
             )
 
 
-@contextlib.contextmanager
-def _replacing(path: epath.Path) -> Iterator[Path]:
-    """`files.replacing` that also takes a path in a bucket, to which a file is copied whole or not at all."""
-    if "://" not in os.fspath(path):
-        with replacing(path) as temporary:
-            yield temporary
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder) / path.name
-        (epath.Path(folder) / path.name).copy(path, overwrite=True)
-
-
 def _shard(folder: epath.Path, shard: int) -> epath.Path:
     return folder / f"shard-{shard:05d}.array_record"
 
@@ -314,7 +299,7 @@ def _sha256(path: epath.Path) -> str:
 
 def _write_json(folder: epath.Path, info: CodesInfo, shards: list[Shard] | None) -> None:
     files = shards and [dataclasses.asdict(shard) for shard in shards]
-    with _replacing(folder / "codes.json") as temporary:
+    with replacing(folder / "codes.json") as temporary:
         temporary.write_text(json.dumps({"version": VERSION, **dataclasses.asdict(info), "shards": files}, indent=1) + "\n")
 
 

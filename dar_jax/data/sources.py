@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from dar_jax.config import DataConfig
 from dar_jax.data.codes import open_codes
 from dar_jax.errors import InputError
+from dar_jax.files import is_remote
 
 log = logging.getLogger("dar_jax.data")
 
@@ -63,7 +64,7 @@ def open_source(config: DataConfig) -> Source:
         raise InputError(f"data.path is not given; the source {config.source} needs the folder of its files")
     if config.source == "codes":
         return open_codes(config.path, config.split, config.verify)
-    if "://" in config.path:
+    if is_remote(config.path):
         raise InputError(f"data.path {config.path} is in a bucket, where only codes and TFDS are read; mount or copy it")
     path = Path(config.path)
     if not path.is_dir():

@@ -23,7 +23,7 @@ import jax
 from jax.experimental import topologies
 
 from dar_jax.errors import InputError
-from dar_jax.files import replacing
+from dar_jax.files import is_remote, replacing
 from dar_jax.plan.chips import chip_of
 
 
@@ -84,7 +84,7 @@ def compile_for(lowered: jax.stages.Lowered, topology: str, cache: Path | None, 
 def cache_folder() -> Path | None:
     """Where compiled programs are kept: beside JAX's own compiled functions, if these are."""
     folder = jax.config.jax_compilation_cache_dir
-    return None if folder is None or "://" in folder else Path(folder) / "plan"
+    return None if folder is None or is_remote(folder) else Path(folder) / "plan"
 
 
 def _compile(lowered: jax.stages.Lowered) -> Program:

@@ -27,6 +27,7 @@ from orbax.checkpoint import v1 as ocp
 from dar_jax import hosts, parallel
 from dar_jax.config import TokenizerTraining, TrainConfig, TransformerTraining, from_dict, to_dict
 from dar_jax.errors import InputError
+from dar_jax.files import is_remote
 from dar_jax.training.experiment import Experiment
 from dar_jax.training.state import Params, TrainState
 
@@ -64,7 +65,7 @@ def absolute(path: PathLike) -> epath.Path:
     path = os.fspath(path)
     if path.startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
         raise InputError(f'{path} is in a bucket; that needs: pip install "dar_jax[gcs]"')
-    return epath.Path(path if "://" in path else os.path.abspath(path))
+    return epath.Path(path if is_remote(path) else os.path.abspath(path))
 
 
 def writable_folder(path: PathLike) -> epath.Path:
@@ -72,7 +73,7 @@ def writable_folder(path: PathLike) -> epath.Path:
     folder = absolute(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if "://" not in os.fspath(folder):  # a bucket says so when the first file is written
+        if not is_remote(folder):  # a bucket says so when the first file is written
             tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error

@@ -11,6 +11,8 @@ import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from dar_jax.files import is_remote, replacing
+
 BAR = 20  # characters of the progress bar
 
 
@@ -29,7 +31,6 @@ class Log:
         if not active:
             return
         self._records = _records(workdir)
-        self._remote = "://" in os.fspath(self._records)
         folder = self._records.parent
         folder.mkdir(parents=True, exist_ok=True)
         self._lines = [json.dumps(record) + "\n" for record in read_records(workdir) if record["step"] <= start]
@@ -41,7 +42,7 @@ class Log:
         if not self.active:
             return
         self._lines.append(json.dumps({"step": step, **values}) + "\n")
-        if self._remote:
+        if is_remote(self._records):
             self._write_lines()  # nothing can be appended to an object in a bucket
         else:
             with open(self._records, "a") as file:
@@ -85,10 +86,8 @@ class Log:
         self.stream.flush()
 
     def _write_lines(self) -> None:
-        whole = self._records if self._remote else self._records.with_name("metrics.jsonl.tmp")
-        whole.write_text("".join(self._lines))
-        if not self._remote:
-            whole.replace(self._records)
+        with replacing(self._records) as temporary:
+            temporary.write_text("".join(self._lines))
 
 
 def read_records(workdir: str | os.PathLike) -> list[dict[str, float]]:
