@@ -14,6 +14,7 @@ that traffic inside.
 `tensor` is for layers that do not fit otherwise, and for sampling in small batches.
 """
 
+import collections
 import dataclasses
 import math
 import re
@@ -22,6 +23,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -66,7 +68,10 @@ RULES: Rules = (
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `devices` (default: all of them), axes data, fsdp and tensor.
 
-    Raises InputError where the sizes do not multiply to the number of devices.
+    It follows the wires: neighbours along `tensor`, then `fsdp`, are near each other; slices of TPUs and nodes of GPUs, between
+    which the network is slower, are taken apart along `data`, along `fsdp` only where there are more of them.
+
+    Raises InputError where the sizes do not multiply to the number of devices, or do not fit the number of slices.
     """
     devices = jax.devices() if devices is None else devices
     if config.fsdp_limit < 1:
@@ -83,7 +88,23 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     if math.prod(sizes) != len(devices):
         raise InputError(f"{given} does not fit the {len(devices)} devices")
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return Mesh(arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def arrange(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices as an array of these sizes, see `make_mesh`."""
+    slices = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
+    if len(slices) == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    rest, across = len(slices), []
+    for size in sizes:
+        across.append(math.gcd(size, rest))
+        rest //= across[-1]
+    if rest > 1 or len(set(slices.values())) > 1:
+        given, counts = " x ".join(map(str, sizes)), " + ".join(map(str, slices.values()))
+        raise InputError(f"mesh data x fsdp x tensor = {given} cannot be cut into slices or nodes of {counts} devices")
+    within = [size // parts for size, parts in zip(sizes, across)]
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
 
 
 def path_name(path: tuple) -> str:

@@ -1,5 +1,6 @@
 """The mesh and the table of shardings."""
 
+import dataclasses
 import math
 
 import jax
@@ -136,3 +137,39 @@ def test_mesh_sizes():
     for sizes in ((-1, 1, -1), (-1, -1, 16), (-1, -1, 1, 0), (3, 1, 1), (-1, 3, 1), (-1, 16, 1), (0, 1, 8)):
         with pytest.raises(InputError, match="^mesh "):
             parallel.make_mesh(MeshConfig(*sizes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """As JAX tells of a GPU of one node of several, or of a TPU chip of a slice."""
+
+    id: int
+    slice_index: int = 0
+    coords: tuple[int, int, int] = (0, 0, 0)
+    device_kind: str = "NVIDIA H100"
+    platform: str = "gpu"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def test_nodes_are_taken_apart_along_data_first():
+    devices = [Device(number, number // 4) for number in range(16)]  # four nodes of four
+    for sizes in ((4, 4, 1), (2, 8, 1), (1, 8, 2), (16, 1, 1)):
+        found = parallel.arrange(sizes, devices)
+        assert found.shape == sizes and {device.id for device in found.flat} == set(range(16))
+        for neighbours in found.reshape(-1, 4):
+            assert len({device.slice_index for device in neighbours}) == 1, sizes
+    for sizes, nodes in (((2, 1, 3), 4), ((1, 1, 3), 2)):
+        some = [Device(number, number % nodes) for number in range(math.prod(sizes))]
+        with pytest.raises(InputError, match=r"cannot be cut into slices or nodes of \d( \+ \d)+ devices"):
+            parallel.arrange(sizes, some)
+
+
+def test_an_axis_may_be_a_part_of_a_row_of_chips():
+    """Which JAX refuses by default, but for TPU v5e."""
+    chips = [
+        Device(8 * row + column, coords=(column, row, 0), device_kind="TPU v6 lite", platform="tpu")
+        for row in range(8)
+        for column in range(8)
+    ]
+    assert len(set(parallel.arrange((4, 16, 1), chips).flat)) == 64
