@@ -555,9 +555,9 @@ class Plan(Generic[Settings]):
     small models, minutes for large ones, and kept for the next time. Times are what the chips' figures allow at best, nothing
     is measured. Several topologies make a table. Every setting of the experiment can be overridden as in `dar-jax train`. A
     transformer whose --tokenizer names an experiment file or a checkpoint computes the codes of its images within the step;
-    else it learns from stored codes.
+    else it learns from stored codes. The sampler's mesh is that of `dar-jax generate`: --mesh.tensor, the rest along data.
 
-    Example: dar-jax plan experiments/imagenet256_ar_l.py --topology v5e:8x8 --mesh.fsdp 8 --mesh.data -1
+    Example: dar-jax plan experiments/imagenet256_ar_l.py --topology v5e:8x8 --mesh.fsdp 8
     """
 
     experiment: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="EXPERIMENT")]  # its file; comes first

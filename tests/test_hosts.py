@@ -51,6 +51,8 @@ def test_hosts_are_found_by_the_environment(asked, monkeypatch, environment, exp
     hosts.join(heartbeat_timeout=9)
     timeouts = {"heartbeat_timeout_seconds": 9, "initialization_timeout": hosts.START_TIMEOUT}
     assert asked == ([] if expected is None else [{**expected, **timeouts}])
+    if expected is not None:  # which training relies on, from Python too
+        assert jax.config.jax_enable_preemption_service
 
 
 @pytest.mark.parametrize(

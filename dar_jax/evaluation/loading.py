@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -138,16 +138,17 @@ def unless_missing(load: Callable[[], T], given: str | None = None) -> T | None:
         return None
 
 
-def run_mesh(config: MeshConfig) -> Mesh:
-    """The mesh for using the weights of a run: `tensor` as there, all other devices along `data`, where that fits the devices.
+def run_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh for using the weights of a run: `tensor` as there, all other devices along `data`, where that fits the devices
+    (default: all there are).
 
     Nothing is cut over `fsdp`, which would gather all weights for every token.
     """
     try:
-        return parallel.make_mesh(MeshConfig(data=1 if config.tensor == -1 else -1, tensor=config.tensor))
+        return parallel.make_mesh(MeshConfig(data=1 if config.tensor == -1 else -1, tensor=config.tensor), devices)
     except InputError as error:
         log.info("%s; using all of them along data", error)
-        return parallel.make_mesh(MeshConfig())
+        return parallel.make_mesh(MeshConfig(), devices)
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:

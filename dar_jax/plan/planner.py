@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from dar_jax import parallel
+from dar_jax.evaluation.loading import run_mesh
 from dar_jax.flops import matrix_products, model_flops
 from dar_jax.plan import hlo, jobs, report
 from dar_jax.plan.chips import Chip, chip_of
@@ -100,7 +101,8 @@ def make_plan(experiment: Experiment, topology: str, chip: Chip, sampling: bool)
     """One compilation, or none where its result is known already, and all figures of it."""
     config = experiment.config
     train = config.train
-    mesh = parallel.make_mesh(config.mesh, open_topology(topology))
+    make_mesh = run_mesh if sampling else parallel.make_mesh
+    mesh = make_mesh(config.mesh, open_topology(topology))
 
     def starting() -> None:
         what = "the sampler" if sampling else f"the training step with remat {train.remat}"
