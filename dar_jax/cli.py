@@ -372,7 +372,7 @@ class Evaluate:
                 check_writable(Path(path).absolute().parent)
         extractor = open_extractor(self.weights, self.resize, self.batch_size, _mesh(self.mesh))
         keep_as = self.save_statistics if _first() else None
-        report = evaluate(self.samples, self.reference, extractor, self.num_images, keep_as)
+        report = evaluate(self.samples, self.reference, extractor, self.num_images, keep_as=keep_as)
         if self.json is not None and _first():
             write_json(self.json, report)
         print(table(report))
