@@ -362,19 +362,16 @@ class Evaluate:
     def run(self) -> None:
         from dar_jax.evaluation.evaluate import evaluate, table
         from dar_jax.evaluation.statistics import open_extractor
-        from dar_jax.files import check_writable, write_json
 
         _check_batch(self.batch_size)
         if self.num_images is not None:
             _check_batch(self.num_images, "number of images")
         for path in (self.json, self.save_statistics):
-            if path is not None and _first():
-                check_writable(Path(path).absolute().parent)
+            _check_file(path)
         extractor = open_extractor(self.weights, self.resize, self.batch_size, _mesh(self.mesh))
         keep_as = self.save_statistics if _first() else None
         report = evaluate(self.samples, self.reference, extractor, self.num_images, keep_as=keep_as)
-        if self.json is not None and _first():
-            write_json(self.json, report)
+        _write_json(self.json, report)
         print(table(report))
 
 
@@ -416,14 +413,12 @@ class EvaluateTokenizer(Generic[Settings]):
         from dar_jax.evaluation.evaluate_tokenizer import evaluate_tokenizer, open_lpips, table
         from dar_jax.evaluation.loading import find, load_tokenizer, unless_missing
         from dar_jax.evaluation.statistics import open_extractor
-        from dar_jax.files import check_writable, write_json
         from dar_jax.sampling.sampler import make_settings
 
         _check_batch(self.batch_size)
         if self.num_images is not None:
             _check_batch(self.num_images, "number of images")
-        if self.json is not None and _first():
-            check_writable(Path(self.json).absolute().parent)
+        _check_file(self.json)
         experiment, model = _experiment(self.experiment), find(self.checkpoint).tokenizer.config.model
         given = {"solver": self.solver, "num_denoising_steps": self.num_denoising_steps}
         sampling = dataclasses.replace(SamplingConfig(), **_given(given))
@@ -437,8 +432,7 @@ class EvaluateTokenizer(Generic[Settings]):
         report = evaluate_tokenizer(
             trained, source, data, extractor, lpips, sampling, self.seed, self.batch_size, self.num_images
         )
-        if self.json is not None and _first():
-            write_json(self.json, report)
+        _write_json(self.json, report)
         print(table(report))
 
 
@@ -474,15 +468,13 @@ class EvaluateAr(Generic[Settings]):
         from dar_jax.data.sources import open_source
         from dar_jax.evaluation.likelihood import describe, evaluate_transformer, write_report
         from dar_jax.evaluation.loading import load_sampler
-        from dar_jax.files import check_writable
 
         _check_batch(self.batch_size)
         if self.num_images is not None:
             _check_batch(self.num_images, "number of images")
         experiment = _experiment(self.experiment)
         source = ((experiment and experiment.source) or open_source)(self.data)
-        if _first():
-            check_writable(self.out)
+        _check_folder(self.out)
         trained = load_sampler(self.checkpoint, experiment, self.weights, _mesh(self.mesh))
         report = evaluate_transformer(trained, source, self.data, self.batch_size, self.num_images)
         if _first():
@@ -521,7 +513,6 @@ class Sweep:
         from dar_jax.evaluation.loading import find_transformer, load_sampler
         from dar_jax.evaluation.statistics import open_extractor
         from dar_jax.evaluation.sweep import sweep, table, variants, write_report
-        from dar_jax.files import check_writable
 
         _check_batch(self.batch_size)
         _check_batch(self.num, "number of samples")
@@ -529,8 +520,7 @@ class Sweep:
         base = found.transformer.config.sampling
         pairs = [_pair(text) for text in self.guidance or ()]
         configs = variants(base, pairs, self.temperature or (), self.top_k or (), self.top_p or ())
-        if _first():
-            check_writable(self.out)
+        _check_folder(self.out)
         mesh = _mesh(self.mesh)
         extractor = open_extractor(self.inception, self.resize, self.batch_size, mesh)
         trained = load_sampler(self.checkpoint, experiment, self.weights, mesh)
@@ -584,7 +574,6 @@ class Plan(Generic[Settings]):
         return cls[type(config)], cls(experiment, tyro.MISSING, config)
 
     def run(self) -> None:
-        from dar_jax.files import check_writable, write_json
         from dar_jax.plan.chips import GIB, chip_of
         from dar_jax.plan.planner import plan
         from dar_jax.plan.report import table, text
@@ -594,8 +583,7 @@ class Plan(Generic[Settings]):
             _check_batch(self.batch_size)
         for topology in self.topology:
             chip_of(topology)
-        if self.json is not None:
-            check_writable(Path(self.json).absolute().parent)
+        _check_file(self.json)
         figures = {"peak": (self.peak, 1e12), "memory": (self.memory, GIB)}
         figures |= {"memory_bandwidth": (self.memory_bandwidth, 1e9), "ici_bandwidth": (self.ici_bandwidth, 1e9)}
         figures = {name: value * unit for name, (value, unit) in figures.items() if value is not None}
@@ -603,8 +591,7 @@ class Plan(Generic[Settings]):
             raise InputError("a chip's figures (--peak, --memory, ...) should be more than 0")
         experiment = load_experiment(self.experiment).with_config(self.config)
         plans = [plan(experiment, topology, self.batch_size, self.sampling, self.search, figures) for topology in self.topology]
-        if self.json is not None:
-            write_json(self.json, [dataclasses.asdict(found) for found in plans])
+        _write_json(self.json, [dataclasses.asdict(found) for found in plans])
         print(text(plans[0]) if len(plans) == 1 else table(plans))
 
 
@@ -854,6 +841,28 @@ def _many_hosts() -> Any:
 def _say(what: object, code: int) -> int:
     print("dar-jax: " + " ".join(str(what).split()), file=sys.stderr)
     return code
+
+
+def _check_folder(path: str) -> None:
+    """Raises InputError where the process that writes cannot write to a folder."""
+    from dar_jax.files import check_writable
+
+    if _first():
+        check_writable(path)
+
+
+def _check_file(path: str | None) -> None:
+    """The same for a file that may have been asked for."""
+    if path is not None:
+        _check_folder(Path(path).absolute().parent)
+
+
+def _write_json(path: str | None, values: Any) -> None:
+    """Writes a file that may have been asked for, once."""
+    from dar_jax.files import write_json
+
+    if path is not None and _first():
+        write_json(path, values)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

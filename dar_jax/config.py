@@ -196,13 +196,12 @@ class MeshConfig:
     """Devices along each mesh axis. One of them, or data and fsdp, may be -1: whatever the others leave.
 
     By default all devices share the batch and each holds the whole state; for models that leave no room for activations then,
-    `data=-1, fsdp=-1` cuts the state over as many of them as `fsdp_limit` allows. See `parallel`.
+    `data=-1, fsdp=-1` cuts the state over some of them. See `parallel`.
     """
 
     data: int = -1  # batch
     fsdp: int = 1  # batch, and parameters cut along their width
     tensor: int = 1  # heads and hidden units
-    fsdp_limit: int = 16  # where data and fsdp are both -1: fsdp takes at most so many devices, data the rest
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ Callers enter the mesh with `jax.set_mesh(mesh)`; one device is a 1 x 1 x 1 mesh
 
 By default all devices stand along `data`: every one holds all of the state, 16 bytes a parameter, and the only traffic is the
 sum of the gradients. That is best as long as the state leaves room for activations. Larger models, as in the ImageNet recipes,
-take `MeshConfig(data=-1, fsdp=-1)`, which cuts it over up to 16 devices, at the price of gathering each layer's parameters in
-the forward and in the backward pass. More parts save little memory, and on a TPU parts of less than a tile are not scattered
-but summed up whole. Where the network between hosts is slow, `MeshConfig(data=-1, fsdp=N)` with the N devices of one host keeps
-that traffic inside.
+take `MeshConfig(data=-1, fsdp=-1)`, which cuts it over up to `MOST_PARTS` devices, at the price of gathering each layer's
+parameters in the forward and in the backward pass. More parts save little memory, and on a TPU parts of less than a tile are
+not scattered but summed up whole. Where the network between hosts is slow, `MeshConfig(data=-1, fsdp=N)` with the N devices of
+one host keeps that traffic inside.
 `tensor` is for layers that do not fit otherwise, and for sampling in small batches.
 """
 
@@ -32,6 +32,7 @@ from dar_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
+MOST_PARTS = 16  # along `fsdp`, where both it and `data` are left open
 Rules = Sequence[tuple[str, P]]
 
 # (regular expression on the end of a parameter's path, how its LAST dimensions are cut). The first match counts. Dimensions
@@ -74,11 +75,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     Raises InputError where the sizes do not multiply to the number of devices, or do not fit the number of slices.
     """
     devices = jax.devices() if devices is None else devices
-    if config.fsdp_limit < 1:
-        raise InputError(f"mesh fsdp-limit = {config.fsdp_limit} should be at least 1")
     if config.data == config.fsdp == -1 and config.tensor > 0:
         rest = len(devices) // config.tensor
-        fsdp = max(size for size in range(1, config.fsdp_limit + 1) if rest % size == 0)
+        fsdp = max(size for size in range(1, MOST_PARTS + 1) if rest % size == 0)
         config = dataclasses.replace(config, fsdp=fsdp)
     sizes = [config.data, config.fsdp, config.tensor]
     given = f"mesh data x fsdp x tensor = {' x '.join(map(str, sizes))}"

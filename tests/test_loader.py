@@ -1,9 +1,9 @@
 """The loader's benchmark, `experiments/benchmarks/loader.py`, for a moment."""
 
-import importlib.util
 import json
 from pathlib import Path
 
+import loader
 import pytest
 
 from dar_jax.training.experiment import load_experiment
@@ -12,19 +12,11 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
 
 @pytest.fixture(scope="module")
-def loader():
-    spec = importlib.util.spec_from_file_location("loader", EXPERIMENTS / "benchmarks" / "loader.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def images(loader, tmp_path_factory):
+def images(tmp_path_factory):
     return loader.write_images(tmp_path_factory.mktemp("made") / "images", 4)
 
 
-def test_it_says_what_is_fed(loader, images, tmp_path, monkeypatch, capsys):
+def test_it_says_what_is_fed(images, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loader, "STORED", 256)
     monkeypatch.setattr(loader, "BATCH", 2)
     monkeypatch.setattr(loader, "MACHINES", {"slow": loader.Machine(2e12, 4), "fast": loader.Machine(1e21, 4)})
@@ -38,7 +30,7 @@ def test_it_says_what_is_fed(loader, images, tmp_path, monkeypatch, capsys):
     assert [line.split()[-3] for line in lines[-2:]] == ["yes", "NO"]
 
 
-def test_operations_of_the_published_size(loader):
+def test_operations_of_the_published_size():
     """A step of training takes three passes; sampling with guidance takes two, published as 0.36 TFLOP an image for size L."""
     flops = loader.step_flops(load_experiment(EXPERIMENTS / "imagenet256_ar_l.py"))
     assert flops == pytest.approx(0.36e12 / 2 * 3, rel=0.05)

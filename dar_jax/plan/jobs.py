@@ -90,7 +90,7 @@ def training_job(experiment: Experiment, mesh: Mesh) -> Job:
         init_params = functools.partial(tokenizer_params, experiment, model)
         loss_fn, inputs = tokenizer_loss_fn(experiment, model), {"image": image}
         frozen = placed({} if experiment.loss else feature_networks(experiment), mesh)
-    elif (tokenizer := None if config.data.source == "codes" else find_tokenizer(experiment, True)) is not None:
+    elif (tokenizer := None if config.data.source == "codes" else find_tokenizer(experiment, takes_images=True)) is not None:
         tokenizer = for_accelerators(tokenizer)
         encoder = tokenizer.build_model(jnp.dtype(tokenizer.config.train.dtype))
         loss_fn, inputs = transformer_loss_fn(experiment, model, encoder), {"image": image}

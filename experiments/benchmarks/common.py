@@ -18,16 +18,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 
 from dar_jax.errors import InputError
 from dar_jax.files import write_json
 
 
-def run(main: Callable[[Any], None], options: type, about: str) -> None:
-    """Calls `main` with the options of the command line; what is wrong with them is one line and exit code 2."""
+def run(program: Callable[[], None]) -> None:
+    """Calls a program; what is wrong with its options is one line and exit code 2."""
     try:
-        main(tyro.cli(options, description=about))
+        program()
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)

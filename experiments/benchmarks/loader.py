@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from common import run
 from PIL import Image
 
 from dar_jax.config import DataConfig, MeshConfig, TransformerTraining
@@ -222,4 +223,4 @@ def write_images(folder: Path, count: int = 64) -> str:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run(lambda: tyro.cli(main))

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from common import (
     apart,
     attempt,
@@ -250,4 +251,4 @@ def time_ours(kind: str, size: str | None, batch: int, dtype: str, repeats: int)
 
 
 if __name__ == "__main__":
-    run(main, Options, __doc__)
+    run(lambda: main(tyro.cli(Options, description=__doc__)))

@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import tyro
 from common import (
     apart,
     attempt,
@@ -190,4 +191,4 @@ def beside_release(options: Options, machine: Machine, model: str, batch: int, r
 
 
 if __name__ == "__main__":
-    run(main, Options, __doc__)
+    run(lambda: main(tyro.cli(Options, description=__doc__)))
