@@ -11,6 +11,7 @@ import difflib
 import functools
 import io
 import logging
+import math
 import os
 import re
 import signal
@@ -176,6 +177,7 @@ class Sample(SamplingOptions):
     experiment: Optional[str] = None  # the run's experiment file, if that replaced the model or the guidance
     weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
     mesh: Optional[Ints] = None  # devices along data, fsdp and tensor; else along tensor as in the run, the rest along data
+    decoder_mesh: Optional[Ints] = None  # as many for denoising alone, while --mesh, the others, predict the next group
     batch_size: int = 32  # samples at a time
 
     def run(self) -> None:
@@ -198,7 +200,8 @@ class Sample(SamplingOptions):
             output_resolution=self.output_resolution,
         )
         check_writable(self.out)
-        trained = load_sampler(self.checkpoint, experiment, self.weights, _mesh(self.mesh))
+        meshes = _two_meshes(self.mesh, self.decoder_mesh)
+        trained = load_sampler(self.checkpoint, experiment, self.weights, *meshes)
         written = write_samples(trained, request, self.out, self.batch_size, self.previews, self.animate)
         print("\n".join(map(str, written)))
 
@@ -892,6 +895,21 @@ def _mesh(sizes: tuple[int, ...] | None, devices: Sequence[Any] | None = None) -
     if sizes is not None and len(sizes) != 3:
         raise InputError(f"a mesh has three sizes, of data, fsdp and tensor, not {len(sizes)}")
     return None if sizes is None and devices is None else make_mesh(MeshConfig(*sizes or ()), devices)
+
+
+def _two_meshes(sizes: tuple[int, ...] | None, decoder_sizes: tuple[int, ...] | None) -> tuple[Any, Any]:
+    """`_mesh` of these sizes, and that of the last devices where the decoder has sizes of its own."""
+    import jax
+
+    if decoder_sizes is None:
+        return _mesh(sizes), None
+    count, devices = math.prod(decoder_sizes), jax.devices()
+    if min(decoder_sizes) < 1 or count >= len(devices) or jax.process_count() > 1:
+        raise InputError(
+            f"a decoder mesh takes some of the devices of one host, not {' x '.join(map(str, decoder_sizes))} of "
+            f"{len(devices)} on {jax.process_count()}"
+        )
+    return _mesh(sizes, devices[:-count]), _mesh(decoder_sizes, devices[-count:])
 
 
 def _experiment(path: str | None) -> Any:

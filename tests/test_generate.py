@@ -15,6 +15,7 @@ from dar_jax.evaluation.loading import find, find_transformer, load_sampler, loa
 from dar_jax.evaluation.metrics import psnr
 from dar_jax.evaluation.pictures import to_uint8
 from dar_jax.evaluation.reconstruct import encode, reconstruct
+from dar_jax.parallel import make_mesh
 from dar_jax.training.experiment import Experiment
 
 NAMES = tuple("0123456789")
@@ -53,6 +54,14 @@ def test_samples_do_not_depend_on_the_batch(trained, drawn):
     assert np.abs(images.astype(int) - drawn[1]).max() <= 1  # float32 sums of another order
     np.testing.assert_array_equal(tokens[1], tokens[3])  # label 1, seed 9 twice
     assert len(np.unique(tokens, axis=0)) == 10
+
+
+def test_a_decoder_mesh_changes_no_sample(tiny_run, drawn):
+    mesh, other = make_mesh(MeshConfig(), jax.devices()[:2]), make_mesh(MeshConfig(), jax.devices()[2:5])
+    apart = load_sampler(tiny_run, mesh=mesh, decoder_mesh=other)
+    tokens, images = draw(apart, batch_size=7)  # 12 at a time, so that either mesh can share them
+    np.testing.assert_array_equal(tokens, drawn[0])
+    assert np.abs(images.astype(int) - drawn[1]).max() <= 1
 
 
 def test_previews_end_with_the_sample(trained, drawn):

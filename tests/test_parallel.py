@@ -93,8 +93,8 @@ def test_the_sampler_keeps_its_caches_as_the_table_says(tiny_tokenizer):
         weights = sampler.prepare(networks, parallel.put(weights, parallel.shardings(weights, mesh)))
         labels, seeds = parallel.put((np.arange(8), np.arange(8)), parallel.batch_sharding(mesh))
         state = sampler.begin(networks, weights, settings, labels, seeds)
-        _, llama_caches = sampler.predict_group(networks, weights, settings, state)
-    for caches in (llama_caches, state.decoder_caches):
+        prediction = sampler.predict_group(networks, weights, settings, state)
+    for caches in (prediction.caches, state.decoding.caches):
         places = parallel.shardings(caches, mesh)
         assert all(
             leaf.sharding.is_equivalent_to(place, leaf.ndim) and leaf.sharding.shard_shape(leaf.shape)[1] == leaf.shape[1] // 2

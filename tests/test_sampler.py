@@ -25,7 +25,7 @@ from dar_jax.sampling.sampler import (
     lookup_codes,
     make_settings,
     prepare,
-    sample_keys,
+    separate,
     stream,
 )
 
@@ -92,7 +92,7 @@ def test_images_are_those_of_decoding_the_tokens(networks):
     modules, params = networks
     whole = sample(networks, previews=True)
     settings = make_settings(SAMPLING, modules.tokenizer.config)
-    noise = initial_noise(sample_keys(SEEDS), modules.tokenizer.config)
+    noise = initial_noise(SEEDS, modules.tokenizer.config)
     decoded = decode(modules, params, settings, lookup_codes(modules, params, whole.tokens), noise, previews=True)
     np.testing.assert_allclose(decoded.images, whole.images, atol=2e-5)
     np.testing.assert_allclose(decoded.previews, whole.previews, atol=2e-5)
@@ -121,6 +121,24 @@ def test_a_sample_does_not_depend_on_the_devices(networks, axes):
     assert_same(one, many)
 
 
+def test_a_decoder_on_devices_of_its_own(networks):
+    """The same samples and previews; the transformer's work stays on its mesh, the decoder's on the other."""
+    modules, params = networks
+    labels, seeds = jnp.append(LABELS, 2), jnp.append(SEEDS, 11)
+    one = sample(networks, labels=labels, seeds=seeds, previews=True)
+    mesh, other = make_mesh(MeshConfig(2, 1, 2), jax.devices()[:4]), make_mesh(MeshConfig(4, 1, 1), jax.devices()[4:])
+    settings = make_settings(SAMPLING, modules.tokenizer.config)
+    with jax.set_mesh(mesh):
+        prepared = separate(prepare(modules, jax.device_put(params, shardings(params, mesh))), other)
+        placed = jax.device_put((labels, seeds), batch_sharding(mesh))
+        many = generate(modules, prepared, settings, *placed, previews=True)
+        for index, part in enumerate(stream(modules, prepared, settings, *placed)):
+            np.testing.assert_allclose(part.images, one.previews[index], atol=2e-5)
+    assert_same(one, many)
+    np.testing.assert_allclose(many.previews, one.previews, atol=2e-5)
+    assert many.tokens.devices() == set(mesh.devices.flat) and many.images.devices() == set(other.devices.flat)
+
+
 @pytest.mark.parametrize("num_steps", [3, 8])
 def test_other_step_counts_stream_exactly(networks, num_steps):
     """The steps taken group by group are the steps of decoding all tokens at once."""
@@ -128,7 +146,7 @@ def test_other_step_counts_stream_exactly(networks, num_steps):
     config = dataclasses.replace(SAMPLING, num_denoising_steps=num_steps)
     whole = sample(networks, config)
     settings = make_settings(config, modules.tokenizer.config)
-    noise = initial_noise(sample_keys(SEEDS), modules.tokenizer.config)
+    noise = initial_noise(SEEDS, modules.tokenizer.config)
     decoded = decode(modules, params, settings, lookup_codes(modules, params, whole.tokens), noise)
     np.testing.assert_allclose(decoded.images, whole.images, atol=2e-5)
 
@@ -139,7 +157,7 @@ def test_wider_conditioning_waits_for_its_tokens(make_networks):
     config = networks[0].tokenizer.config
     np.testing.assert_array_equal(flow.steps_ready(4, config), [0, 0, 1, 2, 4])
     whole = sample(networks)
-    noise = initial_noise(sample_keys(SEEDS), config)
+    noise = initial_noise(SEEDS, config)
     decoded = decode(*networks, make_settings(SAMPLING, config), lookup_codes(*networks, whole.tokens), noise)
     np.testing.assert_allclose(decoded.images, whole.images, atol=2e-5)
 
@@ -195,7 +213,7 @@ def test_start_from_an_image(networks):
     started = sample(networks, last, image=image)
     config, (_, params) = modules.tokenizer.config, networks
     times = flow.schedule(4, config.velocity.time_shift)
-    x = flow.interpolate(initial_noise(sample_keys(SEEDS), config), config.velocity.data_std * image, times[3])
+    x = flow.interpolate(initial_noise(SEEDS, config), config.velocity.data_std * image, times[3])
     apply = functools.partial(modules.tokenizer.apply, {"params": params["tokenizer"]})
     condition = apply(lookup_codes(*networks, started.tokens), method="condition")
     velocity, _ = apply(x, jnp.full(7, times[3]), condition[:, 12:], method="velocity")
@@ -245,9 +263,9 @@ def test_prepared_parameters(networks):
     modules, params = networks
     half = Networks(modules.tokenizer.clone(dtype=jnp.bfloat16), modules.llama.clone(dtype=jnp.bfloat16))
     prepared = prepare(half, params)
-    layer = prepared.llama_layers[1]
-    assert layer["mlp"]["down"]["kernel"].dtype == prepared.llama["output"].dtype == jnp.bfloat16
-    assert layer["mlp_norm"]["scale"].dtype == prepared.tokenizer["quantizer"]["codebook"].dtype == jnp.float32
+    layer = prepared.llama.layers[1]
+    assert layer["mlp"]["down"]["kernel"].dtype == prepared.llama.rest["output"].dtype == jnp.bfloat16
+    assert layer["mlp_norm"]["scale"].dtype == prepared.decoder.rest["quantizer"]["codebook"].dtype == jnp.float32
     assert_same(sample((half, prepared)), sample((half, params)))
 
 
@@ -255,7 +273,7 @@ def test_condition_tokens_and_velocities_see_no_later_codes(networks):
     modules, params = networks
     config = modules.tokenizer.config
     values = jax.random.normal(jax.random.key(4), (1, 16, 8))
-    noise = initial_noise(sample_keys(SEEDS[:1]), config)
+    noise = initial_noise(SEEDS[:1], config)
     settings = make_settings(SAMPLING, config)
 
     def condition(values):

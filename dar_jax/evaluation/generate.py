@@ -64,7 +64,7 @@ def sample(
         settings = make_settings(sampling, trained.config, trained.guidance)
     networks, params, mesh = trained.networks, trained.sampler_params, trained.mesh
     labels, seeds = np.asarray(labels, np.int32), np.asarray(seeds, np.uint32)
-    size = full_batch(batch_size, mesh)
+    size = full_batch(batch_size, mesh, trained.decoder_mesh or mesh)
     given = {}
     if prefix is not None:
         prefix = np.broadcast_to(np.asarray(prefix, np.int32), (len(labels), np.shape(prefix)[-1]))

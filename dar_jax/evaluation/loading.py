@@ -6,6 +6,7 @@ A transformer's folder holds its tokenizer in the sub-folder `tokenizer`, so it 
 import dataclasses
 import functools
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from dar_jax import parallel
 from dar_jax.config import MeshConfig, TokenizerConfig, TokenizerTraining
 from dar_jax.errors import InputError
 from dar_jax.sampling.logits import linear_guidance
-from dar_jax.sampling.sampler import GuidanceSchedule, Networks, SamplerParams, prepare
+from dar_jax.sampling.sampler import GuidanceSchedule, Networks, SamplerParams, prepare, separate
 from dar_jax.training import checkpoint
 from dar_jax.training.experiment import Experiment
 from dar_jax.training.stages import matmul_dtype
@@ -48,6 +49,7 @@ class Trained:
     params: dict[str, Any]
     guidance: GuidanceSchedule
     mesh: Mesh
+    decoder_mesh: Mesh | None = None  # devices of their own for denoising samples, see `sampler.separate`
 
     @property
     def config(self) -> TokenizerConfig:
@@ -62,7 +64,8 @@ class Trained:
     def sampler_params(self) -> SamplerParams:
         """The parameters as the sampler reads them, made at the first use."""
         with jax.set_mesh(self.mesh):
-            return prepare(self.networks, self.params)
+            params = prepare(self.networks, self.params)
+        return params if self.decoder_mesh is None else separate(params, self.decoder_mesh)
 
     def with_tokenizer(self, config: TokenizerConfig) -> "Trained":
         """The same weights in a tokenizer of other settings, of which the resolution may differ."""
@@ -113,9 +116,15 @@ def load_tokenizer(
 
 
 def load_sampler(
-    path: str | os.PathLike, experiment: Experiment | None = None, weights: Weights = "ema", mesh: Mesh | None = None
+    path: str | os.PathLike,
+    experiment: Experiment | None = None,
+    weights: Weights = "ema",
+    mesh: Mesh | None = None,
+    decoder_mesh: Mesh | None = None,
 ) -> Trained:
     """Both stages of a transformer's checkpoint. Arguments as of `load_tokenizer`; `weights` are the transformer's.
+
+    With a `decoder_mesh`, whose devices are not those of `mesh`, samples are denoised there, see `sampler.separate`.
 
     Raises InputError where the checkpoint is missing, damaged, a tokenizer's, or needs its experiment.
     """
@@ -124,7 +133,8 @@ def load_sampler(
     llama, llama_params = _load(found.transformer, experiment, weights, mesh)
     tokenizer, tokenizer_params = _load(found.tokenizer, _tokenizer_part(experiment), "ema", mesh)
     guidance = (experiment and experiment.guidance) or linear_guidance
-    return Trained(found, Networks(tokenizer, llama), {"tokenizer": tokenizer_params, "llama": llama_params}, guidance, mesh)
+    params = {"tokenizer": tokenizer_params, "llama": llama_params}
+    return Trained(found, Networks(tokenizer, llama), params, guidance, mesh, decoder_mesh)
 
 
 def unless_missing(load: Callable[[], T], given: str | None = None) -> T | None:
@@ -156,10 +166,10 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     return parallel.put(batch, parallel.batch_sharding(mesh))
 
 
-def full_batch(size: int, mesh: Mesh) -> int:
-    """`size` rounded up to a multiple of the devices that share a batch."""
-    shards = parallel.batch_shares(mesh)
-    return -(-size // shards) * shards
+def full_batch(size: int, *meshes: Mesh) -> int:
+    """`size` rounded up to a multiple of the devices that share a batch, on each of the meshes."""
+    shares = math.lcm(*map(parallel.batch_shares, meshes))
+    return -(-size // shares) * shares
 
 
 def pad(rows: np.ndarray, size: int) -> np.ndarray:

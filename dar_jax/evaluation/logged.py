@@ -18,7 +18,7 @@ from dar_jax.evaluation.loading import Trained, to_host, unless_missing
 from dar_jax.evaluation.reconstruct import at_image_size, quantize
 from dar_jax.evaluation.statistics import Extractor, RunningStatistics, Statistics, collect, open_extractor
 from dar_jax.sampling.logits import linear_guidance
-from dar_jax.sampling.sampler import Networks, decode, generate, initial_noise, make_settings, sample_keys
+from dar_jax.sampling.sampler import Networks, decode, generate, initial_noise, make_settings
 from dar_jax.training.stages import Stage
 from dar_jax.training.state import Params
 
@@ -41,7 +41,7 @@ def log_pictures(stage: Stage, ema: Params, batch: Mapping[str, jax.Array]) -> d
 def _reconstructions(stage: Stage, ema: Params, images: jax.Array) -> np.ndarray:
     config = at_image_size(stage.experiment.config.model)
     networks, params = Networks(stage.model.clone(config=config)), {"tokenizer": ema}
-    noise = initial_noise(sample_keys(np.arange(len(images), dtype=np.uint32)), config)
+    noise = initial_noise(np.arange(len(images), dtype=np.uint32), config)
     values = quantize(networks, params, images).values
     decoded = decode(networks, params, make_settings(SamplingConfig(), config), values, noise).images
     return pictures.beside(to_host(images), pictures.to_uint8(to_host(decoded)))

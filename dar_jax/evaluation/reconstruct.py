@@ -26,7 +26,7 @@ from dar_jax.evaluation.loading import Trained, full_batch, pad, put_batch, to_h
 from dar_jax.evaluation.metrics import psnr
 from dar_jax.evaluation.progress import Progress
 from dar_jax.files import write_json
-from dar_jax.sampling.sampler import Networks, decode, initial_noise, make_settings, sample_keys
+from dar_jax.sampling.sampler import Networks, decode, initial_noise, make_settings
 from dar_jax.tokenizer.quantizer import Quantized
 from dar_jax.training.stages import to_float
 
@@ -57,12 +57,12 @@ def reconstruct(
     trained = trained.with_tokenizer(at_image_size(trained.config))
     networks, params, mesh = trained.networks, trained.params, trained.mesh
     settings = make_settings(sampling or SamplingConfig(), trained.config)
-    size = full_batch(batch_size, mesh)
+    size = full_batch(batch_size, mesh, trained.decoder_mesh or mesh)
     decoded, codes = [], []
     for count, (batch, batch_seeds) in _batches(size, images, np.asarray(seeds, np.uint32)):
         with jax.set_mesh(mesh):
             quantized = quantize(networks, params, put_batch(batch, mesh))
-            noise = _noise(put_batch(batch_seeds, mesh), trained.config)
+            noise = initial_noise(put_batch(batch_seeds, mesh), trained.config)
             samples = decode(networks, prepared, settings, quantized.values, noise)
         decoded.append(pictures.to_uint8(to_host(samples.images)[:count]))
         if quantized.codes is not None:
@@ -195,8 +195,3 @@ def _batches(size: int, *arrays: np.ndarray) -> Iterator[tuple[int, list[np.ndar
     for start in range(0, len(arrays[0]), size):
         parts = [array[start : start + size] for array in arrays]
         yield len(parts[0]), [pad(part, size) for part in parts]
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _noise(seeds: jax.Array, config: TokenizerConfig) -> jax.Array:
-    return initial_noise(sample_keys(seeds), config)

@@ -4,7 +4,8 @@ One function, `advance`, carries a `SamplerState` on by one group: the transform
 turns them into condition tokens, and the solver takes the denoising steps they allow. `generate` runs it over all groups;
 `stream` yields a preview after each. Both consist of the same compiled pieces, which the host dispatches without waiting:
 predicting (one for each length of the cache, so that attention reads only what is filled), conditioning, one solver step.
-They are pure, so an outer `jax.jit` over `generate` makes one program of them.
+They are pure, so an outer `jax.jit` over `generate` makes one program of them. With a mesh of its own for the decoder (see
+`separate`) a group is denoised on some devices while the others predict the next one.
 
 Everything of sample i follows from its own seed and label: the same (seed, label, settings) give the same tokens in any
 batch and on any number of devices.
@@ -13,6 +14,7 @@ Shapes: B batch, T tokens, G groups, Q = T / G tokens per group, S denoising ste
 H W pixels of the result, C channels, D width, E code dimension, L layers.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
@@ -21,12 +23,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dar_jax import flow, llama
 from dar_jax.config import SamplingConfig, TokenizerConfig
 from dar_jax.errors import InputError
 from dar_jax.layers import Array, Cache, constrain, resize_bicubic, unstack
 from dar_jax.llama import Llama
+from dar_jax.parallel import batch_sharding, shardings
 from dar_jax.sampling.logits import draw, guide, linear_guidance
 from dar_jax.tokenizer import token_decoder
 from dar_jax.tokenizer.tokenizer import Tokenizer
@@ -46,14 +50,21 @@ class Networks:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class SamplerParams:
-    """Parameters as the sampler reads them, see `prepare`: `tokenizer` without its encoder, `llama` (None where codes are
-    given), and one tree for each layer of the two networks that run piece by piece."""
+class Unstacked:
+    """Parameters of a network that runs piece by piece: one tree for each layer of its blocks, and all the others."""
 
-    tokenizer: Any
-    decoder_layers: tuple[Any, ...]
-    llama: Any
-    llama_layers: tuple[Any, ...]
+    rest: Any
+    layers: tuple[Any, ...]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["decoder", "llama"], meta_fields=["decoder_mesh"])
+@dataclasses.dataclass(frozen=True)
+class SamplerParams:
+    """Parameters as the sampler reads them, see `prepare` and `separate`."""
+
+    decoder: Unstacked  # the tokenizer without its encoder; the layers are the token decoder's
+    llama: Unstacked | None  # None where codes are given
+    decoder_mesh: Mesh | None = None  # None: the decoder is where the transformer is
 
 
 @functools.partial(
@@ -81,30 +92,39 @@ class Settings:
     num_groups: int
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "labels", "keys", "tokens", "num_given", "llama_caches", "decoder_caches",
-        "condition", "time_table", "x", "velocity", "preview",
-    ],
-    meta_fields=["group"],
-)  # fmt: skip
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class SamplerState:
-    """Where sampling stands after `group` groups. The transformer's caches grow with the groups."""
+class Prediction:
+    """How far the transformer is. Its caches grow with the groups."""
 
-    group: int  # finished groups
     labels: Array  # [B] int32
     keys: Array  # [B] PRNG keys
     tokens: Array  # [B, T] int32; those not yet predicted are 0 or given
     num_given: Array  # [B] int32, how many first tokens are given instead of predicted
-    llama_caches: tuple[Cache, ...]  # guided: rows 2i and 2i + 1 are sample i with its label and with the null class
-    decoder_caches: tuple[Cache, ...]
+    caches: tuple[Cache, ...]  # guided: rows 2i and 2i + 1 are sample i with its label and with the null class
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How far the decoder is."""
+
+    caches: tuple[Cache, ...]
     condition: Array  # [B, T, D] float32 condition tokens, zero where not yet known
     time_table: Array | None  # [S, L, 1, D], of `embed_times`
     x: Array  # [B, R, R, C] float32, the ODE's state
     velocity: Array  # [B, R, R, C] float32, of the last step
     preview: Array  # [B, R, R, C] float32 in [-1, 1], the jump estimate of the last step; after the last group, the image
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["prediction", "decoding"], meta_fields=["group"])
+@dataclasses.dataclass(frozen=True)
+class SamplerState:
+    """Where sampling stands after `group` groups."""
+
+    group: int
+    prediction: Prediction
+    decoding: Decoding
 
 
 @jax.tree_util.register_dataclass
@@ -174,14 +194,23 @@ def prepare(networks: Networks, params: dict) -> SamplerParams:
         rest = {name: value for name, value in tree.items() if name != "blocks"}
         return rest, unstack(tree["blocks"], layers)
 
-    model, llama_params, llama_layers = networks.tokenizer, None, ()
+    model, llama_params = networks.tokenizer, None
     tokenizer = {name: value for name, value in params["tokenizer"].items() if name != "encoder"}
     tokenizer |= {name: cast(tokenizer[name], model.dtype) for name in ("token_decoder", "velocity")}
-    tokenizer["token_decoder"], decoder_layers = take_apart(tokenizer["token_decoder"], model.config.decoder_layers)
+    tokenizer["token_decoder"], layers = take_apart(tokenizer["token_decoder"], model.config.decoder_layers)
     if networks.llama is not None:
         matrices = cast(params["llama"], networks.llama.dtype)
-        llama_params, llama_layers = take_apart(matrices, networks.llama.config.layers)
-    return SamplerParams(tokenizer, decoder_layers, llama_params, llama_layers)
+        llama_params = Unstacked(*take_apart(matrices, networks.llama.config.layers))
+    return SamplerParams(Unstacked(tokenizer, layers), llama_params)
+
+
+def separate(params: SamplerParams, mesh: Mesh) -> SamplerParams:
+    """The same with the decoder on a mesh of its own: there a group is denoised while the next one is predicted.
+
+    The meshes are of one process; a batch is cut over the devices of either.
+    """
+    decoder = jax.device_put(params.decoder, shardings(params.decoder, mesh))
+    return dataclasses.replace(params, decoder=decoder, decoder_mesh=mesh)
 
 
 def sample_keys(seeds: Array) -> Array:
@@ -189,13 +218,13 @@ def sample_keys(seeds: Array) -> Array:
     return jax.vmap(jax.random.key)(seeds)
 
 
-def initial_noise(keys: Array, tokenizer: TokenizerConfig) -> Array:
-    """Standard normal [B, R, R, C] float32, image i from key i."""
+@functools.partial(jax.jit, static_argnums=1)
+def initial_noise(seeds: Array, tokenizer: TokenizerConfig) -> Array:
+    """Standard normal [B, R, R, C] float32, image i from seed i alone."""
     shape = (tokenizer.resolution, tokenizer.resolution, tokenizer.channels)
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), shape))(keys)
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), shape))(sample_keys(seeds))
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def begin(
     networks: Networks,
     params: SamplerParams,
@@ -215,71 +244,36 @@ def begin(
       num_given: [B] int32, how many of the prefix's tokens hold for each sample (default: all n).
       image: [B, R, R, C] float32 in [-1, 1] to start from at `settings.start_step` (default: noise).
     """
-    config, batch = networks.tokenizer.config, len(labels)
-    keys = sample_keys(seeds)
-    tokens = jnp.zeros((batch, config.num_tokens), jnp.int32)
-    if prefix is None:
-        num_given = jnp.zeros(batch, jnp.int32)
-    else:
-        tokens = tokens.at[:, : prefix.shape[1]].set(prefix)
-        num_given = jnp.full(batch, prefix.shape[1], jnp.int32) if num_given is None else num_given
-    x, preview, time_table = _start(networks, params, settings, initial_noise(keys, config), image)
-    rows = 2 * batch if settings.guided else batch
-    decoder_caches = token_decoder.empty_caches(config, batch, networks.tokenizer.dtype)
-    return SamplerState(
-        group=0,
-        labels=jnp.asarray(labels, jnp.int32),
-        keys=keys,
-        tokens=tokens,
-        num_given=num_given,
-        llama_caches=llama.empty_caches(networks.llama.config, rows, 0, networks.llama.dtype),
-        decoder_caches=jax.tree.map(lambda leaf: constrain(leaf, "cache"), decoder_caches),
-        condition=constrain(jnp.zeros((batch, config.num_tokens, config.decoder_width), jnp.float32), "stream"),
-        time_table=time_table,
-        x=x,
-        velocity=constrain(jnp.zeros_like(x), "images"),
-        preview=preview,
-    )
+    prediction = _begin_prediction(networks.llama, settings, labels, seeds, prefix, num_given)
+    with _on(params.decoder_mesh):
+        seeds, image = _moved((seeds, image), params.decoder_mesh)
+        noise = initial_noise(seeds, networks.tokenizer.config)
+        decoding = _begin_decoding(networks.tokenizer, params.decoder, settings, noise, image)
+    return SamplerState(0, prediction, decoding)
 
 
 def advance(networks: Networks, params: SamplerParams, settings: Settings, state: SamplerState) -> SamplerState:
     """Carries the state on by one group: Q tokens, their condition tokens, and the denoising steps these allow."""
     config = networks.tokenizer.config
-    tokens, caches = predict_group(networks, params, settings, state)
-    first = state.group * config.tokens_per_group
-    condition, decoder_caches = _condition(networks.tokenizer, params, tokens, state.condition, state.decoder_caches, first)
-
-    # One step a group in the paper's setting; other step counts and group sizes leave several, or none, to a group.
-    ready = flow.steps_ready(settings.num_steps, config)
-    solver = (state.x, state.velocity, state.preview)
-    for index in range(max(ready[state.group], settings.start_step), ready[state.group + 1]):
-        solver = _denoise(networks.tokenizer, params, settings, condition, state.time_table, jnp.int32(index), solver)
-    x, velocity, preview = solver
-    return dataclasses.replace(
-        state,
-        group=state.group + 1,
-        tokens=tokens,
-        llama_caches=caches,
-        decoder_caches=decoder_caches,
-        condition=condition,
-        x=x,
-        velocity=velocity,
-        preview=preview,
-    )
+    prediction = predict_group(networks, params, settings, state)
+    with _on(params.decoder_mesh):
+        tokens = _moved(prediction.tokens, params.decoder_mesh)
+        decoding = _condition(networks.tokenizer, params.decoder, tokens, state.decoding, state.group * config.tokens_per_group)
+        # One step a group in the paper's setting; other step counts and group sizes leave several, or none, to a group.
+        ready = flow.steps_ready(settings.num_steps, config)
+        for index in range(max(ready[state.group], settings.start_step), ready[state.group + 1]):
+            decoding = _denoise(networks.tokenizer, params.decoder, settings, decoding, jnp.int32(index))
+    return SamplerState(state.group + 1, prediction, decoding)
 
 
-def predict_group(
-    networks: Networks, params: SamplerParams, settings: Settings, state: SamplerState
-) -> tuple[Array, tuple[Cache, ...]]:
-    """Predicts the tokens of the next group. Returns all tokens [B, T] and the transformer's caches."""
-    config = networks.tokenizer.config
+def predict_group(networks: Networks, params: SamplerParams, settings: Settings, state: SamplerState) -> Prediction:
+    """Predicts the tokens of the next group."""
+    config, prediction = networks.tokenizer.config, state.prediction
     first, last = state.group * config.tokens_per_group, (state.group + 1) * config.tokens_per_group
-    tokens, caches = state.tokens, state.llama_caches
     for start, stop in _spans(first, last, settings.guided):
-        so_far = dataclasses.replace(state, tokens=tokens, llama_caches=caches)
         sizes = stop - start, _window(config, stop), start < settings.guided
-        tokens, caches = _predict(networks.llama, *sizes, params, settings, so_far, jnp.int32(start))
-    return tokens, caches
+        prediction = _predict(networks.llama, *sizes, params.llama, settings, prediction, jnp.int32(start))
+    return prediction
 
 
 def generate(
@@ -300,8 +294,13 @@ def generate(
       previews: whether to keep the preview after every group.
       The others are those of `begin`.
     """
-    *_, (state, all_previews) = _groups(networks, params, settings, labels, seeds, prefix, num_given, image, previews)
-    return dataclasses.replace(_snapshot(networks, state), previews=jnp.stack(all_previews) if previews else None)
+    params, shown = _prepared(networks, params), []
+    for state in _groups(networks, params, settings, labels, seeds, prefix, num_given, image):
+        if previews:
+            shown.append(_snapshot(networks, params, state).images)
+    samples = _snapshot(networks, params, state)
+    with _on(params.decoder_mesh):
+        return dataclasses.replace(samples, previews=jnp.stack(shown) if previews else None)
 
 
 def stream(
@@ -319,11 +318,11 @@ def stream(
     Arguments as of `generate`. The next group is dispatched before the one before is handed out, so that a caller who looks
     at a preview does not keep the device waiting.
     """
-    waiting = None
-    for state, _ in _groups(networks, params, settings, labels, seeds, prefix, num_given, image, False):
+    params, waiting = _prepared(networks, params), None
+    for state in _groups(networks, params, settings, labels, seeds, prefix, num_given, image):
         if waiting is not None:
             yield waiting
-        waiting = _snapshot(networks, state)
+        waiting = _snapshot(networks, params, state)
     yield waiting
 
 
@@ -347,16 +346,17 @@ def decode(
 
     Returns: Samples without tokens.
     """
-    params = _prepared(networks, params)
-    condition, x, preview, time_table = _begin_decoding(networks, params, settings, values, noise, image)
-    solver, all_previews = (x, jnp.zeros_like(x), preview), []
-    for index in range(flow.steps_ready(settings.num_steps, networks.tokenizer.config)[settings.num_groups]):
-        if index >= settings.start_step:
-            solver = _denoise(networks.tokenizer, params, settings, condition, time_table, jnp.int32(index), solver)
-        if previews:
-            all_previews.append(_finish(networks, solver[2]))
-    tokens = jnp.zeros((len(values), 0), jnp.int32)
-    return Samples(tokens, _finish(networks, solver[2]), jnp.stack(all_previews) if previews else None)
+    params, model, shown = _prepared(networks, params), networks.tokenizer, []
+    with _on(params.decoder_mesh):
+        values, noise, image = _moved((values, noise, image), params.decoder_mesh)
+        decoding = _begin_decoding(model, params.decoder, settings, noise, image, values)
+        for index in range(flow.steps_ready(settings.num_steps, model.config)[settings.num_groups]):
+            if index >= settings.start_step:
+                decoding = _denoise(model, params.decoder, settings, decoding, jnp.int32(index))
+            if previews:
+                shown.append(_finish(model, decoding.preview))
+        tokens = jnp.zeros((len(values), 0), jnp.int32)
+        return Samples(tokens, _finish(model, decoding.preview), jnp.stack(shown) if previews else None)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -370,26 +370,32 @@ def lookup_codes(networks: Networks, params: dict, codes: Array) -> Array:
 WINDOWS = 8  # lengths of the cache, at most, each of which is compiled
 
 
-def _groups(
-    networks, params, settings, labels, seeds, prefix, num_given, image, previews
-) -> Iterator[tuple[SamplerState, list[Array]]]:
-    """The state after each group, and the previews so far where they are asked for."""
-    params, all_previews = _prepared(networks, params), []
+def _groups(networks, params, settings, labels, seeds, prefix, num_given, image) -> Iterator[SamplerState]:
+    """The state after each group."""
     state = begin(networks, params, settings, labels, seeds, prefix, num_given, image)
     for _ in range(settings.num_groups):
         state = advance(networks, params, settings, state)
-        if previews:
-            all_previews.append(_finish(networks, state.preview))
-        yield state, all_previews
+        yield state
 
 
 def _prepared(networks: Networks, params: dict | SamplerParams) -> SamplerParams:
     return params if isinstance(params, SamplerParams) else prepare(networks, params)
 
 
-def _snapshot(networks: Networks, state: SamplerState) -> Samples:
-    length = state.group * networks.tokenizer.config.tokens_per_group
-    return Samples(state.tokens[:, :length], _finish(networks, state.preview), None)
+def _on(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """Enters the mesh, if there is one."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def _moved(batch: Any, mesh: Mesh | None) -> Any:
+    """A batch, or a tree of them, on the mesh, if there is one."""
+    return batch if mesh is None else jax.device_put(batch, batch_sharding(mesh))
+
+
+def _snapshot(networks: Networks, params: SamplerParams, state: SamplerState) -> Samples:
+    tokens = state.prediction.tokens[:, : state.group * networks.tokenizer.config.tokens_per_group]
+    with _on(params.decoder_mesh):
+        return Samples(tokens, _finish(networks.tokenizer, state.decoding.preview), None)
 
 
 def _spans(first: int, last: int, guided: int) -> list[tuple[int, int]]:
@@ -403,20 +409,35 @@ def _window(config: TokenizerConfig, stop: int) -> int:
     return min(-(-stop // unit) * unit, config.num_tokens)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _begin_prediction(
+    model: Llama, settings: Settings, labels: Array, seeds: Array, prefix: Array | None, num_given: Array | None
+) -> Prediction:
+    """Before the first token; arguments as of `begin`."""
+    batch = len(labels)
+    tokens = jnp.zeros((batch, model.config.num_tokens), jnp.int32)
+    if prefix is None:
+        num_given = jnp.zeros(batch, jnp.int32)
+    else:
+        tokens = tokens.at[:, : prefix.shape[1]].set(prefix)
+        num_given = jnp.full(batch, prefix.shape[1], jnp.int32) if num_given is None else num_given
+    caches = llama.empty_caches(model.config, 2 * batch if settings.guided else batch, 0, model.dtype)
+    return Prediction(jnp.asarray(labels, jnp.int32), sample_keys(seeds), tokens, num_given, caches)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _predict(
     model: Llama,
     count: int,
     window: int,
     guided: bool,
-    params: SamplerParams,
+    params: Unstacked,
     settings: Settings,
-    state: SamplerState,
+    state: Prediction,
     start: Array,
-) -> tuple[Array, tuple[Cache, ...]]:
-    """Predicts `count` tokens from `start` on with caches of length `window`. Returns all tokens [B, T] and the caches."""
-    batch = len(state.labels)
-    labels = state.labels
+) -> Prediction:
+    """Predicts `count` tokens from `start` on with caches of length `window`."""
+    batch, labels = len(state.labels), state.labels
     if guided:  # interleaved, so that on several devices both rows of a sample stay where the sample is
         labels = jnp.stack([labels, jnp.full_like(labels, model.config.num_classes)], axis=1).reshape(-1)
 
@@ -430,8 +451,8 @@ def _predict(
         position = start + offset
         previous = jnp.take(tokens, jnp.maximum(position - 1, 0), axis=1)
         inputs = jnp.repeat(previous, 2) if guided else previous
-        step = functools.partial(model.apply, {"params": params.llama}, method="step")
-        logits, caches = step(params.llama_layers, labels, inputs, caches, position)
+        step = functools.partial(model.apply, {"params": params.rest}, method="step")
+        logits, caches = step(params.layers, labels, inputs, caches, position)
         if guided:
             pairs = logits.reshape(batch, 2, -1)
             logits = guide(pairs[:, 0], pairs[:, 1], settings.scales[position])
@@ -440,79 +461,72 @@ def _predict(
         token = jnp.where(position < state.num_given, jnp.take(tokens, position, axis=1), drawn)
         return (jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], position, axis=1), caches), None
 
-    carry = (state.tokens, jax.tree.map(fit, state.llama_caches))
-    return jax.lax.scan(body, carry, jnp.arange(count))[0]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _condition(
-    model: Tokenizer, params: SamplerParams, tokens: Array, condition: Array, caches: tuple[Cache, ...], first: Array
-) -> tuple[Array, tuple[Cache, ...]]:
-    """Adds the condition tokens of the group whose first token is `first`."""
-    apply = functools.partial(model.apply, {"params": params.tokenizer})
-    codes = jax.lax.dynamic_slice_in_dim(tokens, first, model.config.tokens_per_group, axis=1)
-    values = apply(codes, method="lookup")
-    new, caches = apply(params.decoder_layers, values, caches, first, method="condition_step")
-    return constrain(jax.lax.dynamic_update_slice_in_dim(condition, new, first, axis=1), "stream"), caches
+    carry = (state.tokens, jax.tree.map(fit, state.caches))
+    (tokens, caches), _ = jax.lax.scan(body, carry, jnp.arange(count))
+    return dataclasses.replace(state, tokens=tokens, caches=caches)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _begin_decoding(
-    networks: Networks, params: SamplerParams, settings: Settings, values: Array, noise: Array, image: Array | None
-) -> tuple[Array, Array, Array, Array | None]:
-    """The condition tokens [B, T, D] of all values, and what `_start` gives."""
-    config, dtype = networks.tokenizer.config, networks.tokenizer.dtype
-    caches = token_decoder.empty_caches(config, len(values), dtype)
-    apply = functools.partial(networks.tokenizer.apply, {"params": params.tokenizer}, method="condition_step")
-    condition, _ = apply(params.decoder_layers, values, caches, jnp.int32(0))
-    return condition, *_start(networks, params, settings, noise, image)
-
-
-def _start(
-    networks: Networks, params: SamplerParams, settings: Settings, noise: Array, image: Array | None
-) -> tuple[Array, Array, Array | None]:
-    """The ODE's state at the first step [B, R, R, C], the preview to show before any step was taken, and the time table."""
-    config, dtype = networks.tokenizer.config, networks.tokenizer.dtype
+    model: Tokenizer, params: Unstacked, settings: Settings, noise: Array, image: Array | None, values: Array | None = None
+) -> Decoding:
+    """Before the first denoising step; with the condition tokens of all `values`, if they are given."""
+    config, batch = model.config, len(noise)
     times = flow.schedule(settings.num_steps, config.velocity.time_shift)
-    table = embed_times(config, dtype, params.tokenizer["velocity"], times[:-1])
     if image is None:
         x, preview = noise, jnp.zeros_like(noise)
     else:
         x, preview = flow.interpolate(noise, config.velocity.data_std * image, jnp.float32(times[settings.start_step])), image
-    return constrain(x, "images"), constrain(preview, "images"), table
+    caches = token_decoder.empty_caches(config, batch, model.dtype)
+    decoding = Decoding(
+        caches=jax.tree.map(lambda leaf: constrain(leaf, "cache"), caches),
+        condition=constrain(jnp.zeros((batch, config.num_tokens, config.decoder_width), jnp.float32), "stream"),
+        time_table=embed_times(config, model.dtype, params.rest["velocity"], times[:-1]),
+        x=constrain(x, "images"),
+        velocity=constrain(jnp.zeros_like(x), "images"),
+        preview=constrain(preview, "images"),
+    )
+    return decoding if values is None else _extend(model, params, values, decoding, jnp.int32(0))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _denoise(
-    model: Tokenizer,
-    params: SamplerParams,
-    settings: Settings,
-    condition: Array,
-    time_table: Array | None,
-    index: Array,
-    solver: tuple[Array, Array, Array],
-) -> tuple[Array, Array, Array]:
-    """Denoising step `index`: (x, last velocity, preview) -> the same after it."""
+def _condition(model: Tokenizer, params: Unstacked, tokens: Array, decoding: Decoding, first: Array) -> Decoding:
+    """Adds the condition tokens of the group whose first token is `first`."""
+    codes = jax.lax.dynamic_slice_in_dim(tokens, first, model.config.tokens_per_group, axis=1)
+    values = model.apply({"params": params.rest}, codes, method="lookup")
+    return _extend(model, params, values, decoding, first)
+
+
+def _extend(model: Tokenizer, params: Unstacked, values: Array, decoding: Decoding, first: Array) -> Decoding:
+    """Adds the condition tokens of values [B, n, E], the first of which is token `first`."""
+    apply = functools.partial(model.apply, {"params": params.rest}, method="condition_step")
+    new, caches = apply(params.layers, values, decoding.caches, first)
+    condition = jax.lax.dynamic_update_slice_in_dim(decoding.condition, new, first, axis=1)
+    return dataclasses.replace(decoding, caches=caches, condition=constrain(condition, "stream"))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _denoise(model: Tokenizer, params: Unstacked, settings: Settings, decoding: Decoding, index: Array) -> Decoding:
+    """Denoising step `index`."""
     config = model.config
-    x, previous, _ = solver
     times = jnp.asarray(flow.schedule(settings.num_steps, config.velocity.time_shift))
     start = jnp.asarray(flow.step_starts(settings.num_steps, config))[index]
     t = times[index]
-    tokens = jax.lax.dynamic_slice_in_dim(condition, start, config.tokens_per_step, axis=1)
-    table = None if time_table is None else time_table[index]
-    apply = functools.partial(model.apply, {"params": params.tokenizer}, method="velocity")
-    velocity, _ = apply(x, t[None], tokens, time_table=table)
-    step = functools.partial(
-        flow.solver_step, x, velocity, previous, first=index == settings.start_step, solver=settings.solver
-    )
-    new = step(step_size=times[index + 1] - t), velocity, step(step_size=1 - t) / config.velocity.data_std
-    return tuple(constrain(part, "images") for part in new)
+    tokens = jax.lax.dynamic_slice_in_dim(decoding.condition, start, config.tokens_per_step, axis=1)
+    table = None if decoding.time_table is None else decoding.time_table[index]
+    apply = functools.partial(model.apply, {"params": params.rest}, method="velocity")
+    velocity, _ = apply(decoding.x, t[None], tokens, time_table=table)
+    first = index == settings.start_step
+    step = functools.partial(flow.solver_step, decoding.x, velocity, decoding.velocity, first=first, solver=settings.solver)
+    x, preview = step(step_size=times[index + 1] - t), step(step_size=1 - t) / config.velocity.data_std
+    new = {name: constrain(value, "images") for name, value in (("x", x), ("velocity", velocity), ("preview", preview))}
+    return dataclasses.replace(decoding, **new)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _finish(networks: Networks, images: Array) -> Array:
+def _finish(model: Tokenizer, images: Array) -> Array:
     """[B, R, R, C] -> [B, H, W, C]: resized down where the tokenizer's config asks for it."""
-    size = networks.tokenizer.config.output_resolution
+    size = model.config.output_resolution
     if size is None or images.shape[1] <= size:
         return images
     return resize_bicubic(images, size, size)

@@ -161,9 +161,9 @@ def predict(made: Sampler, batch: int) -> jax.Array:
     arguments = made.networks, made.params, made.settings, jnp.arange(batch), jnp.arange(batch, dtype=jnp.uint32)
     state = sampler.begin(*arguments)
     for _ in range(TOKENIZER.num_groups):
-        tokens, caches = sampler.predict_group(*arguments[:3], state)
-        state = dataclasses.replace(state, group=state.group + 1, tokens=tokens, llama_caches=caches)
-    return state.tokens
+        prediction = sampler.predict_group(*arguments[:3], state)
+        state = dataclasses.replace(state, group=state.group + 1, prediction=prediction)
+    return state.prediction.tokens
 
 
 def decode_batch(made: Sampler, batch: int) -> jax.Array:
@@ -192,10 +192,10 @@ def measure(size: str, dtype: str, batch: int, repeats: int) -> dict[str, float]
         "peak_gib": peak_memory(),
     }
     llama, rows = made.networks.llama.config, 2 * batch
-    matrices = sum(leaf.nbytes for leaf in jax.tree.leaves(made.params.llama_layers)) + made.params.llama["output"].nbytes
+    matrices = sum(leaf.nbytes for leaf in jax.tree.leaves(made.params.llama.layers)) + made.params.llama.rest["output"].nbytes
     entry = 2 * llama.layers * (llama.kv_heads or llama.heads) * llama.width // llama.heads * jnp.dtype(dtype).itemsize
     cache = rows * entry * llama.num_tokens * (llama.num_tokens + 1) / 2
-    velocity = sum(leaf.nbytes for leaf in jax.tree.leaves(made.params.tokenizer["velocity"]))
+    velocity = sum(leaf.nbytes for leaf in jax.tree.leaves(made.params.decoder.rest["velocity"]))
     return found | {
         "predict_bytes": llama.num_tokens * matrices + cache,
         "predict_flops": count_flops(lambda: predict(made, batch)),
