@@ -5,7 +5,7 @@ Command:  dar-jax train experiments/cifar10_ar.py --workdir runs/cifar10_ar --to
 Then:     dar-jax sample runs/cifar10_ar --labels cat,dog,ship --seeds 1,2,3 --out samples
 Time:     an estimate, not measured: about 20 minutes on an A100, from 20 GFLOP for each of 5 million images at 30 % of
           its bfloat16 peak; both stages together stay below an hour.
-Result:   not measured.
+Result:   not measured at this size; the README has a shortened run of a smaller one on a CPU.
 """
 
 from dar_jax.config import DataConfig, LlamaConfig, OptimizerConfig, SamplingConfig, TrainConfig, TransformerTraining

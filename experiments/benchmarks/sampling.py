@@ -1,7 +1,7 @@
 """How fast sampling is on this machine, beside what its memory and its matrix units allow.
 
 Command:  python experiments/benchmarks/sampling.py --json sampling.json
-Options:  --models L,XL --batch-sizes 1,8,64,256 --dtype bfloat16 --repeats 3
+Options:  --models L,XL --batch-sizes 1,8,64,256 --dtype bfloat16 --repeats 3 --decoder-device
 Beside the PyTorch release, in one run, each of the two alone on the machine in its turn:
           python experiments/benchmarks/sampling.py --release D-AR --release-python D-AR/venv/bin/python --dtype float32
           (a copy of github.com/showlab/D-AR, and a Python with torch and what the release imports)
@@ -41,13 +41,25 @@ from common import (
     write_report,
 )
 
-from dar_jax.cli import Ints, Words
-from dar_jax.config import LLAMA_SIZES, LlamaConfig, SamplingConfig, TokenizerConfig
+from dar_jax.cli import Flag, Ints, Words
+from dar_jax.config import LLAMA_SIZES, LlamaConfig, MeshConfig, SamplingConfig, TokenizerConfig
+from dar_jax.errors import InputError
 from dar_jax.evaluation.reconstruct import quantize
 from dar_jax.flops import count_flops
 from dar_jax.llama import Llama
+from dar_jax.parallel import make_mesh
 from dar_jax.sampling import sampler
-from dar_jax.sampling.sampler import Networks, SamplerParams, Settings, decode, generate, make_settings, prepare, stream
+from dar_jax.sampling.sampler import (
+    Networks,
+    SamplerParams,
+    Settings,
+    decode,
+    generate,
+    make_settings,
+    prepare,
+    separate,
+    stream,
+)
 from dar_jax.tokenizer.tokenizer import Tokenizer
 
 TOKENIZER = TokenizerConfig()
@@ -68,6 +80,7 @@ class Options:
     batch_sizes: Ints = (1, 8, 64, 256)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of matrix products
     repeats: int = 3  # runs after the first one, of which the fastest counts
+    decoder_device: Flag = False  # a second device denoises while the first one predicts
     json: Path | None = None  # also write everything to this file
     release: Path | None = None  # the PyTorch release's folder: time it beside ours instead
     release_python: Path | None = None  # the Python that runs it
@@ -145,9 +158,14 @@ def make_networks(size: str | None, dtype: str) -> tuple[Networks, dict[str, Any
     return Networks(tokenizer, llama), params
 
 
-def make_sampler(size: str | None, dtype: str) -> Sampler:
+def make_sampler(size: str | None, dtype: str, decoder_device: bool = False) -> Sampler:
     networks, params = make_networks(size, dtype)
-    return Sampler(networks, prepare(networks, params), make_settings(SamplingConfig(), TOKENIZER))
+    params = prepare(networks, params)
+    if decoder_device:
+        if len(jax.devices()) < 2:
+            raise InputError("--decoder-device needs two devices (CPU: XLA_FLAGS=--xla_force_host_platform_device_count=2)")
+        params = separate(params, make_mesh(MeshConfig(), jax.devices()[1:2]))
+    return Sampler(networks, params, make_settings(SamplingConfig(), TOKENIZER))
 
 
 def draw(made: Sampler, function: Callable, batch: int) -> Any:
@@ -176,9 +194,9 @@ def first_preview(made: Sampler, batch: int) -> jax.Array:
     return next(draw(made, stream, batch)).images
 
 
-def measure(size: str, dtype: str, batch: int, repeats: int) -> dict[str, float]:
+def measure(size: str, dtype: str, batch: int, repeats: int, decoder_device: bool) -> dict[str, float]:
     """Seconds of everything, GiB, and what the limits follow from."""
-    made = make_sampler(size, dtype)
+    made = make_sampler(size, dtype, decoder_device)
     jax.block_until_ready(made.params)
     compiling = seconds(draw, made, generate, batch)
     whole = min(seconds(draw, made, generate, batch) for _ in range(repeats))
@@ -191,6 +209,7 @@ def measure(size: str, dtype: str, batch: int, repeats: int) -> dict[str, float]
         "decode_seconds": best(decode_batch, made, batch, repeats=repeats),
         "peak_gib": peak_memory(),
     }
+    made = dataclasses.replace(made, params=dataclasses.replace(made.params, decoder_mesh=None))  # to be traced as one program
     llama, rows = made.networks.llama.config, 2 * batch
     matrices = sum(leaf.nbytes for leaf in jax.tree.leaves(made.params.llama.layers)) + made.params.llama.rest["output"].nbytes
     entry = 2 * llama.layers * (llama.kv_heads or llama.heads) * llama.width // llama.heads * jnp.dtype(dtype).itemsize
@@ -206,10 +225,10 @@ def measure(size: str, dtype: str, batch: int, repeats: int) -> dict[str, float]
 
 def row_of(options: Options, limits: Limits, size: str, batch: int) -> dict[str, Any]:
     """A row of the table: rates, and the share of what the limits allow."""
-    found = attempt(measure, size, options.dtype, batch, options.repeats)
+    found = attempt(measure, size, options.dtype, batch, options.repeats, options.decoder_device)
     if "note" in found:
         return {"model": size, "batch": batch, **found}
-    bounds = {}
+    bounds, together = {}, max if options.decoder_device else sum
     for part in ("predict", "decode"):
         times = found[f"{part}_bytes"] / limits.bandwidth, found[f"{part}_flops"] / limits.matrix_rate
         bounds[part] = max(times), "memory" if times[0] > times[1] else "products"
@@ -221,7 +240,7 @@ def row_of(options: Options, limits: Limits, size: str, batch: int) -> dict[str,
         "decoded/s": batch / found["decode_seconds"],
         "of its limit ": f"{bounds['decode'][0] / found['decode_seconds']:.0%} {bounds['decode'][1]}",
         "images/s": batch / found["generate_seconds"],
-        "of the limit": f"{(bounds['predict'][0] + bounds['decode'][0]) / found['generate_seconds']:.0%}",
+        "of the limit": f"{together(bound for bound, _ in bounds.values()) / found['generate_seconds']:.0%}",
         "first preview s": found["first_preview_seconds"],
         "stream/generate": found["stream_seconds"] / found["generate_seconds"],
         "GiB": found["peak_gib"],
