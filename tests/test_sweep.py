@@ -20,7 +20,7 @@ from dar_jax.evaluation.images import from_array
 from dar_jax.evaluation.loading import load_sampler
 from dar_jax.evaluation.statistics import Extractor, Network
 from dar_jax.evaluation.sweep import alike, sweep, variants
-from dar_jax.sampling.sampler import _predict, make_settings
+from dar_jax.sampling.sampler import make_settings
 
 CONFIGS = [
     SamplingConfig(guidance=(1.0, 1.0)),
@@ -52,15 +52,18 @@ def test_every_combination():
         ((1, 1), 0.9, 0.5), ((1, 1), 1.0, 0.5), ((1, 8), 0.9, 0.5), ((1, 8), 1.0, 0.5)]  # fmt: skip
 
 
-def test_one_compilation_gives_the_samples_of_each_setting(trained):
+def test_one_compilation_gives_the_samples_of_each_setting(trained, caplog):
     labels, seeds = np.arange(8) % 10, np.arange(8)
     made = [make_settings(config, trained.config, trained.guidance) for config in CONFIGS]
     each_alike = alike(made, 64)
-    for _ in range(2):  # the second call finds what the first one compiled, and remembers where
-        next(sample(trained, labels, seeds, each_alike[0], 8))
-    before = _predict._cache_size()
-    tokens = [next(sample(trained, labels, seeds, each, 8)).tokens for each in each_alike]
-    assert _predict._cache_size() == before
+    jax.clear_caches()
+    with jax.log_compiles():
+        tokens, compiled = [], []
+        for each in each_alike:
+            caplog.clear()
+            tokens.append(next(sample(trained, labels, seeds, each, 8)).tokens)
+            compiled.append(sum("Compiling jit(_predict)" in record.getMessage() for record in caplog.records))
+    assert compiled == [4, 0, 0]  # once for each group
     for config, found in zip(CONFIGS, tokens):
         np.testing.assert_array_equal(found, next(sample(trained, labels, seeds, config, 8)).tokens)
 
