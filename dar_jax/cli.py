@@ -200,7 +200,7 @@ class Sample(SamplingOptions):
             output_resolution=self.output_resolution,
         )
         check_writable(self.out)
-        meshes = _two_meshes(self.mesh, self.decoder_mesh)
+        meshes = _two_meshes(self.mesh, self.decoder_mesh, found.transformer.config.mesh)
         trained = load_sampler(self.checkpoint, experiment, self.weights, *meshes)
         written = write_samples(trained, request, self.out, self.batch_size, self.previews, self.animate)
         print("\n".join(map(str, written)))
@@ -897,9 +897,11 @@ def _mesh(sizes: tuple[int, ...] | None, devices: Sequence[Any] | None = None) -
     return None if sizes is None and devices is None else make_mesh(MeshConfig(*sizes or ()), devices)
 
 
-def _two_meshes(sizes: tuple[int, ...] | None, decoder_sizes: tuple[int, ...] | None) -> tuple[Any, Any]:
-    """`_mesh` of these sizes, and that of the last devices where the decoder has sizes of its own."""
+def _two_meshes(sizes: tuple[int, ...] | None, decoder_sizes: tuple[int, ...] | None, of_run: MeshConfig) -> tuple[Any, Any]:
+    """The mesh of these sizes (default: as `run_mesh`), and that of the last devices where the decoder has sizes of its own."""
     import jax
+
+    from dar_jax.evaluation.loading import run_mesh
 
     if decoder_sizes is None:
         return _mesh(sizes), None
@@ -909,7 +911,8 @@ def _two_meshes(sizes: tuple[int, ...] | None, decoder_sizes: tuple[int, ...] | 
             f"a decoder mesh takes some of the devices of one host, not {' x '.join(map(str, decoder_sizes))} of "
             f"{len(devices)} on {jax.process_count()}"
         )
-    return _mesh(sizes, devices[:-count]), _mesh(decoder_sizes, devices[-count:])
+    others = devices[:-count]
+    return _mesh(sizes, others) if sizes else run_mesh(of_run, others), _mesh(decoder_sizes, devices[-count:])
 
 
 def _experiment(path: str | None) -> Any:

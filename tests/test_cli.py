@@ -228,6 +228,7 @@ ERRORS = {
     "too many groups": ("num_groups is 9", [*SAMPLE, "--groups", "9"]),
     "mesh": ("does not fit", [*SAMPLE, "--mesh", "3,1,1"]),
     "decoder mesh of all devices": ("some of the devices", [*SAMPLE, "--decoder-mesh", "8,1,1"]),
+    "mesh beside a decoder mesh": ("does not fit the 6 devices", [*SAMPLE, "--mesh", "8,1,1", "--decoder-mesh", "2,1,1"]),
     "decoder mesh of two sizes": ("a mesh has three sizes", [*SAMPLE, "--decoder-mesh", "1,1"]),
     "batch size": ("batch size is 0", [*SAMPLE, "--batch-size", "0"]),
     "tokenizer given to sample": ("holds a tokenizer", ["sample", "{runs}/tokenizer", *SAMPLE[2:]]),

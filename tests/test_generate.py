@@ -56,12 +56,15 @@ def test_samples_do_not_depend_on_the_batch(trained, drawn):
     assert len(np.unique(tokens, axis=0)) == 10
 
 
-def test_a_decoder_mesh_changes_no_sample(tiny_run, drawn):
+def test_a_decoder_mesh_changes_no_image(tiny_run, trained, drawn, digits):
     mesh, other = make_mesh(MeshConfig(), jax.devices()[:2]), make_mesh(MeshConfig(), jax.devices()[2:5])
     apart = load_sampler(tiny_run, mesh=mesh, decoder_mesh=other)
     tokens, images = draw(apart, batch_size=7)  # 12 at a time, so that either mesh can share them
     np.testing.assert_array_equal(tokens, drawn[0])
     assert np.abs(images.astype(int) - drawn[1]).max() <= 1
+    found, whole = (reconstruct(each, digits, np.arange(11), batch_size=7) for each in (apart, trained))
+    np.testing.assert_array_equal(found.codes, whole.codes)
+    assert np.abs(found.images.astype(int) - whole.images).max() <= 1
 
 
 def test_previews_end_with_the_sample(trained, drawn):
