@@ -1,6 +1,7 @@
 """Files that are written whole or not at all."""
 
 import contextlib
+import fcntl
 import json
 import os
 import secrets
@@ -20,10 +21,16 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: str | os.PathLike, unique: bool = False) -> Iterator[Path]:
     """Yields a temporary name to write to; the file takes the place of `path` if nothing is raised.
 
     Folders above are made where needed. To a bucket (`gs://...`), which takes objects whole or not at all, it is copied.
+    What a killed process leaves behind is NAME.tmp, which the next one that writes NAME takes over; it is locked while it is
+    written, and whoever finds it locked, or on a disk without locks, takes a name of its own.
+
+    Args:
+      unique: always take a name of its own, for what several hosts may write at once, as some shared disks lock it for each
+        host by itself. The caller deletes what is left behind, *.tmp.
     """
     if is_remote(path):
         with tempfile.TemporaryDirectory() as folder:
@@ -33,12 +40,38 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary, descriptor = path.with_name(f"{path.name}.tmp"), None
+    if unique or (descriptor := _lock(temporary)) is None:
+        temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
-    finally:
+    except BaseException:  # afterwards the name may be another process's
         temporary.unlink(missing_ok=True)
+        raise
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _lock(path: Path) -> int | None:
+    """Makes or takes over a file that no living process holds, and empties it: a descriptor that holds it until it is closed.
+
+    None where somebody holds it, it is not an ordinary file, or it cannot be locked.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), os.stat(path)):  # else its writer has just renamed or deleted it
+            os.ftruncate(descriptor, 0)
+            return descriptor
+    except OSError:
+        pass
+    os.close(descriptor)
+    return None
 
 
 def write_json(path: str | os.PathLike, values: Any) -> None:

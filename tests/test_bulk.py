@@ -2,12 +2,14 @@
 
 import dataclasses
 import zipfile
+from unittest.mock import Mock
 
+import jax
 import numpy as np
 import pytest
 
 from dar_jax.cli import main
-from dar_jax.config import SamplingConfig
+from dar_jax.config import MeshConfig, SamplingConfig
 from dar_jax.errors import InputError
 from dar_jax.evaluation import bulk
 from dar_jax.evaluation.bulk import class_labels, generate_npz
@@ -15,6 +17,9 @@ from dar_jax.evaluation.generate import sample
 from dar_jax.evaluation.images import from_npz
 from dar_jax.evaluation.loading import load_sampler
 from dar_jax.evaluation.progress import Progress
+from dar_jax.llama import Llama
+from dar_jax.parallel import make_mesh
+from dar_jax.sampling.logits import linear_guidance
 
 SAMPLING = SamplingConfig(guidance=(1.5, 3.0))
 
@@ -42,32 +47,88 @@ def test_uniform_labels_follow_the_seed():
     assert (labels != class_labels("uniform", 1000, 10, 4)).any() and set(labels) == set(range(10))
 
 
-def test_an_interrupted_run_goes_on_to_the_same_file(trained, tmp_path, monkeypatch):
-    whole = generate_npz(trained, tmp_path / "whole.npz", 29, "uniform", SAMPLING, batch_size=8)
-    write, left = bulk._Parts.write, [2]
+def draw(trained, path, sampling=SAMPLING, batch_size=8):
+    return generate_npz(trained, path, 29, "uniform", sampling, batch_size=batch_size)
 
-    def die_after_two(self, rows, images):
-        if not left[0]:
+
+def interrupt(trained, path, after):
+    """Leaves so many parts of eight samples."""
+    write = bulk._Parts.write
+
+    def die(parts, rows, images):
+        if rows.start == 8 * after:
             raise KeyboardInterrupt
-        left[0] -= 1
-        write(self, rows, images)
+        write(parts, rows, images)
 
-    path = tmp_path / "cut.npz"
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(bulk._Parts, "write", die_after_two)
-        generate_npz(trained, path, 29, "uniform", SAMPLING, batch_size=8)
-    assert not path.exists() and len(list((tmp_path / "cut.npz.parts").glob("*.npy"))) == 2
-    with pytest.raises(InputError, match="holds batches of other settings"):
-        generate_npz(trained, path, 29, "uniform", dataclasses.replace(SAMPLING, temperature=0.5), batch_size=8)
-    rows = []
-    with monkeypatch.context() as patched:  # only what is missing is drawn
-        patched.setattr(bulk._Parts, "write", lambda self, part, images: rows.append(part) or write(self, part, images))
-        generate_npz(trained, path, 29, "uniform", SAMPLING, batch_size=8)
-    assert rows == [slice(16, 24), slice(24, 29)]
-    assert path.read_bytes()[:4] == b"PK\x03\x04" and not (tmp_path / "cut.npz.parts").exists()
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(bulk._Parts, "write", die)
+        draw(trained, path)
+    assert not path.exists() and len(list((path.parent / f"{path.name}.parts").glob("*.npy"))) == after
+
+
+def test_an_interrupted_run_goes_on_to_the_same_file(trained, tiny_run, tmp_path, monkeypatch):
+    """Also with other batches and on other devices; only what is missing is drawn."""
+    whole, path = draw(trained, tmp_path / "whole.npz"), tmp_path / "cut.npz"
+    interrupt(trained, path, 3)
+    (tmp_path / "cut.npz.parts" / "0000000008-0000000016.npy").unlink()
+    write, rows = bulk._Parts.write, []
+    monkeypatch.setattr(bulk._Parts, "write", lambda self, part, images: rows.append(part) or write(self, part, images))
+    draw(load_sampler(tiny_run, mesh=make_mesh(MeshConfig(), jax.devices()[:1])), path, batch_size=5)
+    assert rows == [slice(8, 13), slice(13, 16), slice(24, 29)]
+    assert [file.name for file in tmp_path.iterdir() if file != whole] == ["cut.npz"]
     with np.load(path) as found, np.load(whole) as wanted:
         for name in ("arr_0", "arr_1"):
             np.testing.assert_array_equal(found[name], wanted[name])
+
+
+class OtherLlama(Llama):
+    """Replaces the transformer, as an experiment's `model` may."""
+
+
+def other_weights(trained):
+    llama = trained.params["llama"]
+    return dataclasses.replace(trained, params=trained.params | {"llama": llama | {"output": llama["output"] + 1}})
+
+
+def other_code(trained):
+    llama = trained.networks.llama
+    networks = dataclasses.replace(trained.networks, llama=OtherLlama(llama.config, llama.dtype, llama.remat))
+    return dataclasses.replace(trained, networks=networks)
+
+
+def test_parts_of_anything_else_are_refused(trained, tmp_path):
+    path = tmp_path / "out.npz"
+    interrupt(trained, path, 1)
+    steeper = dataclasses.replace(trained, guidance=lambda tokens, first, last: linear_guidance(tokens, first, last + 1))
+    larger = trained.with_tokenizer(dataclasses.replace(trained.config, sampling_resolution=16))
+    for other, difference in (
+        (other_weights(trained), r'model.weights.llama: "\w+... there, "\w+... here'),
+        (other_code(trained), r'model.networks.llama.class: "dar_jax.llama.Llama" there, "test_bulk.OtherLlama \w+...'),
+        (larger, "model.networks.tokenizer.config.sampling_resolution: null there, 16 here"),
+        (steeper, "guidance_scales"),
+    ):
+        with pytest.raises(InputError, match=f"out.npz.parts was begun with something else, {difference}.*; delete it, or"):
+            draw(other, path)
+    with pytest.raises(InputError, match="sampling.temperature: 1.0 there, 0.5 here, sampling.top_k: 0 there, 5 here;"):
+        draw(trained, path, dataclasses.replace(SAMPLING, temperature=0.5, top_k=5))
+    (tmp_path / "out.npz.parts" / "identity.json").write_text("{")
+    with pytest.raises(InputError, match="identity.json is damaged"):
+        draw(trained, path)
+    (tmp_path / "out.npz.parts" / "identity.json").unlink()
+    with pytest.raises(InputError, match="holds pieces and no identity.json"):
+        draw(trained, path)
+
+
+def test_killed_before_the_parts_were_deleted(trained, tmp_path, monkeypatch):
+    path = tmp_path / "out.npz"
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("shutil.rmtree", Mock(side_effect=KeyboardInterrupt))
+        draw(trained, path)
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="exists already"):
+        draw(other_weights(trained), path)
+    assert draw(trained, path) == path
+    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["out.npz"]
 
 
 def test_the_command(tiny_run, tmp_path, capsys):

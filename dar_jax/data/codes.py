@@ -121,7 +121,7 @@ def write_shard(folder: str | os.PathLike, shard: int, codes: np.ndarray, labels
     path = _shard(folder, shard)
     if path.exists():
         return
-    with replacing(path) as temporary:
+    with replacing(path, unique=True) as temporary:
         try:
             writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")  # one image can be read without others
             for record in records:

@@ -17,7 +17,7 @@ from dar_jax.data.sources import Source
 from dar_jax.errors import InputError
 from dar_jax.evaluation import metrics
 from dar_jax.evaluation.evaluate import FEW
-from dar_jax.evaluation.loading import Trained, full_batch, pad, put_batch, to_host
+from dar_jax.evaluation.loading import Trained, full_batch, pad, put_batch, seeds_from, to_host
 from dar_jax.evaluation.progress import Progress
 from dar_jax.evaluation.reconstruct import reconstruct
 from dar_jax.evaluation.statistics import Extractor, RunningStatistics
@@ -72,9 +72,11 @@ def evaluate_tokenizer(
       num_images: only so many, from the first on; None: all.
 
     Returns a JSON-able report: the keys of `NAMES`, means over images where they are of each; `left_out`, why one is missing;
-    `images`, `unreadable`, `data`, `weights`, `notes`. Raises InputError where no image can be read.
+    `images`, `unreadable`, `data`, `weights`, `notes`. Raises InputError where no image can be read, or a seed is
+    not in [0, 2**32).
     """
     total = min(num_images or len(source), len(source))
+    seeds = seeds_from(seed, total)
     size = full_batch(min(batch_size, total), trained.mesh)
     config, left_out, of_each = trained.config, {}, {"psnr": [], "ssim": [], "lpips": []}
     if config.image_size < metrics.WINDOW:
@@ -93,7 +95,7 @@ def evaluate_tokenizer(
             if not len(places):
                 continue
             originals = batch["image"][places]
-            result = reconstruct(trained, originals, seed + number * size + places, sampling, size)
+            result = reconstruct(trained, originals, seeds[number * size + places], sampling, size)
             images += len(places)
             of_each["psnr"].append(result.psnr)
             pair = put_batch((pad(originals, size), pad(result.images, size)), trained.mesh)

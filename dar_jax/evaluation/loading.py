@@ -172,6 +172,13 @@ def full_batch(size: int, *meshes: Mesh) -> int:
     return -(-size // shares) * shares
 
 
+def seeds_from(first: int, count: int) -> np.ndarray:
+    """The seeds first, first + 1, ...: uint32 [count]. Raises InputError where one is not in [0, 2**32)."""
+    if not 0 <= first <= 2**32 - count:
+        raise InputError(f"the seeds {first} .. {first + count - 1} are not all between 0 and 2**32 - 1")
+    return np.arange(first, first + count).astype(np.uint32)
+
+
 def pad(rows: np.ndarray, size: int) -> np.ndarray:
     """Repeats the last of the rows [n, ...] until there are `size`."""
     return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])

@@ -22,7 +22,7 @@ from dar_jax.data.sources import FolderSource, open_source, read_image
 from dar_jax.data.transforms import center_crop
 from dar_jax.errors import InputError
 from dar_jax.evaluation import pictures
-from dar_jax.evaluation.loading import Trained, full_batch, pad, put_batch, to_host
+from dar_jax.evaluation.loading import Trained, full_batch, pad, put_batch, seeds_from, to_host
 from dar_jax.evaluation.metrics import psnr
 from dar_jax.evaluation.progress import Progress
 from dar_jax.files import write_json
@@ -153,7 +153,7 @@ def reconstruct_folder(
     `report.json` into the folder `out`; returns the report.
     """
     started = time.perf_counter()
-    out, config = Path(out), trained.config
+    out, config, seeds = Path(out), trained.config, seeds_from(seed, len(source))
     data = DataConfig(image_size=config.image_size)
     size = full_batch(min(batch_size, len(source)), trained.mesh)
     scores, codes, pairs = {}, [], []
@@ -164,7 +164,7 @@ def reconstruct_folder(
             if not len(places):
                 continue
             images, indices = batch["image"][places], number * size + places
-            result = reconstruct(trained, images, seed + indices, sampling, size)
+            result = reconstruct(trained, images, seeds[indices], sampling, size)
             for index, image, score in zip(indices, result.images, result.psnr):
                 name = Path(source.files[index]).relative_to(source.folder)
                 kept = name if name.suffix == ".png" else name.with_name(name.name + ".png")

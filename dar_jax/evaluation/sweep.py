@@ -14,7 +14,7 @@ from dar_jax.config import SamplingConfig
 from dar_jax.errors import InputError
 from dar_jax.evaluation.evaluate import SAMPLE_FEATURES, compare, open_reference
 from dar_jax.evaluation.generate import sample
-from dar_jax.evaluation.loading import Trained
+from dar_jax.evaluation.loading import Trained, seeds_from
 from dar_jax.evaluation.progress import Progress
 from dar_jax.evaluation.statistics import Extractor, RunningStatistics
 from dar_jax.files import replacing, write_json
@@ -69,7 +69,7 @@ def sweep(
       groups: after how many groups the previews are measured, which cost no more sampling; None: the finished images only.
 
     Returns a row for each setting and preview: the setting, `groups`, `tokens`, the metrics, `notes`. Raises InputError where
-    settings, groups or the reference do not fit.
+    settings, seeds, groups or the reference do not fit.
     """
     config, last = trained.config, trained.config.num_groups
     wanted = sorted(set(groups or (last,)))
@@ -80,9 +80,9 @@ def sweep(
         [make_settings(each, config, trained.guidance) for each in configs],
         trained.networks.llama.config.vocab_size,
     )
+    seeds = seeds_from(seed, num_samples)
     real = open_reference(reference, extractor)
     labels = np.arange(num_samples) % trained.networks.llama.config.num_classes
-    seeds = seed + np.arange(num_samples)
     rows = []
     for number, (each, made) in enumerate(zip(configs, settings), 1):
         running = {group: RunningStatistics(extractor.network, num_samples, SAMPLE_FEATURES) for group in wanted}

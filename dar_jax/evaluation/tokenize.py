@@ -1,6 +1,7 @@
 """A data set -> stored codes, shard by shard, so that an interrupted run goes on where it stopped; on one host or on many."""
 
 import contextlib
+import dataclasses
 import functools
 import os
 import random
@@ -18,6 +19,7 @@ from dar_jax.data import codes, transforms
 from dar_jax.data.pipeline import Batch, elements
 from dar_jax.data.sources import Source
 from dar_jax.errors import InputError
+from dar_jax.evaluation import identity
 from dar_jax.evaluation.loading import Trained, full_batch, put_batch
 from dar_jax.evaluation.progress import Progress
 from dar_jax.evaluation.reconstruct import quantize
@@ -42,9 +44,11 @@ def tokenize(
       batch_size: images (each with all its crops) at a time.
       shard_size: images per file.
 
-    Raises InputError where the settings do not fit the tokenizer or each other, or `out` holds other codes.
+    Raises InputError where the settings do not fit the tokenizer or each other, or `out` holds codes of anything else: other
+    weights, settings, code or images, see `identity`.
     """
     check_data(trained.config, data)
+    model = identity.of_model(trained)
     mirrored = " and its mirror image" if data.flip and data.crop == "center" else ""
     info = codes.CodesInfo(
         images=len(source),
@@ -53,11 +57,14 @@ def tokenize(
         tokens=trained.config.num_tokens,
         codebook_size=trained.config.codebook_size,
         class_names=tuple(source.class_names),
-        tokenizer=codes.fingerprint(trained.params["tokenizer"]),
+        tokenizer=model["weights"]["tokenizer"],
         data=f"{source.description}; {data.crop} crops{mirrored} of {data.image_size} pixels",
     )
     host, count = jax.process_index(), jax.process_count()
     require_shared(out)
+    about = {"model": model, "source": identity.of_source(source), "codes": dataclasses.asdict(info)}
+    about["data"] = dataclasses.asdict(dataclasses.replace(data, workers=0))  # how many workers there are changes nothing
+    identity.claim(out, about, "shard-*")
     if host == 0:
         codes.begin(out, info)
     hosts.wait("the folder of codes is there")
