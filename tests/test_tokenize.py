@@ -94,6 +94,42 @@ def test_refused(trained, tmp_path, message, changes):
     assert not (tmp_path / "out").exists()
 
 
+def test_codes_of_anything_else_are_not_mixed_in(trained, tmp_path):
+    """After a lost file only the very same codes are written again, whichever part of their identity has changed."""
+    folder, pixels = tmp_path / "images", np.random.default_rng(0).integers(0, 256, (7, 12, 12), dtype=np.uint8)
+    folder.mkdir()
+    for number, image in enumerate(pixels[:6]):
+        Image.fromarray(image).save(folder / f"{number}.png", compress_level=0)
+    for name, classes in (("labels", "abcabc"), ("others", "abcbca")):
+        (tmp_path / name).write_text("".join(f"{number}.png {label}\n" for number, label in enumerate(classes)))
+    data = DataConfig(path=str(folder), labels=str(tmp_path / "labels"), image_size=8, channels=1, crop="ten_crop")
+
+    def run(trained=trained, **changes):
+        changed = dataclasses.replace(data, **changes)
+        tokenize(trained, open_source(changed), changed, tmp_path / "codes", batch_size=8, shard_size=2)
+
+    run(ten_crop_scale=1.2)
+    (tmp_path / "codes" / shard_name(1)).unlink()
+    other = dataclasses.replace(trained, params=jax.tree.map(lambda array: 2 * array, trained.params))
+    original, refused = (folder / "5.png").read_bytes(), "codes was begun with something else, "
+    with pytest.raises(InputError, match=refused + "model.weights.tokenizer: .* there, .* here; delete it"):
+        run(other, ten_crop_scale=1.2)
+    with pytest.raises(InputError, match=refused + "data.ten_crop_scale: 1.2 there, 1.3 here; delete it"):
+        run(ten_crop_scale=1.3)
+    with pytest.raises(InputError, match=refused + "source.contents: .*, data.labels: "):
+        run(ten_crop_scale=1.2, labels=str(tmp_path / "others"))
+    Image.fromarray(pixels[6]).save(folder / "5.png", compress_level=0)
+    assert len(original) == (folder / "5.png").stat().st_size
+    with pytest.raises(InputError, match=refused + "source.contents: .* there, .* here; delete it"):
+        run(ten_crop_scale=1.2)
+    (folder / "5.png").write_bytes(original)  # at another time
+    run(ten_crop_scale=1.2)
+    assert len(codes.open_codes(tmp_path / "codes")) == 6
+    (tmp_path / "codes" / "identity.json").unlink()
+    with pytest.raises(InputError, match="holds pieces and no identity.json"):
+        run(ten_crop_scale=1.2)
+
+
 CUT_PARAMETERS = """
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec

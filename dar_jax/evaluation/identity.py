@@ -60,13 +60,8 @@ def of_source(source: Source) -> dict[str, Any]:
     else:
         indices = np.unique(np.linspace(0, len(source) - 1, PROBES).astype(int)).tolist()
         elements = [describe(source[index]) for index in indices]
-    digest = hashlib.sha256(json.dumps(elements).encode()).hexdigest()
-    return {
-        "kind": _code(type(source)),
-        "images": len(source),
-        "class_names": list(source.class_names),
-        "contents": digest,
-    }
+    class_names = list(source.class_names)
+    return {"kind": _code(type(source)), "images": len(source), "class_names": class_names, "contents": digest(elements)}
 
 
 def describe(value: Any) -> Any:
@@ -117,9 +112,9 @@ def claim(folder: str | os.PathLike, identity: Mapping[str, Any], pieces: str) -
         )
 
 
-def digest(identity: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) of an identity, whatever the order of its names."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+def digest(value: Any) -> str:
+    """SHA-256 (hex) of JSON-able data, whatever the order of names."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _file(source: FolderSource, index: int) -> list[Any]:

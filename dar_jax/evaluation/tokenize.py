@@ -62,7 +62,7 @@ def tokenize(
     )
     host, count = jax.process_index(), jax.process_count()
     require_shared(out)
-    about = {"model": model, "source": identity.of_source(source), "codes": dataclasses.asdict(info)}
+    about = {"model": model, "source": identity.of_source(source), "shard_size": shard_size}
     about["data"] = dataclasses.asdict(dataclasses.replace(data, workers=0))  # how many workers there are changes nothing
     identity.claim(out, about, "shard-*")
     if host == 0:
