@@ -3,11 +3,13 @@
 Shapes: N images, n of them at a time, B batch, D pooled features (2048), H W pixels, C channels.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import os
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,7 +32,9 @@ from dar_jax.release.features import load_inception
 from dar_jax.release.weights import hash_file, resolve
 
 CPU_BATCH = 8  # whose maps stay in a processor's caches: two cores do 11 images/s, with 64 they do 7
-LARGEST = 1 << 14  # features that a file may have
+LARGEST = 1 << 12  # features that a file may have; Inception has 2048
+LARGEST_VALUE = 1e9  # of a mean, a covariance or a feature in a file
+ROUNDING = 1e-3  # of a covariance, relative to its norm; float16 leaves 2e-4
 LONGEST = 1 << 16  # bytes of what a file says about itself
 
 Resize = Literal["tensorflow1", "half_pixel"]
@@ -246,18 +250,19 @@ def load(path: str | os.PathLike) -> Statistics:
     """Reads the statistics of `save`, of ADM's reference files, or of pytorch-fid, which has mu and sigma only.
 
     Images that the file holds besides, as ADM's do, are not looked at.
-    Raises InputError where the file is damaged or holds none.
+    Raises InputError where the file is damaged, holds none, or numbers that cannot be a mean and a covariance of features.
     """
-    names = npz.names(path)
-    about = _about(path) if "about" in names else {}
-    pool = _moments(path, "mu", "sigma", about.get("count"))
-    spatial = _moments(path, "mu_s", "sigma_s", about.get("count")) if "mu_s" in names else None
-    features = None
-    if "features" in names:
-        dtype, shape = npz.header(path, "features")
-        if dtype != np.float32 or len(shape) != 2 or shape[1] != len(pool.mean):
-            raise InputError(f"features in {path} is {dtype} {shape}, it should be float32 (N, {len(pool.mean)})")
-        features = _finite(path, "features")
+    with npz.opened(path) as archive:
+        names = npz.names(archive)
+        about = _about(archive) if "about" in names else {}
+        pool = _moments(archive, "mu", "sigma", about.get("count"))
+        spatial = _moments(archive, "mu_s", "sigma_s", about.get("count")) if "mu_s" in names else None
+        features = None
+        if "features" in names:
+            dtype, shape = npz.header(archive, "features")
+            if dtype != np.float32 or len(shape) != 2 or shape[1] != len(pool.mean):
+                raise InputError(f"features in {path} is {dtype} {shape}, it should be float32 (N, {len(pool.mean)})")
+            features = _measured(archive, "features")
     return Statistics(
         pool=pool,
         spatial=spatial,
@@ -270,36 +275,44 @@ def load(path: str | os.PathLike) -> Statistics:
     )
 
 
-def _moments(path: str | os.PathLike, mean: str, covariance: str, count: int | None) -> Moments:
-    dtypes, shapes = zip(*(npz.header(path, name) for name in (mean, covariance)))
+def _moments(archive: zipfile.ZipFile, mean: str, covariance: str, count: int | None) -> Moments:
+    dtypes, shapes = zip(*(npz.header(archive, name) for name in (mean, covariance)))
     size = shapes[0][0]
     if any(dtype.kind != "f" for dtype in dtypes) or shapes != ((size,), (size, size)) or size > LARGEST:
-        found = " and ".join(f"{name} {dtype} {shape}" for name, dtype, shape in zip((mean, covariance), dtypes, shapes))
-        raise InputError(f"{path} holds {found}; a mean and a covariance of features are floats (D,) and (D, D)")
-    return Moments(*(_finite(path, name).astype(np.float64) for name in (mean, covariance)), count)
+        held = " and ".join(f"{name} {dtype} {shape}" for name, dtype, shape in zip((mean, covariance), dtypes, shapes))
+        expected = f"a mean and a covariance of features are floats (D,) and (D, D), D at most {LARGEST}"
+        raise InputError(f"{archive.filename} holds {held}; {expected}")
+    moments = Moments(*(_measured(archive, name).astype(np.float64) for name in (mean, covariance)), count)
+    error = np.linalg.norm(moments.root.T @ moments.root - moments.covariance)  # the root, which is kept, is needed anyway
+    if error > ROUNDING * np.linalg.norm(moments.covariance):
+        raise InputError(f"{covariance} in {archive.filename} is no covariance: it is asymmetric, or has negative eigenvalues")
+    return moments
 
 
-def _finite(path: str | os.PathLike, name: str) -> np.ndarray:
-    values = npz.read(path, name)
-    if not np.isfinite(values).all():
-        raise InputError(f"{name} in {path} holds values that are not finite")
+def _measured(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """An array of numbers. Raises InputError where some are not finite, or so large that they measure nothing."""
+    values = npz.read(archive, name)
+    if not (float(values.min()) >= -LARGEST_VALUE and float(values.max()) <= LARGEST_VALUE):
+        raise InputError(f"{name} in {archive.filename} holds values that are not finite, or beyond {LARGEST_VALUE:.0e}")
     return values
 
 
-def _about(path: str | os.PathLike) -> dict[str, Any]:
+def _about(archive: zipfile.ZipFile) -> dict[str, Any]:
     """What `save` wrote besides arrays."""
-    dtype, shape = npz.header(path, "about")
+    dtype, shape = npz.header(archive, "about")
     if dtype == np.uint8 and math.prod(shape) <= LONGEST:
-        try:
-            about = json.loads(npz.read(path, "about").tobytes())
-            return {
-                "count": int(about["count"]),
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+            about = json.loads(npz.read(archive, "about").tobytes())
+            known = {
+                "count": None if about["count"] is None else int(about["count"]),
                 "score": about["score"] and Score(*map(float, about["score"])),
                 "source": str(about["source"]),
-                "shape": tuple(map(int, about["shape"])) if about["shape"] else None,
+                "shape": about["shape"] and tuple(map(int, about["shape"])),
                 "unreadable": int(about["unreadable"]),
                 "network": about["network"] and Network(*map(str, about["network"])),
             }
-        except (ValueError, KeyError, TypeError, AttributeError):
-            pass
-    raise InputError(f"about in {path} is not what dar-jax writes; make the file again")
+            score = known["score"] or Score(0.0, 0.0)
+            least = (2 if known["count"] is None else known["count"]) - 2, known["unreadable"], *(known["shape"] or ())
+            if math.isfinite(score.mean) and math.isfinite(score.std) and min(least) >= 0:
+                return known
+    raise InputError(f"about in {archive.filename} is not what dar-jax writes; make the file again")
