@@ -81,6 +81,8 @@ def test_rows_are_those_of_single_evaluations(trained, reference):
             np.testing.assert_allclose(row[name], report[name], rtol=1e-6, err_msg=name)
     with pytest.raises(InputError, match="groups are"):
         sweep(trained, extractor, reference, CONFIGS, groups=(5,))
+    with pytest.raises(InputError, match=f"seeds {2**32 - 9} .. {2**32} are not all between 0 and"):
+        sweep(trained, extractor, reference, CONFIGS, num_samples=10, seed=2**32 - 9)
 
 
 def test_the_command(tiny_run, reference, tmp_path, capsys, monkeypatch):
@@ -152,5 +154,7 @@ def test_what_evaluate_tokenizer_measures(tiny_tokenizer, tmp_path):
     np.testing.assert_allclose(report["lpips"], np.mean(Lpips().apply({"params": lpips}, *pair)), rtol=1e-4)
     measured = evaluate(from_array(decoded, "decoded"), from_array(Noise.images, "noise"), extractor)
     np.testing.assert_allclose((report["rfid"], report["rsfid"]), (measured["fid"], measured["sfid"]), rtol=1e-6)
+    with pytest.raises(InputError, match="seeds -1 .. "):
+        evaluate_tokenizer(trained, Noise(), data, seed=-1)
     left_out = evaluate_tokenizer(trained, Noise(), data, batch_size=8)["left_out"]
     assert set(left_out) == {"lpips", "rfid", "rsfid"}
