@@ -111,7 +111,7 @@ def test_parts_of_anything_else_are_refused(trained, tmp_path):
             draw(other, path)
     with pytest.raises(InputError, match="sampling.temperature: 1.0 there, 0.5 here, sampling.top_k: 0 there, 5 here;"):
         draw(trained, path, dataclasses.replace(SAMPLING, temperature=0.5, top_k=5))
-    (tmp_path / "out.npz.parts" / "identity.json").write_text("{")
+    (tmp_path / "out.npz.parts" / "identity.json").write_text("[" * 100_000)
     with pytest.raises(InputError, match="identity.json is damaged"):
         draw(trained, path)
     (tmp_path / "out.npz.parts" / "identity.json").unlink()

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from dar_jax import __version__, hosts
 from dar_jax.data.codes import fingerprint
@@ -25,6 +24,7 @@ from dar_jax.data.sources import FolderSource, Source
 from dar_jax.errors import InputError
 from dar_jax.evaluation.loading import Trained
 from dar_jax.files import write_json
+from dar_jax.training.checkpoint import absolute
 
 FILE = "identity.json"
 TAIL = 4096  # bytes of an image file that are looked at, the last ones: there PNG keeps a checksum of all pixels
@@ -40,28 +40,26 @@ def of_model(trained: Trained) -> dict[str, Any]:
 
     Where parameters are cut over several processes, all of them have to call it.
     """
-    return {
-        "weights": {name: fingerprint(params) for name, params in trained.params.items()},
-        "networks": describe(trained.networks),
-        "class_names": list(trained.class_names),
-        "dar_jax": __version__,
-    }
+    weights = {name: fingerprint(params) for name, params in trained.params.items()}
+    class_names = list(trained.class_names)
+    return {"weights": weights, "networks": describe(trained.networks), "class_names": class_names, "dar_jax": __version__}
 
 
 def of_source(source: Source) -> dict[str, Any]:
-    """The identity of a data set: its classes, and the names, labels and contents of its images.
+    """The identity of a data set: its classes, and its images' names, labels and contents.
 
-    Image files are compared by size and their last 4 KB, which costs much less than reading them; of other sources, by 64
-    images spread evenly.
+    Reading all images would take as long as the work itself. Of image files the size and the last 4 KB count, so that one
+    replaced by another that is equal in both goes unnoticed; of other sources 64 images, spread evenly.
     """
+    images, class_names = len(source), list(source.class_names)
     if isinstance(source, FolderSource):
+        parts = (range(start, min(start + 1000, images)) for start in range(0, images, 1000))
         with ThreadPoolExecutor(THREADS) as threads:
-            elements = list(threads.map(lambda index: _file(source, index), range(len(source))))
+            contents = list(threads.map(lambda indices: digest([_file(source, index) for index in indices]), parts))
     else:
-        indices = np.unique(np.linspace(0, len(source) - 1, PROBES).astype(int)).tolist()
-        elements = [describe(source[index]) for index in indices]
-    class_names = list(source.class_names)
-    return {"kind": _code(type(source)), "images": len(source), "class_names": class_names, "contents": digest(elements)}
+        indices = np.unique(np.linspace(0, images - 1, PROBES).astype(int)).tolist()
+        contents = [describe(source[index]) for index in indices]
+    return {"kind": _code(type(source)), "images": images, "class_names": class_names, "contents": digest(contents)}
 
 
 def describe(value: Any) -> Any:
@@ -94,7 +92,7 @@ def claim(folder: str | os.PathLike, identity: Mapping[str, Any], pieces: str) -
 
     Raises InputError, which names what differs, where the folder holds pieces of another result, or does not say of which.
     """
-    folder = epath.Path(folder)
+    folder = absolute(folder)
     path = folder / FILE
     if hosts.first() and not path.exists():
         if folder.exists() and any(folder.glob(pieces)):
@@ -103,7 +101,7 @@ def claim(folder: str | os.PathLike, identity: Mapping[str, Any], pieces: str) -
     hosts.wait(f"{FILE} is there")
     try:
         there = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}); delete {folder}, or choose another place") from error
     if differing := list(_differences(there, json.loads(json.dumps(identity)))):
         more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
@@ -118,6 +116,7 @@ def digest(value: Any) -> str:
 
 
 def _file(source: FolderSource, index: int) -> list[Any]:
+    """Name, label, size and SHA-256 of the end of an image file."""
     path, label = source.encoded(index)
     try:
         with open(path, "rb") as file:
@@ -130,8 +129,10 @@ def _file(source: FolderSource, index: int) -> list[Any]:
 
 
 def _code(value: Any) -> str:
-    """The name of a class or function, with the SHA-256 of all Python files loaded from the folder of its module if that is the
-    user's."""
+    """The name of a class or function; if it is the user's, with the SHA-256 of all Python files loaded from its folder.
+
+    Installed packages are known by name only.
+    """
     name, module = f"{value.__module__}.{value.__qualname__}", sys.modules.get(value.__module__)
     if not _is_users(module):
         return name
