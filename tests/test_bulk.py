@@ -70,11 +70,15 @@ def test_an_interrupted_run_goes_on_to_the_same_file(trained, tiny_run, tmp_path
     """Also with other batches and on other devices; only what is missing is drawn."""
     whole, path = draw(trained, tmp_path / "whole.npz"), tmp_path / "cut.npz"
     interrupt(trained, path, 3)
-    (tmp_path / "cut.npz.parts" / "0000000008-0000000016.npy").unlink()
+    damaged = tmp_path / "cut.npz.parts" / "0000000008-0000000016.npy"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(InputError, match=f"{damaged.name} is damaged .*; delete it and run the command again"):
+        draw(trained, path)
+    damaged.unlink()
     write, rows = bulk._Parts.write, []
     monkeypatch.setattr(bulk._Parts, "write", lambda self, part, images: rows.append(part) or write(self, part, images))
     draw(load_sampler(tiny_run, mesh=make_mesh(MeshConfig(), jax.devices()[:1])), path, batch_size=5)
-    assert rows == [slice(8, 13), slice(13, 16), slice(24, 29)]
+    assert rows == [slice(8, 13), slice(13, 16)]
     assert [file.name for file in tmp_path.iterdir() if file != whole] == ["cut.npz"]
     with np.load(path) as found, np.load(whole) as wanted:
         for name in ("arr_0", "arr_1"):
