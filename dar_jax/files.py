@@ -25,12 +25,12 @@ def replacing(path: str | os.PathLike, unique: bool = False) -> Iterator[Path]:
     """Yields a temporary name to write to; the file takes the place of `path` if nothing is raised.
 
     Folders above are made where needed. To a bucket (`gs://...`), which takes objects whole or not at all, it is copied.
-    What a killed process leaves behind is NAME.tmp, which the next one that writes NAME takes over; it is locked while it is
-    written, and whoever finds it locked, or on a disk without locks, takes a name of its own.
+    What a killed process leaves behind is NAME.dar_jax.tmp, which the next one that writes NAME takes over. It is locked while
+    it is written; where somebody else holds it, or the disk has no locks, the name is a random one, which a kill leaves behind.
 
     Args:
-      unique: always take a name of its own, for what several hosts may write at once, as some shared disks lock it for each
-        host by itself. The caller deletes what is left behind, *.tmp.
+      unique: take a random name in any case, NAME.*.tmp, and leave it to the caller to delete what is left behind: for what
+        several hosts may write at once, since not every shared disk locks for all of them.
     """
     if is_remote(path):
         with tempfile.TemporaryDirectory() as folder:
@@ -40,7 +40,7 @@ def replacing(path: str | os.PathLike, unique: bool = False) -> Iterator[Path]:
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, descriptor = path.with_name(f"{path.name}.tmp"), None
+    temporary, descriptor = path.with_name(f"{path.name}.dar_jax.tmp"), None
     if unique or (descriptor := _lock(temporary)) is None:
         temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -57,10 +57,10 @@ def replacing(path: str | os.PathLike, unique: bool = False) -> Iterator[Path]:
 def _lock(path: Path) -> int | None:
     """Makes or takes over a file that no living process holds, and empties it: a descriptor that holds it until it is closed.
 
-    None where somebody holds it, it is not an ordinary file, or it cannot be locked.
+    None where somebody holds it, it is not an ordinary file, or it cannot be locked; then none is made.
     """
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError:
         return None
     try:
@@ -68,8 +68,10 @@ def _lock(path: Path) -> int | None:
         if os.path.samestat(os.fstat(descriptor), os.stat(path)):  # else its writer has just renamed or deleted it
             os.ftruncate(descriptor, 0)
             return descriptor
-    except OSError:
+    except (BlockingIOError, FileNotFoundError):
         pass
+    except OSError:  # no locks here, so that nobody can hold it
+        path.unlink(missing_ok=True)
     os.close(descriptor)
     return None
 
