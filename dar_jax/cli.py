@@ -27,6 +27,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from dar_jax import __version__
 from dar_jax.config import DataConfig, MeshConfig, SamplingConfig
+from dar_jax.console import PrintableMessages, escape_unknown_characters, printable, show
 from dar_jax.errors import InputError
 
 # Whatever imports JAX is imported where it is needed, so that --help and mistyped commands answer at once.
@@ -79,7 +80,7 @@ class Quickstart:
 
         check_writable(self.workdir)
         report = quickstart(self.workdir, self.fast)
-        print(f"\n{summary(report)}\n\nThe pictures and report.json are in {self.workdir}")
+        show(f"\n{summary(report)}\n\nThe pictures and report.json are in {self.workdir}")
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ class Sample(SamplingOptions):
         meshes = _two_meshes(self.mesh, self.decoder_mesh, found.transformer.config.mesh)
         trained = load_sampler(self.checkpoint, experiment, self.weights, *meshes)
         written = write_samples(trained, request, self.out, self.batch_size, self.previews, self.animate)
-        print("\n".join(map(str, written)))
+        show("\n".join(map(str, written)))
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,7 @@ class Generate(SamplingOptions):
         make_settings(sampling, found.tokenizer.config.model)
         check_writable(Path(self.out).absolute().parent)
         trained = load_sampler(self.checkpoint, experiment, self.weights, _mesh(self.mesh))
-        print(generate_npz(trained, self.out, self.num, self.labels, sampling, self.batch_size, self.seed))
+        show(generate_npz(trained, self.out, self.num, self.labels, sampling, self.batch_size, self.seed))
 
 
 @dataclass(frozen=True)
@@ -282,7 +283,7 @@ class Reconstruct:
         trained = load_tokenizer(self.checkpoint, experiment, self.weights, _mesh(self.mesh))
         report = reconstruct_folder(trained, source, self.out, sampling, self.seed, self.batch_size)
         usage = report["codebook_usage"]
-        print(
+        show(
             f"PSNR {report['psnr']:.2f} dB over {report['images']} images ({report['unreadable']} unreadable)"
             + (f", codebook usage {usage:.1%}" if usage is not None else "")
             + f"\n{Path(self.out) / 'grid.png'}\n{Path(self.out) / 'report.json'}"
@@ -335,7 +336,7 @@ class Tokenize(Generic[Settings]):
         check_writable(self.out)
         trained = load_tokenizer(self.checkpoint, experiment, self.weights, _mesh(self.mesh, jax.local_devices()))
         info = tokenize(trained, source, self.data, self.out, self.batch_size, self.shard_size)
-        print(f"{self.out}: {info.crops} x {info.tokens} codes for each of {info.images} images, in {info.shards} files")
+        show(f"{self.out}: {info.crops} x {info.tokens} codes for each of {info.images} images, in {info.shards} files")
 
 
 @dataclass(frozen=True)
@@ -375,7 +376,7 @@ class Evaluate:
         keep_as = self.save_statistics if _first() else None
         report = evaluate(self.samples, self.reference, extractor, self.num_images, keep_as=keep_as)
         _write_json(self.json, report)
-        print(table(report))
+        show(table(report))
 
 
 @dataclass(frozen=True)
@@ -436,7 +437,7 @@ class EvaluateTokenizer(Generic[Settings]):
             trained, source, data, extractor, lpips, sampling, self.seed, self.batch_size, self.num_images
         )
         _write_json(self.json, report)
-        print(table(report))
+        show(table(report))
 
 
 @dataclass(frozen=True)
@@ -482,7 +483,7 @@ class EvaluateAr(Generic[Settings]):
         report = evaluate_transformer(trained, source, self.data, self.batch_size, self.num_images)
         if _first():
             written = write_report(report, self.out, trained.config.num_groups, trained.config.codebook_size)
-            print("\n".join([describe(report), *map(str, written)]))
+            show("\n".join([describe(report), *map(str, written)]))
 
 
 @dataclass(frozen=True)
@@ -537,7 +538,7 @@ class Sweep:
             "resize": self.resize,
         }
         if _first():
-            print("\n".join([table(rows), *map(str, write_report(rows, self.out, about))]))
+            show("\n".join([table(rows), *map(str, write_report(rows, self.out, about))]))
 
 
 @dataclass(frozen=True)
@@ -595,7 +596,7 @@ class Plan(Generic[Settings]):
         experiment = load_experiment(self.experiment).with_config(self.config)
         plans = [plan(experiment, topology, self.batch_size, self.sampling, self.search, figures) for topology in self.topology]
         _write_json(self.json, [dataclasses.asdict(found) for found in plans])
-        print(text(plans[0]) if len(plans) == 1 else table(plans))
+        show(text(plans[0]) if len(plans) == 1 else table(plans))
 
 
 @dataclass(frozen=True)
@@ -610,7 +611,7 @@ class Info:
     def run(self) -> None:
         from dar_jax.evaluation.info import describe
 
-        print(describe(self.checkpoint))
+        show(describe(self.checkpoint))
 
 
 @dataclass(frozen=True)
@@ -632,7 +633,7 @@ class Import:
     def run(self) -> None:
         from dar_jax.release.checkpoints import import_checkpoint
 
-        print("\n".join(import_checkpoint(self.file, self.workdir, self.tokenizer, self.heads)))
+        show("\n".join(import_checkpoint(self.file, self.workdir, self.tokenizer, self.heads)))
 
 
 @dataclass(frozen=True)
@@ -651,7 +652,7 @@ class Export:
     def run(self) -> None:
         from dar_jax.release.checkpoints import export_checkpoint
 
-        print("\n".join(export_checkpoint(self.checkpoint, self.file, self.format)))
+        show("\n".join(export_checkpoint(self.checkpoint, self.file, self.format)))
 
 
 COMMANDS = {
@@ -676,8 +677,12 @@ MANY_HOSTS = ("train", "generate", "tokenize", "evaluate", "evaluate-tokenizer",
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line (default: that of the process) and returns the exit code. `--help` raises SystemExit, as ever."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    escape_unknown_characters()
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableMessages())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("dar_jax").setLevel(logging.INFO)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where there is no home folder for its cache
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports there what it raises besides
     warnings.filterwarnings("ignore", module=r"orbax\.")
     try:
@@ -772,12 +777,14 @@ def use_compilation_cache() -> None:
     """Keeps compiled functions in ~/.cache/dar_jax, or where JAX_COMPILATION_CACHE_DIR says: a second run starts fast."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is not None:
+    from dar_jax.files import user_cache
+
+    folder = user_cache()
+    if jax.config.jax_compilation_cache_dir is not None or folder is None:
         return
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dar_jax"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    if os.access(folder, os.W_OK):
+    if os.access(folder, os.W_OK | os.X_OK):
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
@@ -826,7 +833,7 @@ def _only_first_prints() -> Iterator[None]:
 def _fail(what: object, code: int) -> int:
     """Says what is wrong; a host of many ends here, so that the others do not wait for it."""
     if (hosts := _many_hosts()) is not None:
-        hosts.leave(f"{hosts.name()}: " + " ".join(str(what).split()), code)
+        hosts.leave(f"{hosts.name()}: " + printable(" ".join(str(what).split())), code)
     return _say(what, code)
 
 
@@ -842,7 +849,7 @@ def _many_hosts() -> Any:
 
 
 def _say(what: object, code: int) -> int:
-    print("dar-jax: " + " ".join(str(what).split()), file=sys.stderr)
+    print("dar-jax: " + printable(" ".join(str(what).split())), file=sys.stderr)
     return code
 
 

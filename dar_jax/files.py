@@ -20,6 +20,12 @@ def is_remote(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+def user_cache() -> Path | None:
+    """Where what can be made again is kept: `dar_jax` in XDG_CACHE_HOME or ~/.cache; None for a user without a home folder."""
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(folder) / "dar_jax" if os.path.isabs(folder) else None
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, unique: bool = False) -> Iterator[Path]:
     """Yields a temporary name to write to; the file takes the place of `path` if nothing is raised.

@@ -1,4 +1,4 @@
-"""Numbers of the PyTorch release, reproduced in float32 on a CPU. `pytest --golden DIR` runs the cases of another folder."""
+"""Numbers of the PyTorch release, reproduced in float32 on a CPU. `pytest --golden=DIR` runs the cases of another folder."""
 
 import dataclasses
 import functools

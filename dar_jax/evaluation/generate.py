@@ -24,6 +24,8 @@ from dar_jax.evaluation.reconstruct import encode, open_image
 from dar_jax.sampling.sampler import Settings, generate, make_settings, stream
 from dar_jax.training.stages import to_float
 
+NAME_LENGTH = 50  # characters of the run's name in names of files, of which systems take 255 bytes
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -166,7 +168,7 @@ def class_number(label: str, class_names: Sequence[str]) -> int:
     if label in class_names:
         return class_names.index(label)
     last = len(class_names) - 1
-    if not re.fullmatch(r"[+-]?\d+", label):
+    if not re.fullmatch(r"[+-]?\d{1,18}", label):
         similar = difflib.get_close_matches(label, class_names, 1)
         hint = f"; did you mean {similar[0]}?" if similar else ""
         raise InputError(f"there is no class {label!r}, classes are names or 0 .. {last}{hint}")
@@ -204,7 +206,7 @@ def write_samples(
     """
     trained, out = trained.with_tokenizer(request.tokenizer), Path(out)
     names, total = trained.class_names, len(request.labels)
-    run = re.sub(r"[^\w.-]+", "_", trained.found.transformer.config.name)
+    run = re.sub(r"[^\w.-]+", "_", trained.found.transformer.config.name)[:NAME_LENGTH]
     stems = [f"{run}_label{label}_seed{seed}" for label, seed in zip(request.labels, request.seeds)]
     captions = [f"{names[label]} #{seed}" for label, seed in zip(request.labels, request.seeds)]
     num_groups = request.sampling.num_groups or trained.config.num_groups

@@ -12,6 +12,7 @@ from orbax.checkpoint import v1 as ocp
 
 from dar_jax import parallel
 from dar_jax.config import TokenizerTraining
+from dar_jax.console import printable
 from dar_jax.errors import InputError
 from dar_jax.training import checkpoint
 from dar_jax.training.checkpoint import Info
@@ -47,9 +48,9 @@ def parameter_counts(info: Info) -> dict[str, int]:
 def _describe(info: Info) -> str:
     config, counts = info.config, parameter_counts(info)
     kind = "tokenizer" if isinstance(config, TokenizerTraining) else "transformer"
-    steps = sorted(int(folder.name) for folder in (info.workdir / "checkpoints").iterdir() if folder.name.isdigit())
+    steps = sorted(int(folder.name) for folder in (info.workdir / "checkpoints").iterdir() if folder.name.isdecimal())
     parts = [part for part in PARTS if (info.path / part).is_dir()]
-    names = ", ".join(info.class_names[:10]) + (", ..." if len(info.class_names) > 10 else "")
+    names = ", ".join(map(printable, info.class_names[:10])) + (", ..." if len(info.class_names) > 10 else "")
     lines = [
         f"{kind} {config.name!r} in {info.workdir}",
         f"step {info.step} of {config.train.steps}; checkpoints of steps {', '.join(map(str, steps))}",
@@ -58,8 +59,8 @@ def _describe(info: Info) -> str:
         f"{len(info.class_names)} classes: {names}",
     ]
     if info.hooks:
-        lines.append(f"its experiment replaced: {', '.join(info.hooks)}")
-    lines += [f"  {name} = {value}" for name, value in _settings(config)]
+        lines.append(f"its experiment replaced: {', '.join(map(printable, info.hooks))}")
+    lines += [f"  {name} = {printable(value)}" for name, value in _settings(config)]
     return "\n".join(lines)
 
 

