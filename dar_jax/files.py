@@ -26,6 +26,11 @@ def user_cache() -> Path | None:
     return Path(folder) / "dar_jax" if os.path.isabs(folder) else None
 
 
+def size_of(path: epath.Path) -> int:
+    """Bytes of a file. On a disk without the owner's name, which epath asks for and some users lack."""
+    return path.stat().length if is_remote(path) else os.stat(path).st_size
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, unique: bool = False) -> Iterator[Path]:
     """Yields a temporary name to write to; the file takes the place of `path` if nothing is raised.

@@ -26,7 +26,7 @@ from etils import epath
 from grain.sources import ArrayRecordDataSource
 
 from dar_jax.errors import InputError
-from dar_jax.files import replacing
+from dar_jax.files import replacing, size_of
 
 VERSION = 2
 
@@ -143,7 +143,7 @@ def finish(folder: str | os.PathLike) -> None:
         path = _shard(folder, shard)
         if not path.exists():
             raise InputError(f"{folder} is not complete: {path.name} is missing; tokenize again")
-        shards.append(Shard(_count(path, info), path.stat().length, _sha256(path)))
+        shards.append(Shard(_count(path, info), size_of(path), _sha256(path)))
     _write_json(folder, info, shards)
 
 
@@ -168,7 +168,7 @@ def open_codes(path: str | os.PathLike, split: str | None = None, verify: bool =
         file = _shard(folder, number)
         if not file.exists():
             raise InputError(f"{folder} is damaged: {file.name} is missing; tokenize again")
-        if file.stat().length != shard.bytes or (verify and _sha256(file) != shard.sha256):
+        if size_of(file) != shard.bytes or (verify and _sha256(file) != shard.sha256):
             raise _damaged(file, "it is not what was written")
     return CodesSource(folder, info, [shard.records for shard in shards])
 

@@ -27,7 +27,7 @@ from orbax.checkpoint import v1 as ocp
 from dar_jax import hosts, parallel
 from dar_jax.config import TokenizerTraining, TrainConfig, TransformerTraining, from_dict, to_dict
 from dar_jax.errors import InputError
-from dar_jax.files import is_remote
+from dar_jax.files import is_remote, size_of
 from dar_jax.training.experiment import Experiment
 from dar_jax.training.state import Params, TrainState
 
@@ -258,7 +258,7 @@ def _sizes(folder: epath.Path, prefix: str = "") -> dict[str, int]:
     sizes = {}
     for path in folder.iterdir():
         name = prefix + path.name
-        sizes |= _sizes(path, f"{name}/") if path.is_dir() else {name: path.stat().length}
+        sizes |= _sizes(path, f"{name}/") if path.is_dir() else {name: size_of(path)}
     return sizes
 
 
