@@ -32,7 +32,14 @@ from dar_jax.files import check_writable, replacing
 from dar_jax.release import torch_file
 from dar_jax.release.convert import from_release, to_release
 from dar_jax.release.names import Entry, llama_entries, tokenizer_entries
-from dar_jax.release.sizes import beyond_release, llama_config, release_config, tokenizer_config, tokenizer_shapes
+from dar_jax.release.sizes import (
+    beyond_release,
+    llama_config,
+    release_config,
+    shape_of,
+    tokenizer_config,
+    tokenizer_shapes,
+)
 from dar_jax.release.weights import SOURCES, resolve
 from dar_jax.training import checkpoint
 from dar_jax.training.experiment import Experiment
@@ -46,6 +53,7 @@ PREFIX = re.compile(r"^(_orig_mod\.|module\.)+")  # what torch.compile and data 
 CODEBOOK_USED = "quantize.codebook_used"  # statistics the release keeps with its weights: the last 65,536 codes seen
 REPA = "diff_decoder.net.repa_out."
 CACHES = r"freqs_cis|causal_mask|layers\.\d+\.attention\.kv_cache\.[kv]_cache"  # what a transformer may have left behind
+MAX_COMPLAINT = 1000  # characters of a message, which may quote the file
 GUIDANCE = {LLAMA_SIZES["XL"]["layers"]: (1.1, 10.0)}  # the paper's, where it is not the default
 
 
@@ -102,7 +110,7 @@ def read_checkpoint(path: PathLike, tokenizer: TokenizerConfig | None = None, he
         convert = functools.partial(from_release, entries, abstract=abstract, unused=unused)
         converted = {"ema": convert(tensors), "params": None if ema is None or model is None else convert(model)}
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {str(error)[:MAX_COMPLAINT]}") from error
     try:
         names = [name for name in model or {} if not re.fullmatch(unused, name)]
         converted["opt_state"] = _optimizer(_mapping(contents, "optimizer"), model, names, convert, config)
@@ -299,14 +307,14 @@ def _tokenizer(path: PathLike, contents: dict[str, Any], tensors: Tensors) -> Re
         )
     _require_same_sizes(told, seen)
     model = tokenizer_config(told or seen, image_size)
-    repa = {name: tensor.shape for name, tensor in tensors.items() if name.startswith(REPA) and name.endswith("weight")}
+    repa = {name: shape_of(tensors, name, 2) for name in tensors if name.startswith(REPA) and name.endswith("weight")}
     if repa:
         velocity = {"repa_hidden": max(shape[0] for shape in repa.values()), "repa_width": repa[max(repa)][0]}
     else:
         velocity = {"repa_layer": None}
         notes += ("the file has no REPA head, which only training uses",)
     velocity = dataclasses.replace(model.velocity, **velocity)
-    model = dataclasses.replace(model, velocity=velocity, max_tokens=len(tensors["decoder_embedding.weight"]))
+    model = dataclasses.replace(model, velocity=velocity, max_tokens=shape_of(tensors, "decoder_embedding.weight")[0])
     data = DataConfig(image_size=image_size, channels=model.channels)
     config = _valid(TokenizerTraining(name=Path(path).stem, model=model, data=data))
     return config, tokenizer_entries(config.model), re.escape(CODEBOOK_USED), notes
@@ -343,7 +351,8 @@ def _optimizer(
         raise InputError("it has not one or two groups of parameters")
     if len(groups) == 2:
         names = sorted(names, key=lambda name: tensors[name].ndim < 2)
-    numbers = [number for group in groups for number in (group.get("params") if isinstance(group, dict) else None) or ()]
+    numbered = [group.get("params") if isinstance(group, dict) else None for group in groups]
+    numbers = [number for group in numbered if isinstance(group, list) for number in group]
     if not all(type(number) is int for number in numbers) or len(numbers) != len(names):
         raise InputError(f"it has {len(numbers)} parameters, the weights {len(names)}")
     parts = {name: _mapping(state, number) for name, number in zip(names, numbers)}
@@ -353,7 +362,8 @@ def _optimizer(
             raise InputError(f"it lacks {kind} of some")
         moments.append(convert({name: part[kind] for name, part in parts.items()}))
     step = next(iter(parts.values())).get("step")
-    if not isinstance(step, int | float | np.ndarray) or np.size(step) != 1 or not 0 <= step < 2**31:
+    is_number = isinstance(step, int | float | np.ndarray) and np.asarray(step).dtype.kind in "iuf"
+    if not is_number or np.size(step) != 1 or not 0 <= step < 2**31:
         raise InputError("it names no step")
     count = np.array(step, np.int32).reshape(())
     known = {

@@ -21,7 +21,9 @@ def tokenizer_config(release: Mapping[str, Any], image_size: int) -> TokenizerCo
     Raises: InputError where a key is missing or the sizes are none.
     """
     try:
-        core = release["diff_decoder"]
+        core, output = release["diff_decoder"], release.get("output_resolution", 0)
+        if not isinstance(core, Mapping):
+            raise InputError("the release's configuration has no sizes in 'diff_decoder'")
         velocity = VelocityConfig(
             width=core["dim"],
             layers=core["depth"],
@@ -49,7 +51,7 @@ def tokenizer_config(release: Mapping[str, Any], image_size: int) -> TokenizerCo
             codebook_size=release["vq_codebook_size"],
             code_dim=release["vq_dim"],
             sampling_resolution=release.get("sampling_resolution", 256),
-            output_resolution=release.get("output_resolution") or None,
+            output_resolution=None if type(output) is int and output == 0 else output,
             rope_theta=release.get("rope_base_len", 10000.0),
             velocity=velocity,
         )
@@ -115,14 +117,14 @@ def tokenizer_shapes(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     How tokens are grouped, the number of steps and the scale of pixels cannot be seen in them; they are the paper's.
     """
     paper = release_config(TokenizerConfig())
-    patchify, codes = _shape(tensors, "patchify.weight"), _shape(tensors, "quant_in_conv.weight")
-    codebook = tensors.get("quantize.embedding.weight")
-    patches = _shape(tensors, "diff_decoder.net.conv_in.weight")
+    patchify, codes = shape_of(tensors, "patchify.weight", 4), shape_of(tensors, "quant_in_conv.weight")
+    vq_enable = "quantize.embedding.weight" in tensors
+    patches = shape_of(tensors, "diff_decoder.net.conv_in.weight")
     core = paper["diff_decoder"] | {
         "in_dim": patchify[1],
         "out_dim": patchify[1],
         "dim": patches[0],
-        "cond_dim": _shape(tensors, "diff_decoder.net.cond_mlp.weight")[1],
+        "cond_dim": shape_of(tensors, "diff_decoder.net.cond_mlp.weight")[1],
         "patch_size": math.isqrt(patches[1] // patchify[1]),
         "depth": _layers(tensors, r"diff_decoder\.net\.blocks\.(\d+)\."),
         "mlp_head": "diff_decoder.net.linear_out.linear.weight" in tensors,
@@ -134,10 +136,10 @@ def tokenizer_shapes(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
         "num_decoder_layers": _layers(tensors, r"decoder_layers\.(\d+)\."),
         "query_low_rank": "query_linear.weight" in tensors,
         "encoder_dim": patchify[0],
-        "decoder_dim": _shape(tensors, "quant_out_conv.weight")[0],
+        "decoder_dim": shape_of(tensors, "quant_out_conv.weight")[0],
         "vq_dim": codes[0],
-        "vq_codebook_size": paper["vq_codebook_size"] if codebook is None else len(codebook),
-        "vq_enable": codebook is not None,
+        "vq_codebook_size": shape_of(tensors, "quantize.embedding.weight")[0] if vq_enable else paper["vq_codebook_size"],
+        "vq_enable": vq_enable,
         "diff_decoder": core,
     }
 
@@ -152,10 +154,10 @@ def llama_config(tensors: Mapping[str, np.ndarray], num_tokens: int, heads: int 
     Raises: InputError where the shapes are not those of such a transformer.
     """
     (classes, width), (vocabulary, _) = (
-        _shape(tensors, name, 2) for name in ("cls_embedding.embedding_table.weight", "tok_embeddings.weight")
+        shape_of(tensors, name, 2) for name in ("cls_embedding.embedding_table.weight", "tok_embeddings.weight")
     )
     layers = _layers(tensors, r"layers\.(\d+)\.")
-    fused = _shape(tensors, "layers.0.attention.wqkv.weight", 2)[0]
+    fused = shape_of(tensors, "layers.0.attention.wqkv.weight", 2)[0]
     known = [size["heads"] for size in LLAMA_SIZES.values() if (size["layers"], size["width"]) == (layers, width)]
     heads = heads or (known[0] if known else width // HEAD_SIZE)
     if heads < 1 or width % heads:
@@ -172,11 +174,12 @@ def llama_config(tensors: Mapping[str, np.ndarray], num_tokens: int, heads: int 
         vocab_size=vocabulary,
         num_classes=classes - 1,
     )
-    hidden = _shape(tensors, "layers.0.feed_forward.w1.weight", 2)[0]
+    hidden = shape_of(tensors, "layers.0.feed_forward.w1.weight", 2)[0]
     return config if config.mlp_width == hidden else dataclasses.replace(config, mlp_multiple=hidden)
 
 
-def _shape(tensors: Mapping[str, np.ndarray], name: str, rank: int | None = None) -> tuple[int, ...]:
+def shape_of(tensors: Mapping[str, np.ndarray], name: str, rank: int | None = None) -> tuple[int, ...]:
+    """The shape of a tensor. Raises InputError where it is missing, or is none of `rank` axes (None: two or more)."""
     if name not in tensors:
         raise InputError(f"the tensor {name} is missing")
     shape = tensors[name].shape
@@ -186,7 +189,9 @@ def _shape(tensors: Mapping[str, np.ndarray], name: str, rank: int | None = None
 
 
 def _layers(tensors: Mapping[str, np.ndarray], pattern: str) -> int:
-    numbers = {int(match[1]) for name in tensors if (match := re.match(pattern, name))}
-    if numbers != set(range(len(numbers))):
-        raise InputError(f"layers {', '.join(map(str, sorted(set(range(max(numbers))) - numbers)[:5]))} are missing")
+    """How many layers there are: as many as different numbers in the names, however large these are."""
+    numbers = {match[1] for name in tensors if (match := re.match(pattern, name))}
+    for number in map(str, range(len(numbers))):
+        if number not in numbers:
+            raise InputError(f"layer {number} is missing, where {len(numbers)} layers have names")
     return len(numbers)
