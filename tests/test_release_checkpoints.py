@@ -194,8 +194,9 @@ def test_the_optimizer_is_taken(files, imported, tmp_path, groups):
     assert adam.count == 7
 
     del state[3]["exp_avg"]
-    torch_file.write(tmp_path / "file.pt", contents | {"optimizer": optimizer})
-    assert "does not fit its weights, it lacks exp_avg" in str(read_checkpoint(tmp_path / "file.pt").notes)
+    for groups, reason in ((optimizer["param_groups"], "lacks exp_avg"), ([{"params": 5}], "has 0 parameters")):
+        torch_file.write(tmp_path / "file.pt", contents | {"optimizer": {"state": state, "param_groups": groups}})
+        assert f"does not fit its weights, it {reason}" in str(read_checkpoint(tmp_path / "file.pt").notes)
 
 
 def test_a_repa_head_is_taken_with_its_sizes(files, imported, tmp_path):
@@ -220,7 +221,16 @@ def changed(contents, part, name, value):
         (lambda c: changed(c, "ema", "encoder_layers.0.gate1", None), "1 missing .encoder_layers.0.gate1"),
         (lambda c: changed(c, "ema", "encoder_layers.0.gate1", np.ones(3, np.float32)), r"gate1 has the shape \(3,\)"),
         (lambda c: changed(c, "ema", "encoder_layers.0.gate1", np.ones(64, np.int64)), "holds int64"),
-        (lambda c: changed(c, "ema", "encoder_layers.7.gate1", np.ones(64, np.float32)), "layers 2, 3, 4, 5, 6 are missing"),
+        (
+            lambda c: changed(c, "ema", "encoder_layers.7.gate1", np.ones(64, np.float32)),
+            "layer 2 is missing, where 3 layers have names",
+        ),
+        (lambda c: changed(c, "ema", "encoder_layers.60000000.gate1", np.ones(64, np.float32)), "layer 2 is missing"),
+        (lambda c: changed(c, "ema", f"encoder_layers.{'9' * 5000}.gate1", np.ones(64, np.float32)), "layer 2 is missing"),
+        (lambda c: changed(c, "ema", "9" * 5000, np.ones(64, np.float32)), "1 left over .999"),
+        (lambda c: changed(c, "ema", "decoder_embedding.weight", None), "decoder_embedding.weight is missing"),
+        (lambda c: changed(c, "ema", "quantize.embedding.weight", np.zeros((), np.float32)), r"has the shape \(\)"),
+        (lambda c: changed(c, "config", "model", {**c["config"]["model"], "diff_decoder": [1]}), "no sizes in 'diff_decoder'"),
         (lambda c: changed(c, "ema", "patchify.weight", None), "neither a tokenizer nor a transformer"),
         (lambda c: changed(c, "ema", "patchify.weight", np.ones(5, np.float32)), "patchify.weight has the shape"),
         (lambda c: changed(c, "ema", "note", "text"), "'note' is no tensor"),

@@ -1,9 +1,13 @@
 """Sizes of the release's networks: by its configuration, by shapes, and back."""
 
+import contextlib
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from parity_cases import Case
 
 from dar_jax.config import LLAMA_SIZES, LlamaConfig, TokenizerConfig
@@ -60,5 +64,33 @@ def test_llama_sizes():
     assert llama_config(llama_tensors(2, 256, 3 * 256), 16, heads=8).heads == 8
     with pytest.raises(InputError, match="do not fit 4 heads of 64"):
         llama_config(llama_tensors(2, 256, 256 + 2 * 100), 16)
-    with pytest.raises(InputError, match="layers 0 are missing"):
+    with pytest.raises(InputError, match="layer 0 is missing"):
         llama_config({name: x for name, x in llama_tensors(2, 256, 768).items() if "layers.0" not in name}, 16)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.one_of(st.integers(-3, 10**30).map(str), st.text("0123456789\u0663\u00b2-", max_size=5), st.just("9" * 5000)))
+)
+def test_there_are_no_more_layers_than_tensors(numbers):
+    """Numbers of layers in names, of whatever size and script, are refused unless they count from 0."""
+    tensors = llama_tensors(2, 256, 768)
+    tensors |= {f"layers.{number}.attention.wo.weight": tensors["layers.0.attention.wqkv.weight"] for number in numbers}
+    try:
+        assert llama_config(tensors, 16).layers <= len(tensors)
+    except InputError as error:
+        assert "is missing, where" in str(error)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_tensors_of_any_shape_give_sizes_or_a_line(data):
+    tensors = tensors_of(Case.load(Path(__file__).parent / "golden", "tokenizer_tiny"))
+    for name in data.draw(st.lists(st.sampled_from(sorted(name for name in tensors if ".0." not in name)), max_size=3)):
+        if data.draw(st.booleans()):
+            tensors.pop(name, None)
+        else:
+            tensors[name] = np.zeros(data.draw(st.lists(st.integers(0, 3), max_size=4)), np.float32)
+    with contextlib.suppress(InputError):
+        seen = tokenizer_shapes(tensors)
+        assert seen["num_encoder_layers"] <= len(tensors)

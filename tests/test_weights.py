@@ -12,6 +12,7 @@ import urllib.request
 
 import pytest
 
+from dar_jax import cli
 from dar_jax.errors import InputError
 from dar_jax.release import weights
 from dar_jax.release.weights import Source, resolve
@@ -281,6 +282,15 @@ def test_cache_folder(monkeypatch, tmp_path):
     assert weights.cache_folder() == tmp_path / ".cache" / "dar_jax" / "weights"
     monkeypatch.setenv("DAR_JAX_CACHE", "~/mine")
     assert weights.cache_folder() == tmp_path / "mine"
+
+
+def test_a_user_without_a_home_folder(monkeypatch):
+    for name in ("DAR_JAX_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # KeyError, as for a number without a name
+    assert weights.cache_folder() is None
+    assert "put D-AR-L-360K.pt" in (line := complaint("dar_l")) and "a folder that DAR_JAX_CACHE names" in line
+    cli.use_compilation_cache()
 
 
 def test_table():
