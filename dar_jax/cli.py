@@ -230,7 +230,7 @@ class Generate(SamplingOptions):
     def run(self) -> None:
         from dar_jax.evaluation.bulk import generate_npz
         from dar_jax.evaluation.loading import find_transformer, load_sampler
-        from dar_jax.files import check_writable
+        from dar_jax.files import check_file_writable
         from dar_jax.sampling.sampler import make_settings
 
         _check_batch(self.batch_size)
@@ -238,7 +238,7 @@ class Generate(SamplingOptions):
         found, experiment = find_transformer(self.checkpoint), _experiment(self.experiment)
         sampling = self.sampling(found.transformer.config.sampling)
         make_settings(sampling, found.tokenizer.config.model)
-        check_writable(Path(self.out).absolute().parent)
+        check_file_writable(self.out)
         trained = load_sampler(self.checkpoint, experiment, self.weights, _mesh(self.mesh))
         show(generate_npz(trained, self.out, self.num, self.labels, sampling, self.batch_size, self.seed))
 
@@ -591,8 +591,8 @@ class Plan(Generic[Settings]):
         figures = {"peak": (self.peak, 1e12), "memory": (self.memory, GIB)}
         figures |= {"memory_bandwidth": (self.memory_bandwidth, 1e9), "ici_bandwidth": (self.ici_bandwidth, 1e9)}
         figures = {name: value * unit for name, (value, unit) in figures.items() if value is not None}
-        if any(value <= 0 for value in figures.values()):
-            raise InputError("a chip's figures (--peak, --memory, ...) should be more than 0")
+        if not all(0 < value < math.inf for value in figures.values()):
+            raise InputError("a chip's figures (--peak, --memory, ...) should be finite and more than 0")
         experiment = load_experiment(self.experiment).with_config(self.config)
         plans = [plan(experiment, topology, self.batch_size, self.sampling, self.search, figures) for topology in self.topology]
         _write_json(self.json, [dataclasses.asdict(found) for found in plans])
@@ -863,8 +863,10 @@ def _check_folder(path: str) -> None:
 
 def _check_file(path: str | None) -> None:
     """The same for a file that may have been asked for."""
-    if path is not None:
-        _check_folder(Path(path).absolute().parent)
+    from dar_jax.files import check_file_writable
+
+    if path is not None and _first():
+        check_file_writable(path)
 
 
 def _write_json(path: str | None, values: Any) -> None:

@@ -106,3 +106,10 @@ def check_writable(path: str | os.PathLike) -> None:
         raise InputError(f"cannot write to {path}: {existing} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"cannot write to {path}: no permission to write in {existing}")
+
+
+def check_file_writable(path: str | os.PathLike) -> None:
+    """The same for a file."""
+    if not is_remote(path) and os.path.isdir(path):
+        raise InputError(f"cannot write to the file {path}, it is a folder")
+    check_writable(Path(path).absolute().parent)

@@ -274,8 +274,11 @@ def test_what_does_not_fit_together_is_refused(files, imported, tmp_path):
         import_checkpoint(transformer, tmp_path / "run", tokenizer=transformer)
     with pytest.raises(InputError, match="--tokenizer is for transformers"):
         import_checkpoint(tokenizer, tmp_path / "run", tokenizer=tokenizer)
-    with pytest.raises(InputError, match="not that of 7 heads"):
-        import_checkpoint(transformer, tmp_path / "run", heads=7)
+    for heads in (7, 0):
+        with pytest.raises(InputError, match=f"not that of {heads} heads"):
+            import_checkpoint(transformer, tmp_path / "run", heads=heads)
+    with pytest.raises(InputError, match="it is a folder"):
+        export_checkpoint(imported, tmp_path)
     contents = torch_file.read(transformer)
     table = "_orig_mod.tok_embeddings.weight"
     for name in (table, "_orig_mod.output.weight"):

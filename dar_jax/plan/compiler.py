@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,9 +71,10 @@ def compile_for(lowered: jax.stages.Lowered, topology: str, cache: Path | None, 
     fields = [field.name for field in dataclasses.fields(Program)]
     key = hashlib.sha256("\n".join([lowered.as_text(), topology, *versions, *fields]).encode()).hexdigest()
     path = cache and cache / f"{key}.json.gz"
-    if path and path.is_file():
-        stored = json.loads(gzip.decompress(path.read_bytes()))
-        return Program(**{**stored, "warnings": tuple(stored["warnings"])})
+    with contextlib.suppress(OSError, EOFError, zlib.error, ValueError, TypeError, KeyError):  # there is none, or it is damaged
+        stored = json.loads(gzip.decompress(path.read_bytes())) if path else None
+        if stored:
+            return Program(**{**stored, "warnings": tuple(stored["warnings"])})
     starting()
     program = _compile(lowered)
     if path:

@@ -28,7 +28,7 @@ from dar_jax.config import (
     validate,
 )
 from dar_jax.errors import InputError
-from dar_jax.files import check_writable, replacing
+from dar_jax.files import check_file_writable, check_writable, replacing
 from dar_jax.release import torch_file
 from dar_jax.release.convert import from_release, to_release
 from dar_jax.release.names import Entry, llama_entries, tokenizer_entries
@@ -198,7 +198,7 @@ def export_checkpoint(path: PathLike, file: PathLike, kind: Literal["pt", "safet
     info = checkpoint.inspect(path)
     if "model" in info.hooks:
         raise InputError(f"{info.path} was trained with a model of its own, for which the release has no names")
-    check_writable(Path(file).absolute().parent)
+    check_file_writable(file)
     is_tokenizer = isinstance(info.config, TokenizerTraining)
     has_params = (info.path / "params").is_dir() and info.config.optimizer.ema_decay > 0
     names = ("params", "ema") if has_params and kind == "pt" else ("ema",)

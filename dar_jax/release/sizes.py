@@ -159,7 +159,8 @@ def llama_config(tensors: Mapping[str, np.ndarray], num_tokens: int, heads: int 
     layers = _layers(tensors, r"layers\.(\d+)\.")
     fused = shape_of(tensors, "layers.0.attention.wqkv.weight", 2)[0]
     known = [size["heads"] for size in LLAMA_SIZES.values() if (size["layers"], size["width"]) == (layers, width)]
-    heads = heads or (known[0] if known else width // HEAD_SIZE)
+    if heads is None:
+        heads = known[0] if known else width // HEAD_SIZE
     if heads < 1 or width % heads:
         raise InputError(f"the width {width} is not that of {heads} heads; pass the right number of heads")
     kv_heads, rest = divmod(fused - width, 2 * width // heads)
