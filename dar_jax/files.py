@@ -27,7 +27,7 @@ def user_cache() -> Path | None:
 
 
 def size_of(path: epath.Path) -> int:
-    """Bytes of a file. On a disk without the owner's name, which epath asks for and some users lack."""
+    """Bytes of a file. epath's `stat` also looks up the owner's name, which some users do not have."""
     return path.stat().length if is_remote(path) else os.stat(path).st_size
 
 

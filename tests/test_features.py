@@ -18,6 +18,7 @@ from dar_jax.release.feature_names import (
     INCEPTION_UNUSED,
     LPIPS_UNUSED,
     canonical_inception,
+    canonical_lpips,
     dinov2_entries,
     inception_entries,
     lpips_entries,
@@ -227,6 +228,11 @@ def test_names_of_tensorflow(tmp_path):
     torch_file.write(tmp_path / "part", tensors)
     with pytest.raises(InputError, match="part cannot be used as FID Inception: .* missing"):
         load_inception(tmp_path / "part")
+
+
+def test_layers_without_end_keep_their_names():
+    tensors = {name.format("9" * 5000): np.zeros(2) for name in ("features.{}.bias", "VGG16_0.Conv_{}.bias")}
+    assert canonical_lpips(tensors) == tensors
 
 
 @pytest.mark.parametrize("contents", [[np.zeros(2)], {"epoch": 3}])

@@ -78,6 +78,6 @@ def _to_ours(entry: Entry, tensors: list[np.ndarray], shape: tuple[int, ...], na
 def _require_same(kind: str, table: list[str], given: Mapping) -> None:
     missing, left_over = sorted(set(table) - set(given)), sorted(set(given) - set(table))
     if missing or left_over:
-        parts = [f"{len(names)} {word} ({', '.join(names[:8])}{' ...' if len(names) > 8 else ''})"
+        parts = [f"{len(names)} {word} ({', '.join(name[:100] for name in names[:8])}{' ...' if len(names) > 8 else ''})"
                  for names, word in ((missing, "missing"), (left_over, "left over")) if names]  # fmt: skip
         raise InputError(f"the {kind} do not fit the model: {'; '.join(parts)}")

@@ -77,9 +77,9 @@ def canonical_lpips(tensors: Tensors) -> dict[str, np.ndarray]:
     stages = {layer: stage for stage, _, layer in layers}
 
     def renamed(name: str, tensor: np.ndarray) -> tuple[str, np.ndarray]:
-        if (match := re.fullmatch(r"features\.(\d+)\.(weight|bias)", name)) and int(match[1]) in stages:
+        if (match := re.fullmatch(r"features\.(\d{1,3})\.(weight|bias)", name)) and int(match[1]) in stages:
             return f"net.slice{stages[int(match[1])]}.{match[1]}.{match[2]}", tensor
-        if (match := re.fullmatch(r"VGG16_0\.Conv_(\d+)\.(kernel|bias)", name)) and int(match[1]) < len(layers):
+        if (match := re.fullmatch(r"VGG16_0\.Conv_(\d{1,3})\.(kernel|bias)", name)) and int(match[1]) < len(layers):
             stage, _, layer = layers[int(match[1])]
             prefix = f"net.slice{stage}.{layer}"
             return (f"{prefix}.weight", _kernel(name, tensor)) if match[2] == "kernel" else (f"{prefix}.bias", tensor)
