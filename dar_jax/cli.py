@@ -697,7 +697,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, RuntimeError) and "initialize backend" in str(error):  # JAX's, of what JAX_PLATFORMS names
+            return _fail(error, 2)
         if (hosts := _many_hosts()) is not None:
             hosts.leave(None, 1)
         raise

@@ -1,6 +1,8 @@
 """Checkpoints: exact, whole or not at all, and one clear line for every way in which they can be unfit."""
 
 import dataclasses
+import errno
+import json
 import shutil
 
 import jax
@@ -10,14 +12,16 @@ import pytest
 import stand_in
 
 from dar_jax import parallel
-from dar_jax.config import MeshConfig, OptimizerConfig, TrainConfig
+from dar_jax.cli import main
+from dar_jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from dar_jax.data.sources import open_source
 from dar_jax.errors import InputError
 from dar_jax.training import checkpoint
 from dar_jax.training.experiment import Experiment
 from dar_jax.training.state import abstract_state, init_state, make_optimizer
 
 OPTIMIZER = make_optimizer(OptimizerConfig(), 10)
-PLAIN = Experiment(stand_in.config)
+PLAIN = Experiment(stand_in.config, model=stand_in.Model)
 NAMES = stand_in.Source.class_names
 
 
@@ -63,12 +67,12 @@ def test_load_reads_the_ema_and_nothing_else(written, tmp_path):
         for file in (tmp_path / "run/checkpoints/5" / part).rglob("*"):
             if file.is_file():
                 file.write_bytes(b"")
-    loaded = checkpoint.load(tmp_path / "run")
+    loaded = checkpoint.load(tmp_path / "run", PLAIN)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, jax.device_get(state_on(2, 2, 2).ema))
-    assert (loaded.config, loaded.step, loaded.class_names, loaded.hooks) == (stand_in.config, 5, NAMES, ())
+    assert (loaded.config, loaded.step, loaded.class_names, loaded.hooks) == (stand_in.config, 5, NAMES, ("model",))
     assert loaded.workdir == tmp_path / "run" and len(loaded.params["in"]["bias"].devices()) == 1
 
-    by_step = checkpoint.load(written / "checkpoints/5", weights="params", mesh=parallel.make_mesh(MeshConfig(1, 4, 2)))
+    by_step = checkpoint.load(written / "checkpoints/5", PLAIN, weights="params", mesh=parallel.make_mesh(MeshConfig(1, 4, 2)))
     jax.tree.map(np.testing.assert_array_equal, by_step.params, jax.device_get(state_on(2, 2, 2).params))
     assert by_step.params["in"]["kernel"].sharding.shard_shape((64, 32)) == (16, 16) and by_step.workdir == written
 
@@ -80,11 +84,11 @@ def test_keeps_the_newest_and_every_so_many(tmp_path):
 
 
 def test_weights_alone(written, tmp_path):
-    loaded = checkpoint.load(written)
+    loaded = checkpoint.load(written, PLAIN)
     for scale in (3, 1):  # the second replaces the first
         params = jax.tree.map(lambda leaf, scale=scale: scale * leaf, loaded.params)
         checkpoint.save_for_inference(tmp_path, loaded.config, params, loaded.step, loaded.class_names)
-    again = checkpoint.load(tmp_path)
+    again = checkpoint.load(tmp_path, PLAIN)
     jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
     assert again.config == loaded.config and again.step == 5
     state = checkpoint.restore(tmp_path, abstract_state(init_params, OPTIMIZER, parallel.make_mesh(MeshConfig())))
@@ -94,15 +98,15 @@ def test_weights_alone(written, tmp_path):
     with pytest.raises(InputError, match="another experiment, its ema differ"):  # which has nothing to start that from
         checkpoint.restore(tmp_path, abstract_state(grown, OPTIMIZER, parallel.make_mesh(MeshConfig())))
     with pytest.raises(InputError, match="holds no params"):
-        checkpoint.load(tmp_path, weights="params")
+        checkpoint.load(tmp_path, PLAIN, weights="params")
 
 
 def test_half_written_is_not_there(written, tmp_path):
     shutil.copytree(written, tmp_path, dirs_exist_ok=True)
     shutil.copytree(tmp_path / "checkpoints/5", tmp_path / "checkpoints/9.orbax-checkpoint-tmp")
-    assert checkpoint.latest_step(tmp_path) == 5 and checkpoint.load(tmp_path).step == 5
+    assert checkpoint.latest_step(tmp_path) == 5 and checkpoint.load(tmp_path, PLAIN).step == 5
     checkpoint.open_checkpoints(tmp_path, TrainConfig()).close()
-    assert checkpoint.latest_step(tmp_path) == 5 and checkpoint.load(tmp_path).step == 5
+    assert checkpoint.latest_step(tmp_path) == 5 and checkpoint.load(tmp_path, PLAIN).step == 5
 
 
 def test_of_another_experiment(written):
@@ -132,7 +136,7 @@ def test_damaged(written, tmp_path, name, keep, capfd):
     else:
         file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
     for read in (
-        lambda: checkpoint.load(tmp_path),
+        lambda: checkpoint.load(tmp_path, PLAIN),
         lambda: checkpoint.restore(tmp_path, abstract_state(init_params, OPTIMIZER, parallel.make_mesh(MeshConfig()))),
     ):
         with pytest.raises(InputError, match="checkpoints/5 is damaged") as caught:
@@ -141,14 +145,131 @@ def test_damaged(written, tmp_path, name, keep, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # reads that Orbax gives up half-way
-def test_damage_inside_a_file(written, tmp_path):
-    """Same size, other bytes: TensorStore's checksums find it."""
+def test_a_changed_bit_in_any_file_is_damage(written, tmp_path):
     shutil.copytree(written, tmp_path, dirs_exist_ok=True)
-    file = tmp_path / "checkpoints/5/ema/manifest.ocdbt"
-    file.write_bytes(file.read_bytes()[:-9] + bytes(9))
-    with pytest.raises(InputError, match="checkpoints/5 is damaged"):
+    folder = tmp_path / "checkpoints/5"
+    files = [path for path in (folder / "ema").rglob("*") if path.is_file()]
+    assert len(files) > 5
+    for file in files:
+        whole = file.read_bytes()
+        place = len(whole) // 2
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(InputError, match=f"5 is damaged; .*{file.relative_to(folder)} is not what was written"):
+            checkpoint.load(tmp_path, PLAIN)
+        file.write_bytes(whole)
+    metadata = folder / "_CHECKPOINT_METADATA"
+    metadata.write_text(metadata.read_text().replace('"stand-in"', '"stand-io"'))
+    with pytest.raises(InputError, match="5 is damaged; .*_CHECKPOINT_METADATA is not what was written"):
+        checkpoint.inspect(tmp_path)
+
+
+def test_what_cannot_be_read_is_not_to_be_deleted(written, monkeypatch):
+    def fail(path):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(checkpoint, "_crc32", fail)
+    with pytest.raises(InputError, match="5 cannot be read: .*Too many open files") as caught:
+        checkpoint.load(written, PLAIN)
+    assert "delete" not in str(caught.value)
+
+
+def rewrite(run, change):
+    """Changes what a checkpoint of step 1 says of itself, as an old version would have written it."""
+    metadata, files = run / "checkpoints/1/_CHECKPOINT_METADATA", run / "checkpoints/1/files.json"
+    values = json.loads(metadata.read_text())
+    values["custom_metadata"] = change(values["custom_metadata"])
+    metadata.write_text(json.dumps(values))
+    files.write_text(json.dumps({part: listed for part, listed in json.loads(files.read_text()).items() if part}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda about: [about], "is damaged"),
+        (lambda about: about | {"class_names": list(range(10))}, "class_names are no list of texts"),
+        (lambda about: about | {"class_names": "0123456789"}, "class_names are no list of texts"),
+        (lambda about: about | {"hooks": {"model": 1}}, "hooks are no list of texts"),
+        (lambda about: about | {"config": ["x" * 10**6]}, "is of another version"),
+        (lambda about: about | {"config": about["config"] | {"name": ["x" * 10**6]}}, "settings.name should be str"),
+        (lambda about: about | {"format": "1"}, "its format is '1'"),
+        (lambda about: about | {"format": 2}, "was written by a newer dar_jax .*; update dar_jax"),
+        (lambda about: about | {"class_names": ["a"]}, "names 1 classes, but its model.num_classes is 10"),
+        (lambda about: edited(about, layers=3), r"not those of its weights: .*blocks/.* \(1, .* there, \(3, .* here"),
+        (lambda about: edited(about, width=12), r"not those of its weights"),
+        (lambda about: edited(about, width=9), r"model.width 9 should be a multiple of model.heads"),
+    ],
+)
+def test_what_a_checkpoint_says_is_checked(golden, tmp_path, change, message):
+    shutil.copytree(golden / "old_checkpoint", tmp_path, dirs_exist_ok=True)
+    rewrite(tmp_path, change)
+    with pytest.raises(InputError, match=message) as caught:
         checkpoint.load(tmp_path)
+    assert len(str(caught.value)) < 1000 and "\n" not in str(caught.value)
+
+
+def edited(about, **model):
+    config = about["config"]
+    return about | {"config": config | {"model": config["model"] | model}}
+
+
+def test_a_checkpoint_of_format_0_is_used(golden, tmp_path):
+    assert main(["sample", str(golden / "old_checkpoint"), "--classes", "3", "--out", str(tmp_path)]) == 0
+    assert list(tmp_path.rglob("*.png"))
+    data = DataConfig(source="codes", path=str(golden / "old_codes"))
+    assert [element["label"] for element in open_source(data)] == list(range(10))
+
+
+@pytest.mark.parametrize("name", ["²", str(2**31), "9" * 200, "05"])
+def test_folders_named_by_no_step(written, tmp_path, name):
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(tmp_path / "checkpoints/5", tmp_path / "checkpoints" / name)
+    for path in (tmp_path, tmp_path / "checkpoints" / name):
+        with pytest.raises(InputError, match="is named by no step"):
+            checkpoint.inspect(path)
+
+
+def test_a_run_in_a_folder_named_like_a_step(written, tmp_path):
+    run = tmp_path / "checkpoints/1"
+    run.mkdir(parents=True)
+    with pytest.raises(InputError, match="checkpoints/1 holds no checkpoint"):
+        checkpoint.inspect(run)
+    shutil.copytree(written, run, dirs_exist_ok=True)
+    assert checkpoint.inspect(run).step == 5 and checkpoint.inspect(run).workdir == run
+
+
+def test_a_resumed_run_is_the_same_run(golden):
+    before = checkpoint.inspect(golden / "old_checkpoint")
+
+    def lines(names=before.class_names, **changes):
+        config = before.config
+        for name, values in changes.items():
+            config = dataclasses.replace(config, **{name: dataclasses.replace(getattr(config, name), **values)})
+        return checkpoint.require_same_run(before, Experiment(config), names)
+
+    assert lines() == []
+    said = lines(train={"steps": 9, "batch_size": 4, "log_every": 1}, model={"mlp_dropout": 0.0})
+    assert "differs from the checkpoint: train.log_every: 50 -> 1" in said and len(said) == 4
+    assert "differs from the checkpoint: train.batch_size: 1024 -> 4 (changes what is learnt from here on)" in said
+    with pytest.raises(InputError, match=r"its model differs: model.rope_theta 10000.0 there, 5.0 here"):
+        lines(model={"rope_theta": 5.0})
+    with pytest.raises(InputError, match="of the other stage"):
+        checkpoint.require_same_run(before, PLAIN, before.class_names)
+    with pytest.raises(InputError, match="does not know: zzz"):
+        lines([*before.class_names[:-1], "zzz"])
+    with pytest.raises(InputError, match="trained with other classes: 0 there, 9 here"):
+        lines(before.class_names[::-1])
+    with pytest.raises(InputError, match="trained with other classes: 10 there"):
+        lines(before.class_names[:-1])
+
+
+def test_classes_are_found_by_name():
+    assert checkpoint.class_numbers(["b", "c"], ["a", "b", "c"]) == [1, 2]
+    assert checkpoint.class_numbers(["x", "y"], ["0", "1"]) == [0, 1]  # an imported file names none
+    assert checkpoint.class_numbers(["crane", "crane"], ["crane", "crane"]) == [0, 1]
+    with pytest.raises(InputError, match="does not know: zzz; it knows 0, 1, 2"):
+        checkpoint.class_numbers(["0", "1", "zzz"], ["0", "1", "2"])
+    with pytest.raises(InputError, match="the same name: crane"):
+        checkpoint.class_numbers(["crane"], ["crane", "crane"])
 
 
 def test_not_there(tmp_path):

@@ -43,6 +43,23 @@ def test_bits_are_those_of_the_chain_rule(tiny_run, digits):
     assert report["images"] == 11 and report["bits_per_token"] != report["bits_per_token_without_class"]
 
 
+def test_classes_are_those_of_the_same_name(tiny_run, digits):
+    trained = load_sampler(tiny_run)
+    source, data = digits
+
+    class Renumbered:
+        class_names, description = tuple("8901234567"), "renumbered"
+
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            return source[index] | {"label": (source[index]["label"] + 2) % 10}
+
+    report, expected = (evaluate_transformer(trained, each, data, 8, 8) for each in (Renumbered(), source))
+    assert report["bits_per_token"] == expected["bits_per_token"]
+
+
 def test_no_code_sees_itself(tiny_run):
     trained = load_sampler(tiny_run)
     codes, labels = jnp.zeros((1, 16), jnp.int32), jnp.zeros(1, jnp.int32)
@@ -74,7 +91,7 @@ def test_unfit_data_are_refused(tiny_run, digits, tmp_path):
         def __getitem__(self, index):
             return source[index]
 
-    with pytest.raises(InputError, match="the data have 2 classes, the transformer 10"):
+    with pytest.raises(InputError, match="classes that the run does not know: a, b"):
         evaluate_transformer(trained, Other(), data)
     save_for_inference(tmp_path, trained.found.tokenizer.config, trained.params["tokenizer"], 1, source.class_names)
     assert main(["evaluate-ar", str(tmp_path), "--out", str(tmp_path / "out")]) == 2

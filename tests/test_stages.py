@@ -19,7 +19,7 @@ from dar_jax.training import checkpoint, stages
 from dar_jax.training.experiment import Experiment
 from dar_jax.training.logs import read_records
 from dar_jax.training.loop import train
-from dar_jax.training.stages import tokenizer_stage
+from dar_jax.training.stages import tokenizer_stage, transformer_stage
 
 
 def test_feature_terms_join_the_loss_of_a_run():
@@ -106,3 +106,22 @@ def test_gan_begins_at_its_step_on_any_mesh_and_stays_out_of_the_average(tmp_pat
     assert "discriminator" not in checkpoint.load(folder).params
     with pytest.raises(InputError, match="discriminator"):
         train(Experiment(dataclasses.replace(config, loss=TOKENIZER.loss)), folder, resume=True)
+
+
+def test_a_resumed_run_keeps_its_tokenizer(tiny_run, tiny_tokenizer, tmp_path):
+    before = checkpoint.inspect(tiny_run)
+    mesh = parallel.make_mesh(MeshConfig())
+
+    def resumed(tokenizer):
+        experiment = Experiment(dataclasses.replace(before.config, tokenizer=tokenizer))
+        return transformer_stage(experiment, before.workdir, mesh, before).experiment.config.tokenizer
+
+    assert resumed(None) is None
+    assert resumed(str(tiny_run / "tokenizer")) == str(tiny_run / "tokenizer")  # the same weights
+    with pytest.raises(InputError, match="nowhere does not exist"):
+        resumed("nowhere")
+    own = checkpoint.load(tiny_run / "tokenizer")
+    other = jax.tree.map(lambda leaf: leaf + 1, own.params)
+    checkpoint.save_for_inference(tmp_path, own.config, other, 1, own.class_names)
+    with pytest.raises(InputError, match="has another tokenizer than"):
+        resumed(str(tmp_path))

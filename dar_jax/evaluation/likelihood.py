@@ -23,6 +23,7 @@ from dar_jax.evaluation.progress import Progress
 from dar_jax.evaluation.reconstruct import quantize
 from dar_jax.files import replacing, write_json
 from dar_jax.llama import Llama
+from dar_jax.training.checkpoint import class_numbers
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -35,22 +36,27 @@ def score(model: Llama, params: dict, codes: jax.Array, labels: jax.Array) -> tu
 
 
 def evaluate_transformer(
-    trained: Trained, source: Source, data: DataConfig, batch_size: int = 64, num_images: int | None = None
+    trained: Trained,
+    source: Source,
+    data: DataConfig,
+    batch_size: int = 64,
+    num_images: int | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Scores the codes of a data set's images, centre-cropped, or stored codes, of which the first crop counts.
 
     Args:
       trained: of `load_sampler`.
       num_images: only so many, from the first on; None: all.
+      class_names: those of the transformer, in its order; None: as its checkpoint says. The data's are found among them.
 
     Returns a report: `bits_per_token` and `accuracy` (share of tokens that were the most probable), given the class, and the
     same with `_without_class`; `bits_of_each_position` and `accuracy_of_each_position` [T], also without class; `images`.
 
-    Raises InputError where the data do not fit the transformer.
+    Raises InputError where the data do not fit the transformer or have classes that it does not know.
     """
     model, total = trained.networks.llama, min(num_images or len(source), len(source))
-    if (classes := len(source.class_names)) != model.config.num_classes:
-        raise InputError(f"the data have {classes} classes, the transformer {model.config.num_classes}")
+    numbers = np.array(class_numbers(source.class_names, trained.class_names if class_names is None else class_names), np.int32)
     size = full_batch(min(batch_size, total), trained.mesh)
     sums = {name: np.zeros((2, model.config.num_tokens)) for name in ("bits", "accuracy")}
     images = 0
@@ -62,7 +68,8 @@ def evaluate_transformer(
                 codes = quantize(trained.networks, trained.params, put_batch(batch["image"], trained.mesh)).codes
             if codes.shape[1] != model.config.num_tokens:
                 raise InputError(f"the data have {codes.shape[1]} codes per image, the transformer {model.config.num_tokens}")
-            for row, labels in enumerate((batch["label"], np.full_like(batch["label"], model.config.num_classes))):
+            classes = numbers[batch["label"]]
+            for row, labels in enumerate((classes, np.full_like(classes, model.config.num_classes))):
                 bits, right = score(model, trained.params["llama"], codes, put_batch(labels, trained.mesh))
                 sums["bits"][row] += to_host(bits)[batch["valid"]].sum(axis=0, dtype=np.float64)
                 sums["accuracy"][row] += to_host(right)[batch["valid"]].sum(axis=0)

@@ -83,7 +83,7 @@ class Evaluation:
             networks = Networks(stage.tokenizer.experiment.build_model(stage.model.dtype), stage.model)
             params = {"tokenizer": stage.tokenizer.params, "llama": ema}
             trained = Trained(None, networks, params, stage.experiment.guidance or linear_guidance, mesh)
-            report = evaluate_transformer(trained, source, data, size, count)
+            report = evaluate_transformer(trained, source, data, size, count, stage.class_names)
             if extractor is not None and data.source != "codes":
                 report["fid"] = self._fid(stage, trained, extractor, count, size)
             names = ("bits_per_token", "bits_per_token_without_class", "accuracy", "fid")

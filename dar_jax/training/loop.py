@@ -89,16 +89,17 @@ def train(
         raise InputError(f"{folder} already holds a run (step {found}); pass --resume or choose another folder")
     mesh = parallel.make_mesh(config.mesh)
     parallel.check_batch(config.train.batch_size, config.train.accumulate, mesh)
+    before = None if found is None else checkpoint.inspect(folder / "checkpoints" / str(found))
     weights = start() if start is not None and found is None else None
 
     with hosts.ending_together(), jax.set_mesh(mesh):
         if isinstance(config, TokenizerTraining):
             stage = tokenizer_stage(experiment, mesh)
         else:
-            stage = transformer_stage(experiment, folder, mesh, resumed=found is not None)
+            stage = transformer_stage(experiment, folder, mesh, before)
         optimizer = make_optimizer(config.optimizer, config.train.steps)
         abstract = abstract_state(stage.init_params, optimizer, mesh, experiment.rules)
-        notes = []
+        notes = checkpoint.require_same_run(before, stage.experiment, stage.class_names) if before else []
         if found is not None:
             state = checkpoint.restore(folder / "checkpoints" / str(found), abstract)
             if state.opt_state is None:

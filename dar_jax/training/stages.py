@@ -1,5 +1,6 @@
 """The two stages of training: what to initialise, which loss to minimise on which batch, with which frozen networks."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from dar_jax.release.features import load_dinov2, load_lpips
 from dar_jax.release.weights import resolve
 from dar_jax.tokenizer.discriminator import Discriminator
 from dar_jax.tokenizer.tokenizer import Tokenizer
-from dar_jax.training.checkpoint import Loaded, load, save_for_inference
+from dar_jax.training.checkpoint import Info, Loaded, load, save_for_inference
 from dar_jax.training.experiment import Experiment
 from dar_jax.training.state import DISCRIMINATOR, Params, without_discriminator
 from dar_jax.training.step import LossFn
@@ -103,19 +104,26 @@ def tokenizer_loss_fn(experiment: Experiment, model: nn.Module) -> LossFn:
     return loss_fn
 
 
-def transformer_stage(experiment: Experiment, workdir: epath.Path, mesh: Mesh, resumed: bool) -> Stage:
+def transformer_stage(experiment: Experiment, workdir: epath.Path, mesh: Mesh, before: Info | None) -> Stage:
     """Stage 2: codes are read, or computed within the training step by the frozen tokenizer.
 
     A new run copies its tokenizer into WORKDIR/tokenizer, so that the folder alone can be sampled from; a resumed one reads it
-    from there. Raises InputError where the data or the tokenizer cannot be opened or do not fit the model.
+    from there.
+
+    Args: before, the checkpoint that a resumed run goes on from.
+
+    Raises InputError where the data or the tokenizer cannot be opened or do not fit the model, or a resumed run names another
+    tokenizer than its own.
     """
     config = experiment.config
     source = (experiment.source or open_source)(config.data)
     own_copy = workdir / "tokenizer"
-    path = own_copy if resumed else config.tokenizer
+    path = own_copy if before else config.tokenizer
     if path is None:
         raise InputError("a transformer needs a trained tokenizer; pass --tokenizer FOLDER")
     tokenizer = load(path, experiment.tokenizer, mesh=mesh)
+    if before:
+        experiment = _with_own_tokenizer(experiment, before, tokenizer, mesh)
     _check_fit(config, tokenizer, source)
     if tokenizer.workdir.resolve() != own_copy.resolve():
         save_for_inference(own_copy, tokenizer.config, tokenizer.params, tokenizer.step, tokenizer.class_names, tokenizer.hooks)
@@ -126,6 +134,18 @@ def transformer_stage(experiment: Experiment, workdir: epath.Path, mesh: Mesh, r
     init_params, loss_fn = functools.partial(experiment.init_params, model), transformer_loss_fn(experiment, model, encoder)
     frozen = {} if isinstance(source, CodesSource) else tokenizer.params
     return Stage(experiment, model, source, tuple(source.class_names), init_params, loss_fn, frozen, tokenizer)
+
+
+def _with_own_tokenizer(experiment: Experiment, before: Info, tokenizer: Loaded, mesh: Mesh) -> Experiment:
+    """The experiment of a resumed run, with its tokenizer named in the settings. Raises InputError where they name another."""
+    named, used = experiment.config.tokenizer, getattr(before.config, "tokenizer", None)
+    if named is None:
+        return experiment.with_config(dataclasses.replace(experiment.config, tokenizer=used))
+    if named != used:
+        other = load(named, experiment.tokenizer, mesh=mesh)
+        if fingerprint(other.params) != fingerprint(tokenizer.params):
+            raise InputError(f"the run in {before.workdir} has another tokenizer than {named}; leave out --tokenizer")
+    return experiment
 
 
 def transformer_loss_fn(experiment: Experiment, model: nn.Module, encoder: Tokenizer | None = None) -> LossFn:
