@@ -213,7 +213,7 @@ def edited(about, **model):
 
 
 def test_a_checkpoint_of_format_0_is_used(golden, tmp_path):
-    assert main(["sample", str(golden / "old_checkpoint"), "--classes", "3", "--out", str(tmp_path)]) == 0
+    assert main(["sample", str(golden / "old_checkpoint"), "--labels", "3", "--seeds", "0", "--out", str(tmp_path)]) == 0
     assert list(tmp_path.rglob("*.png"))
     data = DataConfig(source="codes", path=str(golden / "old_codes"))
     assert [element["label"] for element in open_source(data)] == list(range(10))
