@@ -20,13 +20,31 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_type_hints
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from dar_jax import __version__
-from dar_jax.config import DataConfig, MeshConfig, SamplingConfig
+from dar_jax.config import (
+    Batch,
+    CfgInterval,
+    DataConfig,
+    DenoisingSteps,
+    Devices,
+    Guidance,
+    Heads,
+    MeshConfig,
+    Pixels,
+    Range,
+    SamplingConfig,
+    Seed,
+    Share,
+    Temperature,
+    Tokens,
+    TopK,
+    checked,
+)
 from dar_jax.console import PrintableMessages, escape_unknown_characters, printable, show
 from dar_jax.errors import InputError
 
@@ -44,12 +62,19 @@ def _list_of(kind: Callable[[str], Any], metavar: str) -> PrimitiveConstructorSp
     )
 
 
+T = TypeVar("T")
 Words = Annotated[tuple[str, ...], _list_of(str, "A,B")]
-Ints = Annotated[tuple[int, ...], _list_of(int, "N,N")]
-Floats = Annotated[tuple[float, ...], _list_of(float, "A[,B]")]
+Ints = Annotated[tuple[T, ...], _list_of(int, "N,N")]
+Floats = Annotated[tuple[T, ...], _list_of(float, "A[,B]")]
+Number = Annotated[int, Range(1, 10**7)]  # of images or samples
+Token = Annotated[int, Range(0, 2**24 - 1)]
+Length = Annotated[int, Range(0, 16384)]  # of a prefix
+FirstStep = Annotated[int, Range(1, 999)]
+Tries = Annotated[int, Range(0, 100)]
+Figure = Annotated[float, Range(1e-3, 1e9)]  # of a chip
+Mesh = Ints[Devices]
 Place = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
-T = TypeVar("T")
 OfRun = Annotated[T | None, tyro.conf.DisallowNone, tyro.conf.arg(help_behavior_hint="(default: of the checkpoint's run)")]
 Optional = Annotated[T | None, tyro.conf.DisallowNone, tyro.conf.arg(help_behavior_hint="(optional)")]
 Settings = TypeVar("Settings")
@@ -131,14 +156,14 @@ class Train(Generic[Settings]):
 class SamplingOptions:
     """How samples are drawn; what is not given is as the checkpoint's run has it."""
 
-    guidance: OfRun[Floats] = None  # classifier-free guidance scale, of the first and the last token; 1: none
-    cfg_interval: OfRun[int] = None  # N >= 0: tokens with an index above N + 1 are not guided
-    temperature: OfRun[float] = None  # 0: always the most probable token
-    top_k: OfRun[int] = None  # draw from the K most probable tokens only; 0: off
-    top_p: OfRun[float] = None  # draw from the most probable tokens that hold this share only; 1: off
+    guidance: OfRun[Floats[Guidance]] = None  # classifier-free guidance scale, of the first and the last token; 1: none
+    cfg_interval: OfRun[CfgInterval] = None  # N >= 0: tokens with an index above N + 1 are not guided
+    temperature: OfRun[Temperature] = None  # 0: always the most probable token
+    top_k: OfRun[TopK] = None  # draw from the K most probable tokens only; 0: off
+    top_p: OfRun[Share] = None  # draw from the most probable tokens that hold this share only; 1: off
     solver: OfRun[Literal["adams2", "euler"]] = None  # of the denoising steps
-    num_denoising_steps: OfRun[int] = None  # steps from noise to image
-    groups: OfRun[int] = None  # stop after so many groups of tokens, with their preview
+    num_denoising_steps: OfRun[DenoisingSteps] = None  # steps from noise to image
+    groups: OfRun[Tokens] = None  # stop after so many groups of tokens, with their preview
 
     def sampling(self, of_run: SamplingConfig, **others: Any) -> SamplingConfig:
         """The run's settings with what was given, here or by `others`."""
@@ -164,29 +189,28 @@ class Sample(SamplingOptions):
 
     checkpoint: Place  # a transformer's run folder, or one of its checkpoints/STEP
     labels: Words  # classes, by name or number
-    seeds: Ints  # integers from 0 on
+    seeds: Ints[Seed]  # integers from 0 on
     out: str  # the folder to write to
     previews: Flag = False  # also write every sample after every group as it ends, and groups.png
     animate: Flag = False  # also write denoising.webp, the grid after every group
     prefix_image: Optional[str] = None  # take the first tokens from this image instead of drawing them
-    prefix_tokens: Optional[Ints] = None  # or take these
-    prefix_length: Optional[int] = None  # so many tokens of the prefix image (or of the prefix tokens)
+    prefix_tokens: Optional[Ints[Token]] = None  # or take these
+    prefix_length: Optional[Length] = None  # so many tokens of the prefix image (or of the prefix tokens)
     start_image: Optional[str] = None  # start from this image with noise instead of from noise alone
-    start_step: Optional[int] = None  # the denoising step to start from it at, 1 or more
-    resolution: OfRun[int] = None  # pixels along a side while denoising, if more than trained with
-    output_resolution: OfRun[int] = None  # resize what is denoised down to this
+    start_step: Optional[FirstStep] = None  # the denoising step to start from it at, 1 or more
+    resolution: OfRun[Pixels] = None  # pixels along a side while denoising, if more than trained with
+    output_resolution: OfRun[Pixels] = None  # resize what is denoised down to this
     experiment: Optional[str] = None  # the run's experiment file, if that replaced the model or the guidance
     weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
-    mesh: Optional[Ints] = None  # devices along data, fsdp and tensor; else along tensor as in the run, the rest along data
-    decoder_mesh: Optional[Ints] = None  # as many for denoising alone, while --mesh, the others, predict the next group
-    batch_size: int = 32  # samples at a time
+    mesh: Optional[Mesh] = None  # devices along data, fsdp and tensor; else along tensor as in the run, the rest along data
+    decoder_mesh: Optional[Mesh] = None  # as many for denoising alone, while --mesh, the others, predict the next group
+    batch_size: Batch = 32  # samples at a time
 
     def run(self) -> None:
         from dar_jax.evaluation.generate import make_request, write_samples
         from dar_jax.evaluation.loading import find_transformer, load_sampler
         from dar_jax.files import check_writable
 
-        _check_batch(self.batch_size)
         found, experiment = find_transformer(self.checkpoint), _experiment(self.experiment)
         request = make_request(
             found,
@@ -219,13 +243,13 @@ class Generate(SamplingOptions):
 
     checkpoint: Place  # a transformer's run folder, or one of its checkpoints/STEP
     out: str  # the file to write
-    num: int = 50_000  # samples
+    num: Number = 50_000  # samples
     labels: Literal["balanced", "uniform"] = "balanced"  # all classes in turn, or drawn at random
-    seed: int = 0  # of the first sample, and of the classes drawn
+    seed: Seed = 0  # of the first sample, and of the classes drawn
     experiment: Optional[str] = None  # the run's experiment file, if that replaced the model or the guidance
     weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
-    mesh: Optional[Ints] = None  # devices along data, fsdp and tensor; else along tensor as in the run, the rest along data
-    batch_size: int = 64  # samples at a time
+    mesh: Optional[Mesh] = None  # devices along data, fsdp and tensor; else along tensor as in the run, the rest along data
+    batch_size: Batch = 64  # samples at a time
 
     def run(self) -> None:
         from dar_jax.evaluation.bulk import generate_npz
@@ -233,8 +257,6 @@ class Generate(SamplingOptions):
         from dar_jax.files import check_file_writable
         from dar_jax.sampling.sampler import make_settings
 
-        _check_batch(self.batch_size)
-        _check_batch(self.num, "number of samples")
         found, experiment = find_transformer(self.checkpoint), _experiment(self.experiment)
         sampling = self.sampling(found.transformer.config.sampling)
         make_settings(sampling, found.tokenizer.config.model)
@@ -257,12 +279,12 @@ class Reconstruct:
     out: str  # the folder to write to
     split: str = "train"  # where the folder has sub-folders train, val or test: which of them
     solver: OfRun[Literal["adams2", "euler"]] = None  # of the denoising steps
-    num_denoising_steps: OfRun[int] = None  # steps from noise to image
-    seed: int = 0  # image i is denoised from the noise of seed + i
+    num_denoising_steps: OfRun[DenoisingSteps] = None  # steps from noise to image
+    seed: Seed = 0  # image i is denoised from the noise of seed + i
     experiment: Optional[str] = None  # the run's experiment file, if that replaced the model
     weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
-    mesh: Optional[Ints] = None  # devices along data, fsdp and tensor; else along tensor as in the run, the rest along data
-    batch_size: int = 64  # images at a time
+    mesh: Optional[Mesh] = None  # devices along data, fsdp and tensor; else along tensor as in the run, the rest along data
+    batch_size: Batch = 64  # images at a time
 
     def run(self) -> None:
         from dar_jax.evaluation.loading import find, load_tokenizer
@@ -270,7 +292,6 @@ class Reconstruct:
         from dar_jax.files import check_writable
         from dar_jax.sampling.sampler import make_settings
 
-        _check_batch(self.batch_size)
         found, experiment = find(self.checkpoint), _experiment(self.experiment)
         config = found.tokenizer.config.model
         of_run = found.transformer.config.sampling if found.transformer else SamplingConfig()
@@ -304,11 +325,11 @@ class Tokenize(Generic[Settings]):
     checkpoint: Place  # a run's folder, of a tokenizer or a transformer, or one of its checkpoints/STEP; comes first
     out: str  # the folder to write to, perhaps gs://BUCKET/...
     data: Annotated[Settings, tyro.conf.FlagConversionOff]
-    shard_size: int = 4096  # images per file
+    shard_size: Batch = 4096  # images per file
     experiment: Optional[str] = None  # the run's experiment file, if that replaced the model or the source
     weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
-    mesh: Optional[Ints] = None  # each host's devices along data, fsdp and tensor; else all of them along data
-    batch_size: int = 64  # images, each with all its crops, at a time
+    mesh: Optional[Mesh] = None  # each host's devices along data, fsdp and tensor; else all of them along data
+    batch_size: Batch = 64  # images, each with all its crops, at a time
 
     @classmethod
     def with_defaults(cls, checkpoint: str) -> tuple[Any, "Tokenize"]:
@@ -328,8 +349,6 @@ class Tokenize(Generic[Settings]):
         from dar_jax.evaluation.tokenize import check_data, tokenize
         from dar_jax.files import check_writable
 
-        _check_batch(self.batch_size)
-        _check_batch(self.shard_size, "shard size")
         experiment, model = _experiment(self.experiment), find(self.checkpoint).tokenizer.config.model
         check_data(model, self.data)
         source = ((experiment and experiment.source) or open_source)(self.data)
@@ -359,17 +378,14 @@ class Evaluate:
     save_statistics: Optional[str] = None  # also keep the statistics of the samples in this NPZ file, as a later reference
     weights: Optional[str] = None  # file of the Inception network; else looked for as the README says
     resize: Literal["tensorflow1", "half_pixel"] = "tensorflow1"  # how images come to 299 pixels; all of ADM's: tensorflow1
-    num_images: Optional[int] = None  # only so many samples, drawn at random with a fixed seed
-    batch_size: int = 64  # images at a time
-    mesh: Optional[Ints] = None  # devices along data, fsdp and tensor; else all of them along data
+    num_images: Optional[Number] = None  # only so many samples, drawn at random with a fixed seed
+    batch_size: Batch = 64  # images at a time
+    mesh: Optional[Mesh] = None  # devices along data, fsdp and tensor; else all of them along data
 
     def run(self) -> None:
         from dar_jax.evaluation.evaluate import evaluate, table
         from dar_jax.evaluation.statistics import open_extractor
 
-        _check_batch(self.batch_size)
-        if self.num_images is not None:
-            _check_batch(self.num_images, "number of images")
         for path in (self.json, self.save_statistics):
             _check_file(path)
         extractor = open_extractor(self.weights, self.resize, self.batch_size, _mesh(self.mesh))
@@ -392,17 +408,17 @@ class EvaluateTokenizer(Generic[Settings]):
     checkpoint: Place  # a run's folder, of a tokenizer or a transformer, or one of its checkpoints/STEP; comes first
     data: Annotated[Settings, tyro.conf.FlagConversionOff]
     json: Optional[str] = None  # also write the report to this file
-    num_images: Optional[int] = None  # only so many, from the first on
+    num_images: Optional[Number] = None  # only so many, from the first on
     inception: Optional[str] = None  # file of the Inception network; else looked for as the README says
     lpips: Optional[str] = None  # file or folder with the weights of LPIPS; else looked for likewise
     resize: Literal["tensorflow1", "half_pixel"] = "tensorflow1"  # how images come to 299 pixels for rFID
     solver: OfRun[Literal["adams2", "euler"]] = None  # of the denoising steps
-    num_denoising_steps: OfRun[int] = None  # steps from noise to image
-    seed: int = 0  # image i is denoised from the noise of seed + i
+    num_denoising_steps: OfRun[DenoisingSteps] = None  # steps from noise to image
+    seed: Seed = 0  # image i is denoised from the noise of seed + i
     experiment: Optional[str] = None  # the run's experiment file, if that replaced the model or the source
     weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
-    mesh: Optional[Ints] = None  # devices along data, fsdp and tensor; else along tensor as in the run, the rest along data
-    batch_size: int = 64  # images at a time
+    mesh: Optional[Mesh] = None  # devices along data, fsdp and tensor; else along tensor as in the run, the rest along data
+    batch_size: Batch = 64  # images at a time
 
     @classmethod
     def with_defaults(cls, checkpoint: str) -> tuple[Any, "EvaluateTokenizer"]:
@@ -419,9 +435,6 @@ class EvaluateTokenizer(Generic[Settings]):
         from dar_jax.evaluation.statistics import open_extractor
         from dar_jax.sampling.sampler import make_settings
 
-        _check_batch(self.batch_size)
-        if self.num_images is not None:
-            _check_batch(self.num_images, "number of images")
         _check_file(self.json)
         experiment, model = _experiment(self.experiment), find(self.checkpoint).tokenizer.config.model
         given = {"solver": self.solver, "num_denoising_steps": self.num_denoising_steps}
@@ -454,11 +467,11 @@ class EvaluateAr(Generic[Settings]):
     checkpoint: Place  # a transformer's run folder, or one of its checkpoints/STEP; comes first
     out: str  # the folder to write to
     data: Annotated[Settings, tyro.conf.FlagConversionOff]
-    num_images: Optional[int] = None  # only so many, from the first on
+    num_images: Optional[Number] = None  # only so many, from the first on
     experiment: Optional[str] = None  # the run's experiment file, if that replaced the model or the source
     weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
-    mesh: Optional[Ints] = None  # devices along data, fsdp and tensor; else along tensor as in the run, the rest along data
-    batch_size: int = 64  # images at a time
+    mesh: Optional[Mesh] = None  # devices along data, fsdp and tensor; else along tensor as in the run, the rest along data
+    batch_size: Batch = 64  # images at a time
 
     @classmethod
     def with_defaults(cls, checkpoint: str) -> tuple[Any, "EvaluateAr"]:
@@ -473,9 +486,6 @@ class EvaluateAr(Generic[Settings]):
         from dar_jax.evaluation.likelihood import describe, evaluate_transformer, write_report
         from dar_jax.evaluation.loading import load_sampler
 
-        _check_batch(self.batch_size)
-        if self.num_images is not None:
-            _check_batch(self.num_images, "number of images")
         experiment = _experiment(self.experiment)
         source = ((experiment and experiment.source) or open_source)(self.data)
         _check_folder(self.out)
@@ -499,27 +509,25 @@ class Sweep:
     checkpoint: Place  # a transformer's run folder, or one of its checkpoints/STEP
     reference: str  # NPZ file, folder or data source, as of `dar-jax evaluate`
     out: str  # the folder to write to
-    num: int = 1000  # samples for each setting
+    num: Number = 1000  # samples for each setting
     guidance: OfRun[Words] = None  # scales of the first and the last token, such as 1:1,1.1:4
-    temperature: OfRun[Floats] = None  # such as 0.9,1
-    top_k: OfRun[Ints] = None  # such as 0,600
-    top_p: OfRun[Floats] = None  # such as 0.9,1
-    groups: Optional[Ints] = None  # measure previews after so many groups, such as 2,4,6,8
-    seed: int = 0  # of the first sample
+    temperature: OfRun[Floats[Temperature]] = None  # such as 0.9,1
+    top_k: OfRun[Ints[TopK]] = None  # such as 0,600
+    top_p: OfRun[Floats[Share]] = None  # such as 0.9,1
+    groups: Optional[Ints[Tokens]] = None  # measure previews after so many groups, such as 2,4,6,8
+    seed: Seed = 0  # of the first sample
     inception: Optional[str] = None  # file of the Inception network; else looked for as the README says
     resize: Literal["tensorflow1", "half_pixel"] = "tensorflow1"  # how images come to 299 pixels
     experiment: Optional[str] = None  # the run's experiment file, if that replaced the model or the guidance
     weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
-    mesh: Optional[Ints] = None  # devices along data, fsdp and tensor; else along tensor as in the run, the rest along data
-    batch_size: int = 64  # samples at a time
+    mesh: Optional[Mesh] = None  # devices along data, fsdp and tensor; else along tensor as in the run, the rest along data
+    batch_size: Batch = 64  # samples at a time
 
     def run(self) -> None:
         from dar_jax.evaluation.loading import find_transformer, load_sampler
         from dar_jax.evaluation.statistics import open_extractor
         from dar_jax.evaluation.sweep import sweep, table, variants, write_report
 
-        _check_batch(self.batch_size)
-        _check_batch(self.num, "number of samples")
         found, experiment = find_transformer(self.checkpoint), _experiment(self.experiment)
         base = found.transformer.config.sampling
         pairs = [_pair(text) for text in self.guidance or ()]
@@ -557,13 +565,13 @@ class Plan(Generic[Settings]):
     experiment: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="EXPERIMENT")]  # its file; comes first
     topology: Words  # as libtpu names them, such as v5e:8x8 or v5p:4x4x4; several make a table
     config: Annotated[Settings, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
-    batch_size: Optional[int] = None  # images of all chips together, in place of train.batch_size
+    batch_size: Optional[Batch] = None  # images of all chips together, in place of train.batch_size
     sampling: Flag = False  # plan the sampler instead of the training step
-    search: int = 6  # at most so many more compilations, for the largest batch and the least remat that fit; 0: none
-    peak: Optional[float] = None  # TFLOP/s of a chip's bfloat16 products, in place of the published figure
-    memory: Optional[float] = None  # GiB that a program may use of a chip
-    memory_bandwidth: Optional[float] = None  # GB/s
-    ici_bandwidth: Optional[float] = None  # GB/s that a chip sends to others, over all links
+    search: Tries = 6  # at most so many more compilations, for the largest batch and the least remat that fit; 0: none
+    peak: Optional[Figure] = None  # TFLOP/s of a chip's bfloat16 products, in place of the published figure
+    memory: Optional[Figure] = None  # GiB that a program may use of a chip
+    memory_bandwidth: Optional[Figure] = None  # GB/s
+    ici_bandwidth: Optional[Figure] = None  # GB/s that a chip sends to others, over all links
     json: Optional[str] = None  # also write everything to this file, in bytes, seconds and operations
 
     @classmethod
@@ -583,16 +591,12 @@ class Plan(Generic[Settings]):
         from dar_jax.plan.report import table, text
         from dar_jax.training.experiment import load_experiment
 
-        if self.batch_size is not None:
-            _check_batch(self.batch_size)
         for topology in self.topology:
             chip_of(topology)
         _check_file(self.json)
         figures = {"peak": (self.peak, 1e12), "memory": (self.memory, GIB)}
         figures |= {"memory_bandwidth": (self.memory_bandwidth, 1e9), "ici_bandwidth": (self.ici_bandwidth, 1e9)}
         figures = {name: value * unit for name, (value, unit) in figures.items() if value is not None}
-        if not all(0 < value < math.inf for value in figures.values()):
-            raise InputError("a chip's figures (--peak, --memory, ...) should be finite and more than 0")
         experiment = load_experiment(self.experiment).with_config(self.config)
         plans = [plan(experiment, topology, self.batch_size, self.sampling, self.search, figures) for topology in self.topology]
         _write_json(self.json, [dataclasses.asdict(found) for found in plans])
@@ -628,7 +632,7 @@ class Import:
     file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]  # to read
     workdir: str  # the folder to make; `sample`, `reconstruct`, `info` and `train --resume` take it as a checkpoint
     tokenizer: Optional[str] = None  # of a transformer: a file of the release, or a checkpoint; it is copied into the folder
-    heads: Optional[int] = None  # of a transformer's attention, where its size is none of the release's
+    heads: Optional[Heads] = None  # of a transformer's attention, where its size is none of the release's
 
     def run(self) -> None:
         from dar_jax.release.checkpoints import import_checkpoint
@@ -792,16 +796,20 @@ def use_compilation_cache() -> None:
 
 
 def _parse(command: Any, default: Any, arguments: Sequence[str], prog: str) -> Any:
-    """tyro's parsing, with its boxed complaints made one line."""
+    """tyro's parsing, with its boxed complaints made one line, and ranges."""
     options = {} if default is None else {"default": default}
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(command, prog=prog, args=arguments, **options)
+            parsed = tyro.cli(command, prog=prog, args=arguments, **options)
     except SystemExit as end:
         if not end.code:
             raise
         raise InputError(_condense(complaint.getvalue(), prog)) from None
+    kinds = get_type_hints(type(parsed), include_extras=True)
+    for name, value in vars(parsed).items():
+        checked(kinds[name], value, "" if name == "config" else name)  # as in --train.steps, without the field's own name
+    return parsed
 
 
 def _condense(complaint: str, prog: str) -> str:
@@ -896,7 +904,7 @@ def _pair(text: str) -> tuple[float, float]:
         numbers = []
     if len(numbers) not in (1, 2):
         raise InputError(f"guidance {text!r} is not two scales, of the first and the last token, such as 1.1:8")
-    return numbers[0], numbers[-1]
+    return checked(tuple[Guidance, Guidance], (numbers[0], numbers[-1]), "guidance")
 
 
 def _mesh(sizes: tuple[int, ...] | None, devices: Sequence[Any] | None = None) -> Any:
@@ -930,8 +938,3 @@ def _experiment(path: str | None) -> Any:
     from dar_jax.training.experiment import load_experiment
 
     return None if path is None else load_experiment(path)
-
-
-def _check_batch(size: int, name: str = "batch size") -> None:
-    if size < 1:
-        raise InputError(f"the {name} is {size}, it should be at least 1")

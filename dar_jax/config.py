@@ -3,33 +3,85 @@
 Nothing here imports JAX. The defaults are the paper's (arXiv 2505.23660) and the released files'; an experiment file changes
 what it needs with keyword arguments or `dataclasses.replace`, and the command line overrides single fields by their path
 (`--optimizer.learning-rate 3e-4`). A field never holds a function: parts to replace are handed over by `training.Experiment`.
+Every number has its range, in the type of its field; `checked` applies them to whatever becomes a setting.
 """
 
 import dataclasses
+import reprlib
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from dar_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting may have, both ends included; `also` is one more, with what it means."""
+
+    low: float
+    high: float
+    also: tuple[float, str] | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high or (self.also is not None and value == self.also[0])
+
+    def __str__(self) -> str:
+        return f"between {self.low} and {self.high}" + (f", or {self.also[0]} ({self.also[1]})" if self.also else "")
+
+
+FINITE = Range(-1.7e308, 1.7e308)
+MOST_TEXT = 4096  # characters of a setting
+MOST_PATCHES = 16384  # of one image
+INT32 = 2**31 - 1
+
+Count = Annotated[int, Range(1, INT32)]  # of steps or images
+Step = Annotated[int, Range(0, INT32)]  # or 0: never
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+Batch = Annotated[int, Range(1, 2**20)]
+Pixels = Annotated[int, Range(1, 4096)]  # along a side
+Channels = Annotated[int, Range(1, 64)]
+Layers = Annotated[int, Range(1, 1024)]
+Width = Annotated[int, Range(1, 65536)]
+HiddenWidth = Annotated[int, Range(1, 2**20)]
+Halvings = Annotated[int, Range(1, 12)]
+Heads = Annotated[int, Range(1, 1024)]
+Tokens = Annotated[int, Range(1, 16384)]
+Classes = Annotated[int, Range(1, 10**6)]
+Codes = Annotated[int, Range(1, 2**24)]
+DenoisingSteps = Annotated[int, Range(1, 1000)]
+Devices = Annotated[int, Range(1, 2**20, also=(-1, "what the others leave"))]
+Share = Annotated[float, Range(0, 1)]
+Decay = Annotated[float, Range(0, 0.999999)]  # a share below 1
+Weight = Annotated[float, Range(0, 1e6)]
+Positive = Annotated[float, Range(1e-6, 1e6)]
+RopeBase = Annotated[float, Range(1, 1e9)]
+LearningRate = Annotated[float, Range(0, 1000)]
+Guidance = Annotated[float, Range(0, 1000)]
+CfgInterval = Annotated[int, Range(-1, 16384)]
+Temperature = Annotated[float, Range(1e-6, 1000, also=(0, "greedy"))]
+TopK = Annotated[int, Range(0, INT32)]
+Speed = Annotated[float, Range(1, 1e21)]  # operations/s
+CropFraction = Annotated[float, Range(0.1, 1)]
 
 
 @dataclass(frozen=True)
 class VelocityConfig:
     """The velocity network of the diffusion decoder (paper section 3.2)."""
 
-    width: int = 768
-    layers: int = 12
-    head_size: int = 64
-    patch_size: int = 8
-    data_std: float = 0.6  # pixels in [-1, 1] are multiplied by this before diffusion
-    time_shift: float = 2.0  # t' = t / (t + time_shift (1 - t))
+    width: Width = 768
+    layers: Layers = 12
+    head_size: Width = 64
+    patch_size: Pixels = 8
+    data_std: Positive = 0.6  # pixels in [-1, 1] are multiplied by this before diffusion
+    time_shift: Positive = 2.0  # t' = t / (t + time_shift (1 - t))
     share_time_encoding: bool = False  # one time embedding for all blocks instead of one per block
     mlp_head: bool = False  # a final adaLN layer on the shared time embedding; needs share_time_encoding
-    repa_layer: int | None = 8  # the input of this block feeds the REPA head; None: no head
-    repa_hidden: int = 2048
-    repa_width: int = 768  # feature size of the frozen network that REPA aligns with
-    repa_grid: int = 16  # the tapped map is average-pooled to this grid (when it is larger)
+    repa_layer: Annotated[int, Range(0, 1024)] | None = 8  # the input of this block feeds the REPA head; None: no head
+    repa_hidden: Width = 2048
+    repa_width: Width = 768  # feature size of the frozen network that REPA aligns with
+    repa_grid: Pixels = 16  # the tapped map is average-pooled to this grid (when it is larger)
 
     @property
     def has_repa(self) -> bool:
@@ -41,29 +93,29 @@ class VelocityConfig:
 class TokenizerConfig:
     """Images <-> codes <-> condition tokens -> velocity. The defaults are the released size: 307,444,672 parameters."""
 
-    image_size: int = 256
-    channels: int = 3
-    encoder_patch_size: int = 16
-    encoder_layers: int = 8
-    encoder_width: int = 768
-    decoder_layers: int = 8
-    decoder_width: int = 768
-    head_size: int = 64
-    num_tokens: int = 256  # T
-    num_groups: int = 8  # G
-    queries_per_step: int | None = None  # condition tokens of one denoising step; None: num_tokens / num_groups
-    num_denoising_steps: int = 8  # S
+    image_size: Pixels = 256
+    channels: Channels = 3
+    encoder_patch_size: Pixels = 16
+    encoder_layers: Layers = 8
+    encoder_width: Width = 768
+    decoder_layers: Layers = 8
+    decoder_width: Width = 768
+    head_size: Width = 64
+    num_tokens: Tokens = 256  # T
+    num_groups: Tokens = 8  # G
+    queries_per_step: Tokens | None = None  # condition tokens of one denoising step; None: num_tokens / num_groups
+    num_denoising_steps: DenoisingSteps = 8  # S
     query_low_rank: bool = True  # queries = linear(table of rank 8) instead of a full table
-    query_rank: int = 8
-    max_tokens: int = 1024  # rows of the query and position tables
+    query_rank: Width = 8
+    max_tokens: Tokens = 1024  # rows of the query and position tables
     vq_enable: bool = True  # False: the bottleneck only normalises (a continuous tokenizer)
-    codebook_size: int = 16384
-    code_dim: int = 8
-    sampling_resolution: int | None = None  # pixels are denoised at this size if it is larger than image_size
-    output_resolution: int | None = None  # decoded images larger than this are resized down (bicubic)
-    rope_theta: float = 10000.0
-    init_std: float | None = 0.02  # of the blocks' matrices; None: 1 / sqrt(fan in), which small widths need
-    gate_init: float = 0.0  # of the blocks' residual gates
+    codebook_size: Codes = 16384
+    code_dim: Width = 8
+    sampling_resolution: Pixels | None = None  # pixels are denoised at this size if it is larger than image_size
+    output_resolution: Pixels | None = None  # decoded images larger than this are resized down (bicubic)
+    rope_theta: RopeBase = 10000.0
+    init_std: Weight | None = 0.02  # of the blocks' matrices; None: 1 / sqrt(fan in), which small widths need
+    gate_init: Annotated[float, Range(-1e6, 1e6)] = 0.0  # of the blocks' residual gates
     velocity: VelocityConfig = field(default_factory=VelocityConfig)
 
     @property
@@ -84,21 +136,21 @@ class TokenizerConfig:
 class LlamaConfig:
     """The autoregressive transformer (paper section 3.3). The default is size L: 342,910,976 parameters."""
 
-    layers: int = 24
-    heads: int = 16
-    kv_heads: int | None = None  # fewer than heads: grouped-query attention; None: as many as heads
-    width: int = 1024
-    num_tokens: int = 256
-    vocab_size: int = 16384
-    num_classes: int = 1000  # the class table has one more row, the null class of guidance
-    mlp_multiple: int = 256  # the SwiGLU hidden size, 8/3 of the width, is rounded up to a multiple of this
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-5
-    init_std: float | None = 0.02  # None: 1 / sqrt(fan in), which small widths need
-    token_dropout: float = 0.1
-    attention_dropout: float = 0.1  # on the attention's output projection
-    mlp_dropout: float = 0.1
-    class_dropout: float = 0.1  # labels replaced by the null class in training
+    layers: Layers = 24
+    heads: Heads = 16
+    kv_heads: Heads | None = None  # fewer than heads: grouped-query attention; None: as many as heads
+    width: Width = 1024
+    num_tokens: Tokens = 256
+    vocab_size: Codes = 16384
+    num_classes: Classes = 1000  # the class table has one more row, the null class of guidance
+    mlp_multiple: HiddenWidth = 256  # the SwiGLU hidden size, 8/3 of the width, is rounded up to a multiple of this
+    rope_theta: RopeBase = 10000.0
+    norm_eps: Annotated[float, Range(1e-12, 1)] = 1e-5
+    init_std: Weight | None = 0.02  # None: 1 / sqrt(fan in), which small widths need
+    token_dropout: Decay = 0.1
+    attention_dropout: Decay = 0.1  # on the attention's output projection
+    mlp_dropout: Decay = 0.1
+    class_dropout: Share = 0.1  # labels replaced by the null class in training
 
     @property
     def mlp_width(self) -> int:
@@ -122,15 +174,15 @@ LLAMA_SIZES: dict[str, dict[str, int]] = {
 class SamplingConfig:
     """How tokens are drawn and denoised (paper section 3.4). The defaults are the paper's for size L."""
 
-    guidance: tuple[float, float] = (1.1, 8.0)  # classifier-free guidance scale of the first and of the last token
-    cfg_interval: int = -1  # n >= 0: tokens with an index above n + 1 are not guided
-    temperature: float = 1.0  # 0: greedy
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0  # 1: off
+    guidance: tuple[Guidance, Guidance] = (1.1, 8.0)  # classifier-free guidance scale of the first and of the last token
+    cfg_interval: CfgInterval = -1  # n >= 0: tokens with an index above n + 1 are not guided
+    temperature: Temperature = 1.0  # 0: greedy
+    top_k: TopK = 0  # 0: off
+    top_p: Share = 1.0  # 1: off
     solver: Literal["adams2", "euler"] = "adams2"
-    num_denoising_steps: int | None = None  # None: the tokenizer's
-    num_groups: int | None = None  # stop after so many groups (a preview); None: all
-    start_step: int = 0  # start from a given image at this denoising step (0: from noise)
+    num_denoising_steps: DenoisingSteps | None = None  # None: the tokenizer's
+    num_groups: Tokens | None = None  # stop after so many groups (a preview); None: all
+    start_step: Annotated[int, Range(0, 999)] = 0  # start from a given image at this denoising step (0: from noise)
 
 
 @dataclass(frozen=True)
@@ -144,29 +196,29 @@ class DataConfig:
     held_out_split: str | None = None  # to evaluate on; None: test, of folders val, of TFDS validation, of codes split
     labels: str | None = None  # file of lines "IMAGE CLASS" or "IMAGE,CLASS", for a split without class folders
     verify: bool = False  # compare every file of stored codes with its SHA-256 first
-    image_size: int = 256
-    channels: int = 3  # 1: grey, 3: RGB
+    image_size: Pixels = 256
+    channels: Annotated[int, Range(1, 3)] = 3  # 1: grey, 3: RGB
     crop: Literal["random", "center", "ten_crop"] = "random"  # ADM random crop, ADM centre crop, one of ten crops
-    crop_fraction: tuple[float, float] = (0.8, 1.0)  # of the random crop
-    ten_crop_scale: float = 1.1  # ten crops are cut from a centre crop of this times image_size
+    crop_fraction: tuple[CropFraction, CropFraction] = (0.8, 1.0)  # of the random crop
+    ten_crop_scale: Annotated[float, Range(1, 4)] = 1.1  # ten crops are cut from a centre crop of this times image_size
     flip: bool = True  # mirror half of the images
-    workers: int = 0  # worker processes; 0: threads of this process
+    workers: Annotated[int, Range(0, 1024)] = 0  # worker processes; 0: threads of this process
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW, clipping, the learning-rate schedule and the moving average of the weights."""
 
-    learning_rate: float = 2e-4
+    learning_rate: LearningRate = 2e-4
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up
-    warmup_steps: int = 0
-    decay_start: int = 0  # step at which linear or cosine decay starts; it ends at the last training step
-    final_learning_rate: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.0  # on tensors of two or more dimensions only
-    clip_norm: float | None = 1.0  # of the global gradient norm
-    ema_decay: float = 0.999  # 0: the moving average is the weights themselves
+    warmup_steps: Step = 0
+    decay_start: Step = 0  # step at which linear or cosine decay starts; it ends at the last training step
+    final_learning_rate: LearningRate = 0.0
+    beta1: Decay = 0.9
+    beta2: Decay = 0.95
+    weight_decay: Weight = 0.0  # on tensors of two or more dimensions only
+    clip_norm: Positive | None = 1.0  # of the global gradient norm
+    ema_decay: Decay = 0.999  # 0: the moving average is the weights themselves
 
 
 @dataclass(frozen=True)
@@ -176,17 +228,17 @@ class TokenizerLossConfig:
     LPIPS and REPA need frozen networks, whose files not everyone has; the paper's weight of both is 0.5.
     """
 
-    flow: float = 1.0
-    codebook: float = 1.0
-    commitment: float = 0.25
-    entropy: float = 0.0
-    entropy_temperature: float = 0.01
-    lpips: float = 0.0  # LPIPS with VGG16 of the predicted image
-    repa: float = 0.0  # 1 - cosine between the REPA head and the patch tokens of DINOv2
-    gan: float = 0.0  # non-saturating loss against a PatchGAN discriminator, which learns beside the tokenizer
-    gan_start_step: int = 20_000  # nothing of the two before
-    gan_width: int = 128  # channels of the discriminator's first layer
-    gan_halvings: int = 3  # its convolutions of stride 2; a logit sees 70 pixels with 3, 34 with 2, 16 with 1
+    flow: Weight = 1.0
+    codebook: Weight = 1.0
+    commitment: Weight = 0.25
+    entropy: Weight = 0.0
+    entropy_temperature: Positive = 0.01
+    lpips: Weight = 0.0  # LPIPS with VGG16 of the predicted image
+    repa: Weight = 0.0  # 1 - cosine between the REPA head and the patch tokens of DINOv2
+    gan: Weight = 0.0  # non-saturating loss against a PatchGAN discriminator, which learns beside the tokenizer
+    gan_start_step: Step = 20_000  # nothing of the two before
+    gan_width: Width = 128  # channels of the discriminator's first layer
+    gan_halvings: Halvings = 3  # its convolutions of stride 2; a logit sees 70 pixels with 3, 34 with 2, 16 with 1
     lpips_weights: str | None = None  # file or folder; None: looked for by name
     dinov2_weights: str | None = None  # file; None: looked for by name
 
@@ -199,30 +251,30 @@ class MeshConfig:
     `data=-1, fsdp=-1` cuts the state over some of them. See `parallel`.
     """
 
-    data: int = -1  # batch
-    fsdp: int = 1  # batch, and parameters cut along their width
-    tensor: int = 1  # heads and hidden units
+    data: Devices = -1  # batch
+    fsdp: Devices = 1  # batch, and parameters cut along their width
+    tensor: Devices = 1  # heads and hidden units
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Length, batch, precision, logging and checkpoints of one training run."""
 
-    steps: int = 210_000
-    batch_size: int = 1024  # of all devices together
-    accumulate: int = 1  # the batch is processed in so many parts
-    seed: int = 0
+    steps: Count = 210_000
+    batch_size: Batch = 1024  # of all devices together
+    accumulate: Batch = 1  # the batch is processed in so many parts
+    seed: Seed = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on accelerators, float32 on CPU
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again; dots: all but matrix products
-    log_every: int = 50
-    checkpoint_every: int = 5000
-    keep_checkpoints: int = 2
-    keep_every: int | None = None  # checkpoints at multiples of this step stay for ever
-    sample_every: int = 0  # a grid of samples (or reconstructions) in the log every so many steps; 0: never
-    evaluate_every: int = 0  # metrics on held-out images in the log every so many steps; 0: never
-    evaluate_images: int = 256  # on so many of them
-    profile: tuple[int, int] | None = None  # a profiler trace of these steps, first and last, in the folder of the logs
-    peak_flops: float | None = None  # bfloat16 operations/s of one device, for the MFU in the log; None: by its kind, if known
+    log_every: Count = 50
+    checkpoint_every: Count = 5000
+    keep_checkpoints: Count = 2
+    keep_every: Count | None = None  # checkpoints at multiples of this step stay for ever
+    sample_every: Step = 0  # a grid of samples (or reconstructions) in the log every so many steps; 0: never
+    evaluate_every: Step = 0  # metrics on held-out images in the log every so many steps; 0: never
+    evaluate_images: Count = 256  # on so many of them
+    profile: tuple[Count, Count] | None = None  # a profiler trace of these steps, first and last, in the folder of the logs
+    peak_flops: Speed | None = None  # bfloat16 operations/s of one device, for the MFU in the log; None: by its kind, if known
 
 
 @dataclass(frozen=True)
@@ -265,101 +317,132 @@ def to_dict(config: TokenizerTraining | TransformerTraining) -> dict[str, Any]:
     return {"stage": stage, **dataclasses.asdict(config)}
 
 
-def from_dict(values: dict[str, Any]) -> TokenizerTraining | TransformerTraining:
-    """The inverse of `to_dict`. Raises InputError on unknown names and on values of the wrong type."""
-    if not isinstance(values, dict) or values.get("stage") not in STAGES:
+def from_dict(values: Any) -> TokenizerTraining | TransformerTraining:
+    """The inverse of `to_dict`. Raises InputError for whatever else, in one line, and for what `validate` refuses."""
+    stage = values.get("stage") if isinstance(values, dict) else None
+    if not isinstance(stage, str) or stage not in STAGES:
         raise InputError(f"the settings name no known stage (one of {', '.join(STAGES)})")
-    return _build(STAGES[values["stage"]], {k: v for k, v in values.items() if k != "stage"}, "settings")
+    config = checked(STAGES[stage], {name: value for name, value in values.items() if name != "stage"})
+    validate(config)
+    return config
 
 
-def _build(cls: type, values: Any, where: str) -> Any:
-    if not isinstance(values, dict):
-        raise InputError(f"{where} should be a table of settings, not {values!r}")
-    kinds = typing.get_type_hints(cls)
-    names = {f.name for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(values) - names):
-        raise InputError(f"{where} has unknown names: {', '.join(unknown)}")
-    return cls(**{name: _convert(kinds[name], value, f"{where}.{name}") for name, value in values.items()})
+def checked(kind: Any, value: Any, name: str = "", limits: Range = FINITE) -> Any:
+    """A value, perhaps of JSON, as what a type hint says, such as `Annotated[int, Range(1, 9)] | None` or a dataclass.
 
+    Numbers are finite and within their `Range`. Tables become dataclasses, lists tuples, whole numbers floats where these are
+    expected; dataclasses are looked at field by field.
 
-def _convert(kind: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        return _build(kind, value, where)
+    Raises InputError, for any value at all, in one line with the setting's `name`.
+    """
+    if dataclasses.is_dataclass(kind) or dataclasses.is_dataclass(value):
+        return _checked_fields(kind, value, name)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:
+    if origin is Annotated:
+        limits = next((each for each in kind.__metadata__ if isinstance(each, Range)), limits)
+        return checked(arguments[0], value, name, limits)
+    if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, where)
-    if origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(arguments):
-        return tuple(_convert(a, v, where) for a, v in zip(arguments, value))
-    if origin is Literal and value in arguments:
-        return value
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if kind in (int, str, bool) and type(value) is kind:
-        return value
-    raise InputError(f"{where} should be {getattr(kind, '__name__', kind)}, not {value!r}")
+        return checked(next(each for each in arguments if each is not type(None)), value, name, limits)
+    if origin is tuple:
+        expected = f"{len(arguments)} values"
+        if isinstance(value, (list, tuple)):
+            kinds = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+            if len(kinds) == len(value):
+                return tuple(checked(each, item, name, limits) for each, item in zip(kinds, value))
+    elif origin is Literal:
+        expected = f"one of {', '.join(arguments)}"
+        if isinstance(value, str) and value in arguments:
+            return value
+    elif kind is str:
+        expected = f"text of at most {MOST_TEXT} characters"
+        if isinstance(value, str) and len(value) <= MOST_TEXT and "\0" not in value:
+            return value
+    elif kind in (int, float) and isinstance(value, (int, kind)) and not isinstance(value, bool):
+        if value in limits:
+            return kind(value)
+        raise InputError(f"{name} is {_shown(value)}, it should be {limits}")
+    else:
+        expected = kind.__name__
+        if type(value) is kind:
+            return value
+    raise InputError(f"{name} should be {expected}, not {_shown(value)}")
+
+
+def _checked_fields(kind: Any, value: Any, name: str) -> Any:
+    """`checked` for a dataclass, or a table of its fields."""
+    if isinstance(value, dict):
+        values = value
+    elif not dataclasses.is_dataclass(kind) or isinstance(value, kind):  # a type variable stands for any dataclass
+        kind, values = type(value), vars(value)
+    else:
+        raise InputError(f"{name or 'this'} should be a table of settings, not {_shown(value)}")
+    kinds = typing.get_type_hints(kind, include_extras=True)
+    if unknown := [each for each in values if each not in kinds]:
+        raise InputError(f"{name or 'the table of settings'} has unknown names: {', '.join(map(_shown, unknown[:3]))}")
+    return kind(**{each: checked(kinds[each], item, f"{name}.{each}".lstrip(".")) for each, item in values.items()})
+
+
+def _shown(value: Any) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # of a number with thousands of digits
+        return "a number of very many digits"
 
 
 def validate(config: TokenizerTraining | TransformerTraining) -> None:
-    """Raises InputError, in one line, where settings contradict each other."""
-
-    def require(condition: bool, message: str) -> None:
-        if not condition:
-            raise InputError(message)
-
-    train, data, optimizer = config.train, config.data, config.optimizer
-    require(train.steps > 0, f"train.steps is {train.steps}, it should be at least 1")
-    require(train.batch_size > 0, f"train.batch_size is {train.batch_size}, it should be at least 1")
-    require(
-        train.accumulate > 0 and train.batch_size % train.accumulate == 0,
+    """Raises InputError, in one line, where settings are out of range or contradict each other."""
+    checked(type(config), config)
+    train, data = config.train, config.data
+    _require(
+        train.batch_size % train.accumulate == 0,
         f"train.batch_size {train.batch_size} should be a multiple of train.accumulate {train.accumulate}",
     )
-    for name in ("log_every", "checkpoint_every", "keep_checkpoints", "evaluate_images"):
-        require(getattr(train, name) > 0, f"train.{name} is {getattr(train, name)}, it should be at least 1")
     if train.profile is not None:
         first, last = train.profile
-        require(
-            1 <= first <= last <= train.steps,
+        _require(
+            first <= last <= train.steps,
             f"train.profile is {first} {last}, it should be a first and a last step between 1 and train.steps {train.steps}",
         )
-    require(train.peak_flops is None or train.peak_flops > 0, f"train.peak_flops is {train.peak_flops}, it should be above 0")
-    require(0 <= optimizer.ema_decay < 1, f"optimizer.ema_decay is {optimizer.ema_decay}, it should be in [0, 1)")
-    require(data.channels in (1, 3), f"data.channels is {data.channels}, it should be 1 (grey) or 3 (RGB)")
+    least, greatest = data.crop_fraction
+    _require(least <= greatest, f"data.crop_fraction is {least} {greatest}, it should be rising")
+    _require(data.channels in (1, 3), f"data.channels is {data.channels}, it should be 1 (grey) or 3 (RGB)")
     if isinstance(config, TokenizerTraining):
         validate_tokenizer(config.model)
-        require(
+        _require(
             (data.image_size, data.channels) == (config.model.image_size, config.model.channels),
             f"data gives {data.image_size} pixels and {data.channels} channels, "
             f"the model takes {config.model.image_size} and {config.model.channels}",
         )
-        require(data.source != "codes", "a tokenizer is trained on images, data.source is codes")
-        require(
-            config.loss.repa == 0 or config.model.velocity.has_repa,
-            f"loss.repa needs the REPA head, but velocity.repa_layer is {config.model.velocity.repa_layer} "
-            f"in a network of {config.model.velocity.layers} layers",
+        _require(data.source != "codes", "a tokenizer is trained on images, data.source is codes")
+        loss, velocity = config.loss, config.model.velocity
+        _require(
+            loss.repa == 0 or velocity.has_repa,
+            f"loss.repa needs the REPA head, but velocity.repa_layer is {velocity.repa_layer} "
+            f"in a network of {velocity.layers} layers",
         )
-        loss = config.loss
-        require(
-            loss.gan == 0 or (loss.gan_width > 0 and loss.gan_width % 16 == 0),
-            f"loss.gan_width is {loss.gan_width}, it should be a multiple of 16",
+        _require(
+            loss.gan == 0 or loss.gan_width % 16 == 0, f"loss.gan_width is {loss.gan_width}, it should be a multiple of 16"
         )
-        require(
-            loss.gan == 0 or (loss.gan_halvings > 0 and config.model.image_size >> loss.gan_halvings >= 3),
-            f"loss.gan_halvings is {loss.gan_halvings}, it should be at least 1 and leave 3 pixels or more "
-            f"of {config.model.image_size}",
+        _require(
+            loss.gan == 0 or config.model.image_size >> loss.gan_halvings >= 3,
+            f"loss.gan_halvings is {loss.gan_halvings}, it should leave 3 pixels or more of {config.model.image_size}",
         )
     else:
         model = config.model
-        require(model.width % model.heads == 0, f"model.width {model.width} should be a multiple of model.heads {model.heads}")
-        kv_heads = model.kv_heads or model.heads
-        require(model.heads % kv_heads == 0, f"model.heads {model.heads} should be a multiple of model.kv_heads {kv_heads}")
-        require(model.num_classes > 0, f"model.num_classes is {model.num_classes}, it should be at least 1")
+        _require(model.width % model.heads == 0, f"model.width {model.width} should be a multiple of model.heads {model.heads}")
+        size, kv_heads = model.width // model.heads, model.kv_heads or model.heads
+        _require(size % 2 == 0, f"model.width / model.heads, the size of a head, is {size}, it should be even (RoPE)")
+        _require(model.heads % kv_heads == 0, f"model.heads {model.heads} should be a multiple of model.kv_heads {kv_heads}")
 
 
 def validate_tokenizer(model: TokenizerConfig) -> None:
-    """Raises InputError where the sizes of a tokenizer do not fit together."""
+    """Raises InputError where the sizes of a tokenizer are out of range or do not fit together."""
+    checked(TokenizerConfig, model, "tokenizer")
+    patches = max(model.image_size // model.encoder_patch_size, model.resolution // model.velocity.patch_size) ** 2
     checks = [
+        (patches <= MOST_PATCHES, f"an image has {patches} patches, there should be at most {MOST_PATCHES}"),
         (model.image_size % model.encoder_patch_size == 0, "image_size should be a multiple of encoder_patch_size"),
         (model.resolution % model.velocity.patch_size == 0, "the denoised size should be a multiple of velocity.patch_size"),
         (model.num_tokens % model.num_groups == 0, "num_tokens should be a multiple of num_groups"),
@@ -372,5 +455,9 @@ def validate_tokenizer(model: TokenizerConfig) -> None:
         (model.velocity.share_time_encoding or not model.velocity.mlp_head, "velocity.mlp_head needs share_time_encoding"),
     ]
     for holds, message in checks:
-        if not holds:
-            raise InputError(f"tokenizer: {message}")
+        _require(holds, f"tokenizer: {message}")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)

@@ -39,7 +39,7 @@ CHIPS = {
 def chip_of(topology: str) -> Chip:
     """The chip of a topology such as v5e:8x8. Raises InputError for a name of another form."""
     examples = ", ".join(chip.example for chip in CHIPS.values())
-    found = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", topology)
+    found = re.fullmatch(r"(\w+):([1-9][0-9]{0,2}(?:x[1-9][0-9]{0,2})*)", topology)
     if not found or found[1] not in CHIPS or found[2].count("x") + 1 != CHIPS[found[1]].axes:
         raise InputError(f"there is no topology {topology!r}; they are named like {examples}")
     return CHIPS[found[1]]

@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dar_jax import flow, llama
-from dar_jax.config import SamplingConfig, TokenizerConfig
+from dar_jax.config import SamplingConfig, TokenizerConfig, checked
 from dar_jax.errors import InputError
 from dar_jax.layers import Array, Cache, constrain, resize_bicubic, unstack
 from dar_jax.llama import Llama
@@ -143,16 +143,12 @@ def make_settings(config: SamplingConfig, tokenizer: TokenizerConfig, guidance: 
 
     Raises: InputError for values out of range.
     """
+    checked(SamplingConfig, config)
     num_steps = config.num_denoising_steps or tokenizer.num_denoising_steps
-    num_groups = tokenizer.num_groups if config.num_groups is None else config.num_groups
+    num_groups = config.num_groups or tokenizer.num_groups
     checks = [
-        (num_steps > 0, f"the number of denoising steps is {num_steps}, it should be at least 1"),
-        (0 < num_groups <= tokenizer.num_groups, f"num_groups is {num_groups}, it should be 1 .. {tokenizer.num_groups}"),
-        (0 <= config.start_step < num_steps, f"start_step is {config.start_step}, it should be 0 .. {num_steps - 1}"),
-        (config.temperature >= 0, f"temperature is {config.temperature}, it should be 0 (greedy) or more"),
-        (config.top_k >= 0, f"top_k is {config.top_k}, it should be 0 (off) or more"),
-        (0 <= config.top_p <= 1, f"top_p is {config.top_p}, it should be between 0 and 1 (off)"),
-        (min(config.guidance) >= 0, f"guidance is {config.guidance}, it should not be negative"),
+        (num_groups <= tokenizer.num_groups, f"num_groups is {num_groups}, it should be 1 .. {tokenizer.num_groups}"),
+        (config.start_step < num_steps, f"start_step is {config.start_step}, it should be 0 .. {num_steps - 1}"),
     ]
     for holds, message in checks:
         if not holds:

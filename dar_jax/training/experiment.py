@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dar_jax.config import DataConfig, TokenizerTraining, TransformerTraining
+from dar_jax.config import DataConfig, TokenizerTraining, TransformerTraining, validate
 from dar_jax.errors import InputError
 from dar_jax.llama import Llama
 from dar_jax.objectives import FeatureLoss
@@ -27,7 +27,7 @@ Config = TokenizerTraining | TransformerTraining
 class Experiment:
     """What `dar-jax train FILE` runs: plain settings, and functions for what a fork does its own way (None: the library's).
 
-    config: every setting of the run.
+    config: every setting of the run. InputError is raised where `config.validate` refuses it.
     model: (config.model, dtype, remat) -> the network, with the methods of `Tokenizer` or `Llama`.
     loss: (model, params, batch, key, config) -> (scalar, metrics). The batch is {"image": float32 [B, H, W, C] in
       [-1, 1], "label": int32 [B]} for a tokenizer, {"codes": int32 [B, T], "label": int32 [B]} for a transformer.
@@ -46,6 +46,9 @@ class Experiment:
     guidance: Callable[[int, float, float], jax.Array] | None = None
     rules: Rules = ()
     tokenizer: "Experiment | None" = None
+
+    def __post_init__(self):
+        validate(self.config)
 
     @property
     def hooks(self) -> tuple[str, ...]:
