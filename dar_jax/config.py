@@ -447,7 +447,7 @@ def validate_tokenizer(model: TokenizerConfig) -> None:
         (model.resolution % model.velocity.patch_size == 0, "the denoised size should be a multiple of velocity.patch_size"),
         (model.num_tokens % model.num_groups == 0, "num_tokens should be a multiple of num_groups"),
         (model.num_tokens <= model.max_tokens, "num_tokens should not exceed max_tokens"),
-        (0 < model.tokens_per_step <= model.num_tokens, "queries_per_step should be between 1 and num_tokens"),
+        (model.tokens_per_step <= model.num_tokens, "queries_per_step should not exceed num_tokens"),
         (model.encoder_width % model.head_size == 0, "encoder_width should be a multiple of head_size"),
         (model.decoder_width % model.head_size == 0, "decoder_width should be a multiple of head_size"),
         (model.velocity.width % model.velocity.head_size == 0, "velocity.width should be a multiple of velocity.head_size"),

@@ -224,13 +224,11 @@ ERRORS = {
         [*SAMPLE, "--prefix-image", "{images}/class/b.png", "--prefix-length", "17"],
     ),
     "guidance of three": ("guidance is one scale or two", [*SAMPLE, "--guidance", "1,2,3"]),
-    "negative temperature": ("temperature is -1.0", [*SAMPLE, "--temperature", "-1"]),
     "too many groups": ("num_groups is 9", [*SAMPLE, "--groups", "9"]),
     "mesh": ("does not fit", [*SAMPLE, "--mesh", "3,1,1"]),
     "decoder mesh of all devices": ("some of the devices", [*SAMPLE, "--decoder-mesh", "8,1,1"]),
     "mesh beside a decoder mesh": ("does not fit the 6 devices", [*SAMPLE, "--mesh", "8,1,1", "--decoder-mesh", "2,1,1"]),
     "decoder mesh of two sizes": ("a mesh has three sizes", [*SAMPLE, "--decoder-mesh", "1,1"]),
-    "batch size": ("batch size is 0", [*SAMPLE, "--batch-size", "0"]),
     "tokenizer given to sample": ("holds a tokenizer", ["sample", "{runs}/tokenizer", *SAMPLE[2:]]),
     "transformer as tokenizer": ("not of a tokenizer", [*TRAIN_AR, "--tokenizer", "{runs}/ar"]),
     "no tokenizer": ("--tokenizer", TRAIN_AR),
@@ -283,6 +281,66 @@ def test_error_is_one_line_and_leaves_nothing_behind(name, runs, images, broken,
     assert err.startswith("dar-jax: ") and err.count("\n") == 1 and err.endswith("\n"), err
     assert fill(message) in err
     assert not list(tmp_path.iterdir()) and files(broken) == before
+
+
+OUT_OF_RANGE = {
+    f"train {TRANSFORMER} --workdir out": [
+        "model.heads 0",
+        "train.keep-every 0",
+        "train.steps 5000000000",
+        "train.seed 9223372036854775808",
+        "train.evaluate-every -1",
+        "train.profile 0 3",
+        "train.peak-flops 0",
+        "optimizer.learning-rate -1",
+        "optimizer.learning-rate inf",
+        "optimizer.learning-rate nan",
+        "optimizer.beta2 1.5",
+        "optimizer.clip-norm 0",
+        "model.mlp-dropout 2",
+        "data.crop-fraction 0.9 1.5",
+        "data.workers -1",
+        "mesh.data 0",
+        "sampling.guidance 1 nan",
+    ],
+    f"train {TOKENIZER} --workdir out": ["model.encoder-patch-size 0", "model.encoder-layers 0", "model.num-groups 0"],
+    f"plan {TRANSFORMER} --topology v5e:2x2": ["batch-size 0", "search -1", "peak 0", "memory nan", "train.steps 0"],
+    "sample nowhere --labels 1 --seeds 1 --out out": [
+        "batch-size 0",
+        "seeds 4294967296",
+        "guidance inf",
+        "guidance 1,nan",
+        "temperature 1e-40",
+        "temperature -1",
+        "top-k 5000000000",
+        "top-p 1.1",
+        "num-denoising-steps 0",
+        "cfg-interval -2",
+        "groups 0",
+        "start-step 0",
+        "prefix-length -1",
+        "prefix-tokens 1,-1",
+        "resolution 1000000000",
+        "mesh 0,1,1",
+    ],
+    "generate nowhere --out out": ["num 4000000000", "num 0", "seed -1", "batch-size 1000000000"],
+    "reconstruct nowhere --images nowhere --out out": ["seed -1", "seed 4294967296", "num-denoising-steps 0"],
+    "evaluate nowhere --reference nowhere": ["num-images 0", "batch-size -1"],
+    "sweep nowhere --reference nowhere --out out": ["temperature 1,nan", "top-k -1", "top-p 2", "groups 0,1", "num 0"],
+    "import nowhere --workdir out": ["heads 0"],
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [(command, option) for command, options in OUT_OF_RANGE.items() for option in options]
+)
+def test_out_of_range(command, option, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*command.split(), *f"--{option}".split()]) == 2
+    err = capfd.readouterr().err
+    name = option.split()[0].replace("-", "_")
+    assert err.startswith(f"dar-jax: {name} is ") and "should be between" in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_checkpoint_of_another_experiment(runs, tmp_path, capfd):

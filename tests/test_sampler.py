@@ -306,7 +306,16 @@ def test_logits_see_no_later_tokens(networks):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"num_groups": 5}, {"start_step": 4}, {"temperature": -1.0}, {"top_p": 2.0}, {"top_k": -3}, {"guidance": (-1.0, 2.0)}],
+    [
+        {"num_groups": 5},
+        {"start_step": 4},
+        {"temperature": 1e-40},
+        {"top_p": 2.0},
+        {"top_k": 2**31},
+        {"guidance": (1.0, np.nan)},
+        {"num_denoising_steps": 0},
+        {"num_groups": 0},
+    ],
 )
 def test_wrong_settings(networks, wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
