@@ -80,7 +80,9 @@ def test_networks_are_opened_only_for_terms_with_a_weight(tmp_path, monkeypatch)
     monkeypatch.setattr(stages, "resolve", refuse)
     off = dataclasses.replace(config, loss=dataclasses.replace(config.loss, repa=0.0, lpips=0.0))
     assert tokenizer_stage(Experiment(off), mesh).frozen == {}
-    small = dataclasses.replace(config, model=TOKENIZER.model, data=TOKENIZER.data, loss=dataclasses.replace(config.loss, repa=0.0))
+    small = dataclasses.replace(
+        config, model=TOKENIZER.model, data=TOKENIZER.data, loss=dataclasses.replace(config.loss, repa=0.0)
+    )
     with pytest.raises(InputError, match="at least 16 pixels"):
         tokenizer_stage(Experiment(small), mesh)
 

@@ -15,7 +15,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from dar_jax.config import DataConfig
+from dar_jax.config import DataConfig, Seed, checked
 from dar_jax.data import transforms
 from dar_jax.data.sources import Source
 from dar_jax.errors import InputError
@@ -48,8 +48,7 @@ def batches(
     """
     if batch_size < 1 or batch_size % hosts:
         raise InputError(f"the batch size {batch_size} should be a multiple of the number of hosts, {hosts}")
-    if not 0 <= seed < 2**32:
-        raise InputError(f"the seed {seed} should be between 0 and 2**32 - 1")
+    checked(Seed, seed, "seed")
     _check(source, config)
 
     def augment(element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
@@ -115,17 +114,12 @@ def elements(
 
 
 def _check(source: Source, config: DataConfig) -> None:
+    checked(DataConfig, config, "data")
     least, greatest = config.crop_fraction
-    checks = [
-        (len(source) > 0, "the data set is empty"),
-        (config.image_size > 0, f"data.image_size is {config.image_size}, it should be at least 1"),
-        (0 < least <= greatest <= 1, f"data.crop_fraction is {least}, {greatest}; it should be rising and in (0, 1]"),
-        (config.ten_crop_scale >= 1, f"data.ten_crop_scale is {config.ten_crop_scale}, it should be at least 1"),
-        (config.workers >= 0, f"data.workers is {config.workers}, it should not be negative"),
-    ]
-    for holds, message in checks:
-        if not holds:
-            raise InputError(message)
+    if least > greatest:
+        raise InputError(f"data.crop_fraction is {least} {greatest}, it should be rising")
+    if not len(source):
+        raise InputError("the data set is empty")
 
 
 def _augment(image: np.ndarray, config: DataConfig, rng: np.random.Generator) -> np.ndarray:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dar_jax import parallel
-from dar_jax.config import TokenizerTraining, validate
+from dar_jax.config import TokenizerTraining
 from dar_jax.errors import InputError
 from dar_jax.features.dinov2 import Dinov2, Dinov2Config
 from dar_jax.features.vgg_lpips import Lpips
@@ -44,7 +44,6 @@ class Job:
 
 def make_job(experiment: Experiment, mesh: Mesh, sampling: bool) -> Job:
     """The training step of an experiment, or its sampler; of `train.batch_size` images. Errors as of the two."""
-    validate(experiment.config)
     return (sampling_job if sampling else training_job)(experiment, mesh)
 
 
@@ -62,7 +61,6 @@ def find_tokenizer(experiment: Experiment, takes_images: bool) -> Experiment | N
         found = experiment.tokenizer.with_config(config) if experiment.tokenizer else Experiment(config)
     if found is not None:
         check_tokenizer(experiment.config, found.config, path or "the experiment's tokenizer", takes_images)
-        validate(found.config)
     return found
 
 

@@ -25,7 +25,6 @@ from dar_jax.config import (
     TransformerTraining,
     from_dict,
     to_dict,
-    validate,
 )
 from dar_jax.errors import InputError
 from dar_jax.files import check_file_writable, check_writable, replacing
@@ -393,9 +392,7 @@ def _require_same_sizes(told: dict[str, Any], seen: dict[str, Any], where: str =
 
 def _valid(config):
     """The same settings, after checks of every type and of how they fit together."""
-    config = from_dict(to_dict(config))
-    validate(config)
-    return config
+    return from_dict(to_dict(config))
 
 
 def _some(names: Any) -> str:
