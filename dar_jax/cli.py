@@ -677,6 +677,13 @@ COMMANDS = {
 }
 
 MANY_HOSTS = ("train", "generate", "tokenize", "evaluate", "evaluate-tokenizer", "evaluate-ar", "sweep")
+Seconds = Annotated[int, Range(1, 10**6)]
+HOST_NUMBERS = {
+    "num_processes": Annotated[int, Range(1, 10**6)],
+    "process_id": Annotated[int, Range(0, 10**6)],
+    "heartbeat_timeout": Seconds,
+    "start_timeout": Seconds,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -718,15 +725,19 @@ def join_hosts(arguments: list[str]) -> list[str]:
         return arguments
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--coordinator-address")
-    for name in ("--num-processes", "--process-id", "--heartbeat-timeout", "--start-timeout"):
-        parser.add_argument(name, type=int)
+    for name in HOST_NUMBERS:
+        parser.add_argument("--" + name.replace("_", "-"), type=int)
     try:
         options, others = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise InputError(str(error)) from error
+    options = _given(vars(options))
+    for name, kind in HOST_NUMBERS.items():
+        if name in options:
+            checked(kind, options[name], name)
     from dar_jax import hosts
 
-    hosts.join(**_given(vars(options)), preemptible=arguments[0] == "train")
+    hosts.join(**options, preemptible=arguments[0] == "train")
     return others
 
 

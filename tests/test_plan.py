@@ -360,7 +360,7 @@ def test_errors_in_one_line(capsys, monkeypatch, on_cpu):
     monkeypatch.setattr(planner, "open_topology", lambda name: devices)
     for arguments, message in (
         (("--topology", "v5e-8"), "no topology 'v5e-8'"),
-        (("--topology", "v5e:2x4", "--peak", "nan"), "finite and more than 0"),
+        (("--topology", "v5e:2x4", "--peak", "nan"), "should be between"),
         (("--topology", "v5e:2x4", "--batch-size", "60"), "multiple of 8"),
         (("--topology", "v5e:2x4", "--mesh.fsdp", "3"), "does not fit the 8 devices"),
         (("--topology", "v5e:2x4", "--sampling"), "pass --tokenizer"),
