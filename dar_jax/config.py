@@ -335,7 +335,9 @@ def checked(kind: Any, value: Any, name: str = "", limits: Range = FINITE) -> An
 
     Raises InputError, for any value at all, in one line with the setting's `name`.
     """
-    if dataclasses.is_dataclass(kind) or dataclasses.is_dataclass(value):
+    if isinstance(kind, typing.TypeVar):  # stands for any dataclass
+        kind = type(value)
+    if dataclasses.is_dataclass(kind):
         return _checked_fields(kind, value, name)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
@@ -370,18 +372,16 @@ def checked(kind: Any, value: Any, name: str = "", limits: Range = FINITE) -> An
     raise InputError(f"{name} should be {expected}, not {_shown(value)}")
 
 
-def _checked_fields(kind: Any, value: Any, name: str) -> Any:
+def _checked_fields(kind: type, value: Any, name: str) -> Any:
     """`checked` for a dataclass, or a table of its fields."""
-    if isinstance(value, dict):
-        values = value
-    elif not dataclasses.is_dataclass(kind) or isinstance(value, kind):  # a type variable stands for any dataclass
-        kind, values = type(value), vars(value)
-    else:
+    if isinstance(value, kind):
+        kind, value = type(value), {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+    if not isinstance(value, dict):
         raise InputError(f"{name or 'this'} should be a table of settings, not {_shown(value)}")
     kinds = typing.get_type_hints(kind, include_extras=True)
-    if unknown := [each for each in values if each not in kinds]:
+    if unknown := [each for each in value if each not in kinds]:
         raise InputError(f"{name or 'the table of settings'} has unknown names: {', '.join(map(_shown, unknown[:3]))}")
-    return kind(**{each: checked(kinds[each], item, f"{name}.{each}".lstrip(".")) for each, item in values.items()})
+    return kind(**{each: checked(kinds[each], item, f"{name}.{each}".lstrip(".")) for each, item in value.items()})
 
 
 def _shown(value: Any) -> str:

@@ -54,6 +54,8 @@ def test_malformed_settings(change, message):
     ("config", "message"),
     [
         (TokenizerTraining(train=TrainConfig(batch_size=10, accumulate=4)), "accumulate"),
+        (TokenizerTraining(train=TrainConfig(steps=TrainConfig())), "train.steps should be int"),
+        (TokenizerTraining(model=LlamaConfig()), "model should be a table of settings"),
         (TokenizerTraining(train=TrainConfig(profile=(4, 3))), "train.profile is 4 3"),
         (TokenizerTraining(train=TrainConfig(profile=(4, 9), steps=8)), "train.profile is 4 9"),
         (TokenizerTraining(data=DataConfig(image_size=128)), "128 pixels"),
