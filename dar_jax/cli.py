@@ -1,13 +1,15 @@
 """The command `dar-jax`. Every sub-command is a dataclass of its options with a short `run` over the library.
 
-Exit codes: 0 done, or stopped by SIGTERM with a checkpoint; 1 training diverged; 2 something the user gave is wrong, in one
-line; 3 (or 134, from JAX itself) another host is gone; 130 interrupted.
+Exit codes: 0 done, or training stopped by SIGTERM, SIGHUP or a closed pipe with a checkpoint; 1 training diverged; 2 something
+the user gave is wrong or a disk is full, in one line; 3 (or 134, from JAX itself) another host is gone; 130 interrupted; 141
+nobody reads the output.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import functools
 import io
 import logging
@@ -673,6 +675,7 @@ COMMANDS = {
 }
 
 MANY_HOSTS = ("train", "generate", "tokenize", "evaluate", "evaluate-tokenizer", "evaluate-ar", "sweep")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -685,6 +688,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where there is no home folder for its cache
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports there what it raises besides
     warnings.filterwarnings("ignore", module=r"orbax\.")
+    code = 128 + signal.SIGPIPE
+    try:
+        try:
+            code = _run(arguments)
+        finally:
+            sys.stdout.flush()
+    except OSError as error:  # of stdout; what is left in it would be tried again at the end of the process
+        _discard_output()
+        if not isinstance(error, BrokenPipeError):
+            code = _fail(error, 2)
+        elif (hosts := _many_hosts()) is not None:
+            hosts.leave(f"{hosts.name()}: nobody reads the output", code)
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         arguments = join_hosts(sys.argv[1:] if arguments is None else list(arguments))
         command = parse(arguments)
@@ -694,10 +713,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _only_first_prints():
             return command.run() or 0
     except (InputError, OSError) as error:
+        sys.stdout.flush()  # raises what is wrong, if it is that
         return _fail(error, 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
-    except Exception:
+    except Exception as error:
+        if (full := _disk_full(error)) is not None:
+            return _fail(full, 2)
         if (hosts := _many_hosts()) is not None:
             hosts.leave(None, 1)
         raise
@@ -818,6 +840,25 @@ def _condense(complaint: str, prog: str) -> str:
     ]
     hint = f"; did you mean {' or '.join(dict.fromkeys(similar))}?" if similar else f" (see {prog} --help)"
     return " ".join(message.split()).rstrip(".") + hint
+
+
+def _discard_output() -> None:
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _disk_full(error: BaseException | None, depth: int = 0) -> str | None:
+    """What an exception says of a full disk, in itself or in those that led to it; None where it is something else."""
+    if error is None or depth > 20:
+        return None
+    if isinstance(error, OSError) and error.errno in FULL:
+        return str(error)
+    for number in FULL:
+        if (text := os.strerror(number)) in str(error):
+            path = re.search(r"/[^\s\"'\]]+", str(error))
+            return f"{text}: {path[0]}" if path else text
+    causes = [*getattr(error, "exceptions", ()), error.__cause__, error.__context__]
+    return next((full for cause in causes if (full := _disk_full(cause, depth + 1)) is not None), None)
 
 
 @contextlib.contextmanager
