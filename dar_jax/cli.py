@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import re
+import select
 import signal
 import sys
 import warnings
@@ -695,9 +696,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except OSError as error:  # of stdout; what is left in it would be tried again at the end of the process
-        _discard_output()
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
-            code = _fail(error, 2)
+            code = _fail(_disk_full(error) or error, 2)
         elif (hosts := _many_hosts()) is not None:
             hosts.leave(f"{hosts.name()}: nobody reads the output", code)
     return code
@@ -713,8 +715,9 @@ def _run(arguments: Sequence[str] | None) -> int:
         with _only_first_prints():
             return command.run() or 0
     except (InputError, OSError) as error:
-        sys.stdout.flush()  # raises what is wrong, if it is that
-        return _fail(error, 2)
+        if isinstance(error, BrokenPipeError) and _is_unread(sys.stdout):
+            raise
+        return _fail(_disk_full(error) or error, 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except Exception as error:
@@ -842,21 +845,24 @@ def _condense(complaint: str, prog: str) -> str:
     return " ".join(message.split()).rstrip(".") + hint
 
 
-def _discard_output() -> None:
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _is_unread(stream: Any) -> bool:
+    """Whether a stream is a pipe that is closed at its other end."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError):
+        return False
 
 
 def _disk_full(error: BaseException | None, depth: int = 0) -> str | None:
     """What an exception says of a full disk, in itself or in those that led to it; None where it is something else."""
     if error is None or depth > 20:
         return None
-    if isinstance(error, OSError) and error.errno in FULL:
-        return str(error)
-    for number in FULL:
-        if (text := os.strerror(number)) in str(error):
-            path = re.search(r"/[^\s\"'\]]+", str(error))
-            return f"{text}: {path[0]}" if path else text
+    for text in map(os.strerror, FULL):
+        if text in str(error):
+            path = re.search(r"/[^\s\"'\]:]+", str(error))
+            return f"cannot write{f' {path[0]}' if path else ''}: {text}; make room, then give the command again"
     causes = [*getattr(error, "exceptions", ()), error.__cause__, error.__context__]
     return next((full for cause in causes if (full := _disk_full(cause, depth + 1)) is not None), None)
 

@@ -32,7 +32,7 @@ class Log:
     A resumed run passes the step it starts from: records of later steps, left by the interrupted run, are dropped.
 
     What cannot be written, on a full disk, is said once and never ends the run: metrics.jsonl is made whole as soon as that is
-    possible, TensorBoard's file ends there. `reader_gone` says that nobody reads the console any more, because its pipe is closed.
+    possible, TensorBoard's file ends there. `reader_gone` says that the console is a pipe which nobody reads any more.
     """
 
     def __init__(
@@ -175,8 +175,8 @@ class Board:
 
 
 def read_records(workdir: str | os.PathLike) -> list[dict[str, float]]:
-    """The records of a run, oldest first: {"step": ..., "loss": ..., ...}. A line that is none, cut short by a crash or damaged,
-    is left out."""
+    """The records of a run, oldest first: {"step": ..., "loss": ..., ...}. Lines that are none, such as one cut short by a crash,
+    are left out."""
     path, records = _records(workdir), []
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
         try:

@@ -66,9 +66,10 @@ def train(
 ) -> Summary:
     """Runs an experiment in WORKDIR, from the beginning or from its last checkpoint, to its last step.
 
-    SIGTERM, SIGHUP, Ctrl-C and a closed pipe behind the console end the run after the step at hand, with a checkpoint. Step k depends on the settings and on k only, so
-    a resumed run ends with the very parameters of an uninterrupted one. Every one of several hosts (see `hosts`) has to call
-    this, with a WORKDIR that they share; only the first prints and logs. If one of them is lost, the others end.
+    SIGTERM, SIGHUP, Ctrl-C and a console whose pipe is closed end the run after the step at hand, with a checkpoint. Step k
+    depends on the settings and on k only, so a resumed run ends with the very parameters of an uninterrupted one. Every one of
+    several hosts (see `hosts`) has to call this, with a WORKDIR that they share; only the first prints and logs. If one of them
+    is lost, the others end.
 
     Args:
       pictures: makes what is logged every `sample_every` steps; called on every host.
@@ -77,7 +78,7 @@ def train(
         method `open`, that is called with the stage before the first step: it raises InputError where something is missing, and
         returns notes to print. What fails later, here or in `pictures`, is logged and does not end the run of a single host.
 
-    Raises InputError where the settings, the data or WORKDIR are unfit, TrainingDiverged where training is.
+    Raises InputError where the settings, the data or WORKDIR are unfit, or another run is in WORKDIR; TrainingDiverged where training is.
     """
     config = experiment.config
     validate(config)
