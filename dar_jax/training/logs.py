@@ -175,8 +175,7 @@ class Board:
 
 
 def read_records(workdir: str | os.PathLike) -> list[dict[str, float]]:
-    """The records of a run, oldest first: {"step": ..., "loss": ..., ...}. Lines that are none, such as one cut short by a crash,
-    are left out."""
+    """The records of a run, oldest first: {"step": ..., "loss": ..., ...}. A line that is none is left out."""
     path, records = _records(workdir), []
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
         try:

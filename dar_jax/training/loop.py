@@ -78,7 +78,8 @@ def train(
         method `open`, that is called with the stage before the first step: it raises InputError where something is missing, and
         returns notes to print. What fails later, here or in `pictures`, is logged and does not end the run of a single host.
 
-    Raises InputError where the settings, the data or WORKDIR are unfit, or another run is in WORKDIR; TrainingDiverged where training is.
+    Raises InputError where the settings, the data or WORKDIR are unfit, or another run is in WORKDIR; TrainingDiverged where
+    training is.
     """
     config = experiment.config
     validate(config)
