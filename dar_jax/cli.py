@@ -1,19 +1,22 @@
 """The command `dar-jax`. Every sub-command is a dataclass of its options with a short `run` over the library.
 
-Exit codes: 0 done, or stopped by SIGTERM with a checkpoint; 1 training diverged; 2 something the user gave is wrong, in one
-line; 3 (or 134, from JAX itself) another host is gone; 130 interrupted.
+Exit codes: 0 done, or training stopped by SIGTERM, SIGHUP or a closed pipe with a checkpoint; 1 training diverged; 2 something
+the user gave is wrong or a disk is full, in one line; 3 (or 134, from JAX itself) another host is gone; 130 interrupted; 141
+nobody reads the output.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import functools
 import io
 import logging
 import math
 import os
 import re
+import select
 import signal
 import sys
 import warnings
@@ -684,6 +687,7 @@ HOST_NUMBERS = {
     "heartbeat_timeout": Seconds,
     "start_timeout": Seconds,
 }
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -696,6 +700,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where there is no home folder for its cache
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports there what it raises besides
     warnings.filterwarnings("ignore", module=r"orbax\.")
+    code = 128 + signal.SIGPIPE
+    try:
+        try:
+            code = _run(arguments)
+        finally:
+            sys.stdout.flush()
+    except OSError as error:  # of stdout; what is left in it would be tried again at the end of the process
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            code = _fail(_disk_full(error) or error, 2)
+        elif (hosts := _many_hosts()) is not None:
+            hosts.leave(f"{hosts.name()}: nobody reads the output", code)
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         arguments = join_hosts(sys.argv[1:] if arguments is None else list(arguments))
         command = parse(arguments)
@@ -705,12 +726,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _only_first_prints():
             return command.run() or 0
     except (InputError, OSError) as error:
-        return _fail(error, 2)
+        if isinstance(error, BrokenPipeError) and _is_unread(sys.stdout):
+            raise
+        return _fail(_disk_full(error) or error, 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except Exception as error:
         if isinstance(error, RuntimeError) and "initialize backend" in str(error):  # JAX's, of what JAX_PLATFORMS names
             return _fail(error, 2)
+        if (full := _disk_full(error)) is not None:
+            return _fail(full, 2)
         if (hosts := _many_hosts()) is not None:
             hosts.leave(None, 1)
         raise
@@ -839,6 +864,28 @@ def _condense(complaint: str, prog: str) -> str:
     ]
     hint = f"; did you mean {' or '.join(dict.fromkeys(similar))}?" if similar else f" (see {prog} --help)"
     return " ".join(message.split()).rstrip(".") + hint
+
+
+def _is_unread(stream: Any) -> bool:
+    """Whether a stream is a pipe that is closed at its other end."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError):
+        return False
+
+
+def _disk_full(error: BaseException | None, depth: int = 0) -> str | None:
+    """What an exception says of a full disk, in itself or in those that led to it; None where it is something else."""
+    if error is None or depth > 20:
+        return None
+    for text in map(os.strerror, FULL):
+        if text in str(error):
+            path = re.search(r"/[^\s\"'\]:]+", str(error))
+            return f"cannot write{f' {path[0]}' if path else ''}: {text}; make room, then give the command again"
+    causes = [*getattr(error, "exceptions", ()), error.__cause__, error.__context__]
+    return next((full for cause in causes if (full := _disk_full(cause, depth + 1)) is not None), None)
 
 
 @contextlib.contextmanager

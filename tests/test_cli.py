@@ -1,5 +1,6 @@
 """Every command on a tokenizer and a transformer of the digits that were trained for a handful of steps, and every error."""
 
+import errno
 import json
 import os
 import shutil
@@ -377,6 +378,30 @@ def test_exit_codes_of_the_process(tmp_path):
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (2, "")
     assert err.startswith(f"dar-jax: {tmp_path / 'nowhere'} does not exist") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["sample", "--help"], ["info", "{runs}/ar"]])
+def test_a_closed_pipe_ends_a_command_without_a_word(runs, arguments):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-c", "import sys; from dar_jax.cli import main; sys.exit(main())"]
+    command += [argument.replace("{runs}", str(runs)) for argument in arguments]
+    process = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, timeout=60)
+    os.close(write)
+    assert (process.returncode, process.stderr) == (141, b"")
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/a/b")
+
+
+@pytest.mark.parametrize("error", [FULL, ValueError(f"writing '/a/b': {FULL}"), ExceptionGroup("many", [KeyError(), FULL])])
+def test_a_full_disk_is_one_line(monkeypatch, capfd, error):
+    def run(self):
+        raise RuntimeError("it failed") from error
+
+    monkeypatch.setattr(cli.Info, "run", run)
+    assert cli.main(["info", "x"]) == 2
+    assert capfd.readouterr().err.startswith("dar-jax: cannot write /a/b: No space left on device;")
 
 
 def test_interrupted_training_saves_and_exits_with_130(tmp_path):

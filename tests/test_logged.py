@@ -7,6 +7,8 @@ import pytest
 from test_sweep import make_extractor
 
 from dar_jax.config import DataConfig, LlamaConfig, TrainConfig, TransformerTraining
+from dar_jax.data.sources import DigitsSource
+from dar_jax.errors import InputError
 from dar_jax.evaluation import logged
 from dar_jax.evaluation.evaluate_tokenizer import evaluate_tokenizer
 from dar_jax.evaluation.loading import load_sampler, load_tokenizer
@@ -40,6 +42,31 @@ def test_a_tokenizer_is_measured_on_held_out_images(networks, tmp_path):
     for name in ("psnr", "rfid", "codebook_usage"):
         np.testing.assert_allclose(last[f"eval_{name}"], report[name], rtol=1e-5, err_msg=name)
     assert first["step"] == 1 and last["step"] == 2 and networks == ["inception", "lpips"]  # opened once
+
+
+def test_what_is_missing_is_said_before_the_first_step(networks, tiny_run, tmp_path):
+    digits = DataConfig(source="digits", image_size=8, channels=1, crop="center", flip=False)
+    model = LlamaConfig(layers=1, heads=2, width=16, mlp_multiple=8, num_tokens=16, vocab_size=64, num_classes=10)
+    config = TransformerTraining(model=model, tokenizer=str(tiny_run / "tokenizer"), data=digits, train=SETTINGS)
+
+    class Fewer(DigitsSource):
+        class_names = tuple("012345678")
+
+    def fewer(data):
+        return (DigitsSource if data.split == "train" else Fewer)(data.split, 1)
+
+    with pytest.raises(InputError, match=r"evaluate on have other classes than those to train on \(9\)"):
+        train(Experiment(config, source=fewer), tmp_path / "run", evaluate=Evaluation())
+    assert not list(tmp_path.iterdir()) or not (tmp_path / "run/checkpoints").exists()
+
+
+def test_without_a_split_the_images_are_those_of_training(networks, tmp_path, capsys):
+    velocity = dataclasses.replace(TOKENIZER.model.velocity, width=16, layers=1)
+    model = dataclasses.replace(TOKENIZER.model, encoder_layers=1, encoder_width=16, decoder_width=16, velocity=velocity)
+    settings = dataclasses.replace(SETTINGS, steps=1)
+    config = dataclasses.replace(TOKENIZER, model=model, train=settings)
+    train(Experiment(config, source=lambda data: DigitsSource("train", 1)), tmp_path, evaluate=Evaluation())
+    assert capsys.readouterr().out.count("eval_ figures are of the training images") == 1
 
 
 def test_a_transformer_is_measured_by_bits_and_samples(networks, tiny_run, tmp_path):

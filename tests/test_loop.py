@@ -20,6 +20,7 @@ from dar_jax.config import LlamaConfig, MeshConfig, TransformerTraining
 from dar_jax.errors import InputError
 from dar_jax.training import checkpoint
 from dar_jax.training.experiment import Experiment, load_experiment
+from dar_jax.training.lock import only_run
 from dar_jax.training.logs import read_records
 from dar_jax.training.loop import TrainingDiverged, train
 from dar_jax.training.state import learning_rate
@@ -93,7 +94,7 @@ def test_killed_anywhere_a_run_resumes_to_the_same_bits(uninterrupted, tmp_path)
     assert records[0][-1] == records[1][-1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_asked_to_stop_it_saves_and_leaves(tmp_path, number):
     process = start(tmp_path, seconds=0.01)
     wait_for(lambda: list(tmp_path.glob("checkpoints/3")))
@@ -113,6 +114,47 @@ def test_what_evaluates_is_logged_at_its_steps(tmp_path):
     assert [record["step"] for record in read_records(tmp_path) if "eval_mean" in record] == [3, 6]
     with pytest.raises(InputError, match="given nothing that evaluates"):
         train(with_train(evaluate_every=3), tmp_path / "other")
+
+
+def test_a_closed_pipe_stops_it_like_sigterm(tmp_path):
+    process = start(tmp_path, seconds=0.01)
+    process.stdout.readline()
+    process.stdout.close()
+    process.wait(timeout=120)
+    assert 0 < checkpoint.latest_step(tmp_path) < 30 and not (tmp_path / "run.lock").exists()
+
+
+def test_what_fails_beside_training_is_logged_after_a_checkpoint(tmp_path, capsys):
+    saved_before = []
+
+    def evaluate(stage, params):
+        wait_for(lambda: (tmp_path / "checkpoints/3").exists())
+        saved_before.append(checkpoint.latest_step(tmp_path))
+        raise InputError("no weights\nthere")
+
+    def pictures(stage, params, batch):
+        raise MemoryError("too large")
+
+    experiment = with_train(steps=4, checkpoint_every=100, evaluate_every=3, sample_every=3)
+    assert train(experiment, tmp_path, pictures=pictures, evaluate=evaluate).step == 4
+    out = capsys.readouterr().out
+    assert "step 3: not evaluated (no weights there)\n" in out and "step 3: no pictures (MemoryError: too large)\n" in out
+    assert saved_before == [3]
+
+
+def test_what_an_evaluation_needs_is_opened_before_the_first_step(tmp_path):
+    class Evaluation:
+        def open(self, stage):
+            raise InputError(f"no images for {stage.class_names[0]}")
+
+    with pytest.raises(InputError, match="no images for 0"):
+        train(with_train(evaluate_every=3), tmp_path / "run", evaluate=Evaluation())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    with only_run(checkpoint.absolute(tmp_path)), pytest.raises(InputError, match="in use by another run"):
+        train(with_train(), tmp_path, resume=True)
 
 
 def test_weights_alone_are_trained_on_from_their_step(uninterrupted, tmp_path):
@@ -216,6 +258,15 @@ def test_diverging_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
         train(dataclasses.replace(with_train(), loss=loss), tmp_path)
     assert checkpoint.latest_step(tmp_path) == 4
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(saved(tmp_path)[1]))
+
+
+def test_what_a_last_step_makes_not_finite_is_not_saved(tmp_path):
+    experiment = with_train(steps=1)
+    optimizer = dataclasses.replace(experiment.config.optimizer, learning_rate=1e38, schedule="constant")
+    experiment = experiment.with_config(dataclasses.replace(experiment.config, optimizer=optimizer))
+    with pytest.raises(TrainingDiverged, match="not finite at step 1; there is no checkpoint yet"):
+        train(experiment, tmp_path)
+    assert checkpoint.latest_step(tmp_path) is None
 
 
 @pytest.fixture

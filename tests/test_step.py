@@ -1,4 +1,4 @@
-"""The training step: the same on every mesh, with accumulation, and harmless where the loss is not finite."""
+"""The training step: the same on every mesh, with accumulation, and harmless where something is not finite."""
 
 import dataclasses
 import functools
@@ -254,15 +254,20 @@ def test_step_follows_from_seed_and_number(linear):
 
 
 @pytest.mark.usefixtures("one_dimensional_rule")
-@pytest.mark.parametrize("spoil", ["loss", "gradient"])
+@pytest.mark.parametrize("spoil", ["loss", "gradient", "update"])
 def test_state_survives_what_is_not_finite(linear, spoil):
     def loss_fn(params, batch, key, frozen, step):
         loss, metrics = linear_loss(params, batch, key, frozen, step)
         if spoil == "loss":
             return loss + jnp.inf, metrics
+        if spoil == "update":
+            return loss, metrics
         return loss + jnp.sqrt(jnp.sum(0 * params["kernel"])), metrics  # the slope of sqrt at 0 is infinite
 
-    [before, after], [metrics] = run(loss_fn, *linear)
+    config = CONFIG
+    if spoil == "update":
+        config = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, learning_rate=1e38))
+    [before, after], [metrics] = run(loss_fn, *linear, config=config)
     assert not metrics["finite"]
     for part in dataclasses.fields(TrainState):
         if part.name != "step":

@@ -7,10 +7,11 @@ import jax
 import numpy as np
 
 from dar_jax.config import SamplingConfig, TokenizerTraining
-from dar_jax.data.sources import held_out, open_source
+from dar_jax.data.sources import Source, held_out, open_source
+from dar_jax.errors import InputError
 from dar_jax.evaluation import pictures
 from dar_jax.evaluation.evaluate import compare
-from dar_jax.evaluation.evaluate_tokenizer import NAMES, evaluate_tokenizer, open_lpips
+from dar_jax.evaluation.evaluate_tokenizer import NAMES, LpipsWeights, evaluate_tokenizer, open_lpips
 from dar_jax.evaluation.generate import sample
 from dar_jax.evaluation.images import from_source, subset
 from dar_jax.evaluation.likelihood import evaluate_transformer
@@ -62,22 +63,40 @@ class Evaluation:
 
     Of a tokenizer, what `evaluate_tokenizer` measures on held-out images; of a transformer, bits per token and accuracy on
     them, and the FID of as many samples against as many images that it was trained on. So few images make a Fréchet distance
-    that only the same run can be compared with. What needs weights that are missing is left out, with a warning.
+    that only the same run can be compared with. What needs weights that are missing is left out, with a warning by `open`.
     """
 
     def __init__(self):
         self._kept: dict[str, Any] = {}
 
+    def open(self, stage: Stage) -> list[str]:
+        """Opens all that an evaluation needs, so that a run ends before its first step where something is missing.
+
+        Returns notes to print. Raises InputError where the held-out images are not there, or have other classes.
+        """
+        config = stage.experiment.config
+        source = self._source(stage)
+        self._extractor()
+        if isinstance(config, TokenizerTraining):
+            self._lpips()
+        elif (names := tuple(source.class_names)) != stage.class_names:
+            differing = sorted(set(names) ^ set(stage.class_names)) or ["their order"]
+            raise InputError(
+                f"the images to evaluate on have other classes than those to train on ({', '.join(differing[:5])}): "
+                f"{source.description}; mend them, or set train.evaluate_every to 0"
+            )
+        if source.description == getattr(stage.source, "description", None):
+            return ["there is no split to evaluate on, eval_ figures are of the training images"]
+        return []
+
     def __call__(self, stage: Stage, ema: Params) -> dict[str, float]:
         config = stage.experiment.config
         count, data = config.train.evaluate_images, held_out(config.data)
         size, mesh = min(BATCH, count), jax.tree.leaves(ema)[0].sharding.mesh
-        source = self._once("source", lambda: (stage.experiment.source or open_source)(data))
-        extractor = self._once("extractor", lambda: unless_missing(lambda: open_extractor(batch_size=BATCH)))
+        source, extractor = self._source(stage), self._extractor()
         if isinstance(config, TokenizerTraining):
-            lpips = self._once("lpips", lambda: unless_missing(open_lpips))
             trained = Trained(None, Networks(stage.model), {"tokenizer": ema}, linear_guidance, mesh)
-            report = evaluate_tokenizer(trained, source, data, extractor, lpips, batch_size=size, num_images=count)
+            report = evaluate_tokenizer(trained, source, data, extractor, self._lpips(), batch_size=size, num_images=count)
             names = tuple(NAMES)
         else:
             networks = Networks(stage.tokenizer.experiment.build_model(stage.model.dtype), stage.model)
@@ -102,6 +121,16 @@ class Evaluation:
 
         samples = running.result("samples", (config.image_size, config.image_size, config.channels))
         return compare(samples, self._once("reference", reference))["fid"]
+
+    def _source(self, stage: Stage) -> Source:
+        data = held_out(stage.experiment.config.data)
+        return self._once("source", lambda: (stage.experiment.source or open_source)(data))
+
+    def _extractor(self) -> Extractor | None:
+        return self._once("extractor", lambda: unless_missing(lambda: open_extractor(batch_size=BATCH)))
+
+    def _lpips(self) -> LpipsWeights | None:
+        return self._once("lpips", lambda: unless_missing(open_lpips))
 
     def _once(self, name: str, make: Callable[[], T]) -> T:
         if name not in self._kept:

@@ -1,19 +1,28 @@
 """What a run tells the world: lines on the console, TensorBoard, and WORKDIR/logs/metrics.jsonl."""
 
+import contextlib
 import json
+import logging
 import os
 import shutil
+import socket
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from typing import TextIO
 
 import numpy as np
 from etils import epath
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
 
 from dar_jax.console import printable_lines
 from dar_jax.files import is_remote, replacing
 
+logger = logging.getLogger("dar_jax.training")
+
+FLUSH = 120  # seconds after which TensorBoard may see what is new; in a bucket its file is then written as a whole
 BAR = 20  # characters of the progress bar
 
 
@@ -21,6 +30,9 @@ class Log:
     """Writes records of one run. Of several processes only the first should be `active`; the others stay silent.
 
     A resumed run passes the step it starts from: records of later steps, left by the interrupted run, are dropped.
+
+    What cannot be written, on a full disk, is said once and never ends the run: metrics.jsonl is made whole as soon as that is
+    possible, TensorBoard's file ends there. `reader_gone` says that the console is a pipe which nobody reads any more.
     """
 
     def __init__(
@@ -29,30 +41,34 @@ class Log:
         self.steps, self.active = steps, active
         self.stream = sys.stdout if stream is None else stream
         self.live = self.stream.isatty()
+        self.reader_gone = False
         if not active:
             return
         self._records = _records(workdir)
         folder = self._records.parent
         folder.mkdir(parents=True, exist_ok=True)
         self._lines = [json.dumps(record) + "\n" for record in read_records(workdir) if record["step"] <= start]
+        self._whole = False  # whether the file holds all lines and nothing else
+        self._warned = False
         self._write_lines()
-        self._board = SummaryWriter(os.fspath(folder), purge_step=start + 1)
+        self._board: Board | None = None
+        with self._unblocked():
+            self._board = Board(folder, start + 1)
 
     def record(self, step: int, values: Mapping[str, float], seconds_left: float | None) -> None:
-        """One set of scalars after `step` steps."""
+        """One set of scalars after `step` steps. The console shows the loss, the rate and what is evaluated."""
         if not self.active:
             return
         self._lines.append(json.dumps({"step": step, **values}) + "\n")
-        if is_remote(self._records):
-            self._write_lines()  # nothing can be appended to an object in a bucket
-        else:
-            with open(self._records, "a") as file:
-                file.write(self._lines[-1])
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-        parts = [] if seconds_left is None else [f"{_clock(seconds_left)} left"]
-        parts += [f"{name} {_short(value)}" for name, value in values.items()]
-        line = f"step {step}/{self.steps}  " + "  ".join(parts)
+        self._write_lines()
+        self._on_board(step, [summary.scalar(name, value) for name, value in values.items()])
+        parts = [f"step {step}/{self.steps}"]
+        parts += [f"{name} {_short(value)}" for name, value in values.items() if name == "loss" or name.startswith("eval_")]
+        if "images_per_second" in values:
+            parts.append(f"{values['images_per_second']:,.0f} images/s")
+        if seconds_left is not None:
+            parts.append(f"{_clock(seconds_left)} left")
+        line = "  ".join(parts)
         if self.live:
             bar = ("#" * (BAR * step // self.steps)).ljust(BAR, ".")
             self._write(f"\r\033[K[{bar}] {line}"[: shutil.get_terminal_size().columns + 3])  # 4 of these are invisible
@@ -62,8 +78,7 @@ class Log:
     def pictures(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Pictures, uint8 [H, W, 3], by name."""
         if self.active:
-            for name, image in images.items():
-                self._board.add_image(name, image, step, dataformats="HWC")
+            self._on_board(step, [summary.image(name, image, dataformats="HWC") for name, image in images.items()])
 
     def say(self, text: str) -> None:
         """A line of its own."""
@@ -74,7 +89,9 @@ class Log:
         if self.active:
             if self.live:
                 self._write("\n")
-            self._board.close()
+            if self._board is not None:
+                with self._unblocked():
+                    self._board.close()
 
     def __enter__(self) -> "Log":
         return self
@@ -83,22 +100,90 @@ class Log:
         self.close()
 
     def _write(self, text: str) -> None:
-        self.stream.write(text)
-        self.stream.flush()
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except BrokenPipeError:
+            self.reader_gone = True
+        except OSError as error:  # the terminal is closed, or a file on a full disk
+            self._warn(error)
 
     def _write_lines(self) -> None:
-        with replacing(self._records) as temporary:
-            temporary.write_text("".join(self._lines))
+        """Brings metrics.jsonl up to date; what is in a bucket, or was cut short, is written as a whole."""
+        with self._unblocked():
+            whole, self._whole = self._whole, False
+            if whole and not is_remote(self._records):
+                with open(self._records, "a") as file:
+                    file.write(self._lines[-1])
+            else:
+                with replacing(self._records) as temporary:
+                    temporary.write_text("".join(self._lines))
+            self._whole = True
+
+    def _on_board(self, step: int, summaries: list[summary.Summary]) -> None:
+        if self._board is None:
+            return
+        with self._unblocked():
+            board, self._board = self._board, None
+            with contextlib.ExitStack() as failed:
+                failed.callback(board.close)
+                board.add(step, summaries)
+                failed.pop_all()
+            self._board = board
+
+    @contextlib.contextmanager
+    def _unblocked(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a bucket's client has exceptions of its own
+            self._warn(error)
+
+    def _warn(self, error: Exception) -> None:
+        if not self._warned:
+            self._warned = True
+            with contextlib.suppress(OSError):
+                logger.warning("the log cannot be written, training goes on without it: %s", error)
+
+
+class Board:
+    """TensorBoard's file, written by the caller's own thread: one that died on a full disk would be waited for."""
+
+    def __init__(self, folder: epath.Path, first_step: int):
+        self._file = RecordWriter(os.fspath(folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"))
+        self._flushed = 0.0
+        self._write(Event(file_version="brain.Event:2"), 0)
+        self._write(Event(session_log=SessionLog(status=SessionLog.SessionStatus.Value("START"))), first_step)
+
+    def add(self, step: int, summaries: list[summary.Summary]) -> None:
+        """What was made after `step` steps."""
+        for one in summaries:
+            self._write(Event(summary=one), step)
+        if time.monotonic() - self._flushed > FLUSH:
+            self._file.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Writes what is left and closes the file."""
+        try:
+            self._file.flush()
+        finally:
+            self._file.close()
+
+    def _write(self, event: Event, step: int) -> None:
+        event.step, event.wall_time = step, time.time()
+        self._file.write(event.SerializeToString())
 
 
 def read_records(workdir: str | os.PathLike) -> list[dict[str, float]]:
-    """The records of a run, oldest first: {"step": ..., "loss": ..., ...}. A last line cut short by a crash is left out."""
+    """The records of a run, oldest first: {"step": ..., "loss": ..., ...}. A line that is none is left out."""
     path, records = _records(workdir), []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(record, dict) and type(record.get("step")) is int and record["step"] >= 0:
+            records.append(record)
     return records
 
 

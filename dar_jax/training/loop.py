@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -24,6 +25,7 @@ from dar_jax.files import check_writable
 from dar_jax.flops import PEAKS, model_flops
 from dar_jax.training import checkpoint
 from dar_jax.training.experiment import Experiment
+from dar_jax.training.lock import only_run
 from dar_jax.training.logs import Log
 from dar_jax.training.profile import Profile
 from dar_jax.training.stages import Stage, tokenizer_stage, transformer_stage
@@ -39,7 +41,7 @@ LOOK_AHEAD = 2  # steps the host may be ahead of the device; a step's metrics ar
 
 
 class TrainingDiverged(Exception):
-    """Loss or gradient became infinite or not a number. The message names the step and the last good checkpoint."""
+    """Loss, gradient or parameters became infinite or not a number. The message names the step and the last good checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +66,20 @@ def train(
 ) -> Summary:
     """Runs an experiment in WORKDIR, from the beginning or from its last checkpoint, to its last step.
 
-    SIGTERM and Ctrl-C end the run after the step at hand, with a checkpoint. Step k depends on the settings and on k only, so
-    a resumed run ends with the very parameters of an uninterrupted one. Every one of several hosts (see `hosts`) has to call
-    this, with a WORKDIR that they share; only the first prints and logs. If one of them is lost, the others end.
+    SIGTERM, SIGHUP, Ctrl-C and a console whose pipe is closed end the run after the step at hand, with a checkpoint. Step k
+    depends on the settings and on k only, so a resumed run ends with the very parameters of an uninterrupted one. Every one of
+    several hosts (see `hosts`) has to call this, with a WORKDIR that they share; only the first prints and logs. If one of them
+    is lost, the others end.
 
     Args:
       pictures: makes what is logged every `sample_every` steps; called on every host.
       start: gives weights to begin with, as far as they fit; called where there is no checkpoint to resume from.
-      evaluate: makes what is logged every `evaluate_every` steps; called on every host.
+      evaluate: makes what is logged every `evaluate_every` steps, just after a checkpoint; called on every host. If it has a
+        method `open`, that is called with the stage before the first step: it raises InputError where something is missing, and
+        returns notes to print. What fails later, here or in `pictures`, is logged and does not end the run of a single host.
 
-    Raises InputError where the settings, the data or WORKDIR are unfit, TrainingDiverged where training is.
+    Raises InputError where the settings, the data or WORKDIR are unfit, or another run is in WORKDIR; TrainingDiverged where
+    training is.
     """
     config = experiment.config
     validate(config)
@@ -84,6 +90,12 @@ def train(
     folder = checkpoint.absolute(workdir)
     check_writable(folder)
     checkpoint.require_shared(folder)
+    with only_run(folder):
+        return _train(experiment, folder, resume, pictures, start, evaluate)
+
+
+def _train(experiment: Experiment, folder: epath.Path, resume: bool, pictures, start, evaluate) -> Summary:
+    config = experiment.config
     found = hosts.of_first(checkpoint.latest_step(folder))
     if found is not None and not resume:
         raise InputError(f"{folder} already holds a run (step {found}); pass --resume or choose another folder")
@@ -113,12 +125,14 @@ def train(
             state = init_state(stage.init_params, optimizer, mesh, experiment.rules)
             if weights is not None:
                 state, notes = start_from(weights, state)
+        if config.train.evaluate_every and hasattr(evaluate, "open"):
+            notes += evaluate.open(stage)
         train_step = make_train_step(stage.loss_fn, optimizer, config, abstract, mesh)
         with (
             Log(folder, config.train.steps, found or 0, active=hosts.first()) as log,
             Profile(config.train.profile, folder, log) as profile,
             checkpoint.open_checkpoints(folder, config.train) as checkpoints,
-            _stop_signals() as asked_to_stop,
+            _stop_signals(log) as asked_to_stop,
             hosts.ending_together(),  # once more, before a checkpoint that is being written waits for a lost host
         ):
             log.say("\n".join([_opening(stage, state.params, mesh, found, resume), *notes]))
@@ -152,19 +166,32 @@ def _run(
             if profile.ends(step):
                 with reader.pause(step):
                     profile.stop(state)
-            if train.sample_every and step % train.sample_every == 0:
-                with reader.pause(step):
-                    log.pictures(step, pictures(stage, state.ema, batch))
-            if train.evaluate_every and step % train.evaluate_every == 0:
-                with reader.pause(step):
-                    log.record(step, evaluate(stage, state.ema), None)
-            if step % train.checkpoint_every == 0 or last:
+            evaluates = train.evaluate_every and step % train.evaluate_every == 0
+            if step % train.checkpoint_every == 0 or last or evaluates:
                 reader.drain()
                 checkpoint.save(checkpoints, state, stage.experiment, stage.class_names)
+            if train.sample_every and step % train.sample_every == 0:
+                with reader.pause(step), _logged_failure(log, step, "no pictures"):
+                    log.pictures(step, pictures(stage, state.ema, batch))
+            if evaluates:
+                with reader.pause(step), _logged_failure(log, step, "not evaluated"):
+                    log.record(step, evaluate(stage, state.ema), None)
     checkpoints.wait()
     if step < train.steps:
         log.say(f"stopped at step {step}, which is saved; go on with --resume")
     return Summary(step, stopping if step < train.steps else None, reader.record)
+
+
+@contextlib.contextmanager
+def _logged_failure(log: Log, step: int, outcome: str) -> Iterator[None]:
+    """Around what training can do without: one line where it fails. Of many hosts the others may be waiting, and all end."""
+    try:
+        yield
+    except Exception as error:
+        if hosts.many():
+            raise
+        reason = " ".join(str(error).split())[:300]
+        log.say(f"step {step}: {outcome} ({reason if isinstance(error, InputError) else f'{type(error).__name__}: {reason}'})")
 
 
 def _device_batches(stage: Stage, mesh: Mesh, start_step: int) -> Iterator[dict[str, jax.Array]]:
@@ -284,33 +311,41 @@ class _Reader:
     def _farewell(self, step: int) -> str:
         saved = self.checkpoints.latest
         kept = f"the last checkpoint is of step {saved.step}" if saved else "there is no checkpoint yet"
-        return f"training diverged: loss or gradient is not finite at step {step}; {kept}"
+        return f"training diverged: loss, gradient or parameters are not finite at step {step}; {kept}"
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[int], signal.Signals | None]]:
+def _stop_signals(log: Log) -> Iterator[Callable[[int], signal.Signals | None]]:
     """Yields `asked(step)`: the signal because of which the run should end after that step, if there was one. A second Ctrl-C
     ends it at once.
 
     Of several hosts each may get SIGTERM at another step, or none; JAX, which catches it (see `hosts.join`), makes them agree
-    on one step. Ctrl-C on any of them is handed over as SIGTERM.
+    on one step. What else asks one of them to stop is handed over as SIGTERM.
+
+    A console that nobody reads any more counts as SIGPIPE; a SIGHUP that is ignored (nohup) stays so.
     """
     many = hosts.many()
     got: list[signal.Signals] = []
 
     def handle(number: int, frame: Any) -> None:
         got.append(signal.Signals(number))
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.write(2, b"\nstopping after this step, with a checkpoint (Ctrl-C again: at once)\n")  # print is not safe here
+        if caught:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        with contextlib.suppress(OSError):  # print is not safe here
+            os.write(2, b"\nstopping after this step, with a checkpoint (Ctrl-C again: at once)\n")
         if many:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def asked(step: int) -> signal.Signals | None:
+        if log.reader_gone and not got:
+            handle(signal.SIGPIPE, None)
         if many and not multihost_utils.reached_preemption_sync_point(step):
             return None
         return got[0] if got else signal.SIGTERM if many else None
 
     caught = [signal.SIGINT] if many else [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        caught.append(signal.SIGHUP)
     if threading.current_thread() is not threading.main_thread():
         caught = []  # Python lets no other thread handle signals
     before = {number: signal.signal(number, handle) for number in caught}

@@ -35,8 +35,8 @@ def make_train_step(
       state: the state or its abstract form; only the shardings are looked at.
 
     Step k draws its randomness from fold_in(key(seed), k), with accumulation also from the number of the part. The metrics
-    gain `grad_norm` (before clipping), `learning_rate` and `finite`: where loss or gradient is not finite, parameters, EMA
-    and optimizer stay as they were.
+    gain `grad_norm` (before clipping), `learning_rate` and `finite`: where the loss, the gradient or the parameters that they
+    lead to are not finite, parameters, EMA and optimizer stay as they were.
     """
     train, decay = config.train, config.optimizer.ema_decay
     schedule = learning_rate(config.optimizer, train.steps)
@@ -62,10 +62,9 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(train.seed), state.step)
         grads, metrics = (accumulated if train.accumulate > 1 else gradients)(state.params, batch, key, frozen, state.step)
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(params))
         averaged = without_discriminator(params)
         ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, averaged)
         new, old = (params, ema, opt_state), (state.params, state.ema, state.opt_state)
