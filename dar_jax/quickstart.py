@@ -26,18 +26,19 @@ from dar_jax.config import (
     TransformerTraining,
     VelocityConfig,
 )
+from dar_jax.console import Progress
 from dar_jax.data.sources import open_source
 from dar_jax.errors import InputError
-from dar_jax.evaluation import pictures
-from dar_jax.evaluation.generate import sample
 from dar_jax.evaluation.likelihood import score
-from dar_jax.evaluation.loading import Trained, load_sampler, load_tokenizer, to_host
-from dar_jax.evaluation.progress import Progress
-from dar_jax.evaluation.reconstruct import codebook_usage, encode, reconstruct
-from dar_jax.evaluation.tokenize import tokenize
+from dar_jax.experiment import Experiment
 from dar_jax.files import write_json
+from dar_jax.inference import pictures
+from dar_jax.inference.reconstruct import codebook_usage, encode, reconstruct
+from dar_jax.inference.samples import sample
+from dar_jax.inference.tokenize import tokenize
+from dar_jax.inference.trained import Trained, load_sampler, load_tokenizer
+from dar_jax.parallel.batches import to_host
 from dar_jax.training import checkpoint
-from dar_jax.training.experiment import Experiment
 from dar_jax.training.loop import train
 
 DIGITS = DataConfig(source="digits", image_size=8, channels=1, crop="center", flip=False)

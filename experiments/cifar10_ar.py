@@ -9,7 +9,7 @@ Result:   not measured at this size; the README has a shortened run of a smaller
 """
 
 from dar_jax.config import DataConfig, LlamaConfig, OptimizerConfig, SamplingConfig, TrainConfig, TransformerTraining
-from dar_jax.training.experiment import Experiment
+from dar_jax.experiment import Experiment
 
 experiment = Experiment(
     TransformerTraining(

@@ -16,7 +16,7 @@ from dar_jax.config import (
     TrainConfig,
     VelocityConfig,
 )
-from dar_jax.training.experiment import Experiment
+from dar_jax.experiment import Experiment
 
 experiment = Experiment(
     TokenizerTraining(

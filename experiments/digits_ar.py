@@ -9,7 +9,7 @@ Result:   not measured with this tokenizer; with the quickstart's, 99 % of guide
 
 import dataclasses
 
+from dar_jax.experiment import Experiment
 from dar_jax.quickstart import DIGITS, TRANSFORMER
-from dar_jax.training.experiment import Experiment
 
 experiment = Experiment(dataclasses.replace(TRANSFORMER, name="digits_ar", data=DIGITS))

@@ -7,8 +7,8 @@ Result:   not measured at this length. The quickstart's 2,500 steps reconstruct 
 
 import dataclasses
 
+from dar_jax.experiment import Experiment
 from dar_jax.quickstart import TOKENIZER
-from dar_jax.training.experiment import Experiment
 
 experiment = Experiment(
     dataclasses.replace(

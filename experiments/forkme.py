@@ -19,16 +19,16 @@ import numpy as np
 from flax import linen as nn
 
 from dar_jax.config import LlamaConfig
-from dar_jax.layers import dropout
-from dar_jax.llama import Llama, LlamaAttention, SwiGLU
+from dar_jax.experiment import Experiment
+from dar_jax.models.layers import dropout
+from dar_jax.models.transformer import Llama, LlamaAttention, SwiGLU
 from dar_jax.quickstart import DIGITS, TRANSFORMER
-from dar_jax.training.experiment import Experiment
 
 
 class ParallelBlock(nn.Module):
     """Attention and MLP side by side on one normalised input, instead of one after the other.
 
-    The signature is that of `dar_jax.llama.LlamaBlock`. The sub-modules keep their names, so the sharding rules of
+    The signature is that of `dar_jax.models.transformer.LlamaBlock`. The sub-modules keep their names, so the sharding rules of
     `dar_jax.parallel` know all parameters; parameters with names of their own would need `Experiment(rules=...)`.
     """
 

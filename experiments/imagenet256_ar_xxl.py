@@ -22,7 +22,7 @@ from dar_jax.config import (
     TrainConfig,
     TransformerTraining,
 )
-from dar_jax.training.experiment import Experiment
+from dar_jax.experiment import Experiment
 
 experiment = Experiment(
     TransformerTraining(

@@ -62,7 +62,7 @@ def tiny_tokenizer():
     import jax.numpy as jnp
 
     from dar_jax.config import TokenizerConfig, VelocityConfig
-    from dar_jax.tokenizer.tokenizer import Tokenizer
+    from dar_jax.models.tokenizer import Tokenizer
 
     def make(**sizes):
         defaults = {"image_size": 8, "channels": 1, "encoder_patch_size": 4, "encoder_layers": 2, "decoder_layers": 2}
@@ -87,7 +87,7 @@ def tiny_run(tmp_path_factory, tiny_tokenizer):
     import jax.numpy as jnp
 
     from dar_jax.config import DataConfig, LlamaConfig, SamplingConfig, TokenizerTraining, TransformerTraining
-    from dar_jax.llama import Llama
+    from dar_jax.models.transformer import Llama
     from dar_jax.training.checkpoint import save_for_inference
 
     folder, names = tmp_path_factory.mktemp("run"), tuple("0123456789")

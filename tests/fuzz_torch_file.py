@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from dar_jax.errors import InputError
-from dar_jax.release import torch_file
+from dar_jax.weights import torch_file
 
 GOLDEN = Path(__file__).parent / "golden" / "torch"
 SECONDS = 5.0  # of processor time for one input

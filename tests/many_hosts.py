@@ -26,7 +26,7 @@ STAND_IN = ROOT / "tests" / "stand_in.py"
 # Compiling takes longer than running here; level 0 halves it and changes no number beyond rounding. And with fewer cores than
 # devices, collectives that run side by side can wait for each other for ever.
 FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_enable_concurrency_optimized_scheduler=false"
-COMMAND = "import sys; from dar_jax.cli import main; sys.exit(main())"
+COMMAND = "import sys; from dar_jax.cli.main import main; sys.exit(main())"
 
 
 class Job:

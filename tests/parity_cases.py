@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from dar_jax.config import LlamaConfig
-from dar_jax.llama import Llama
-from dar_jax.release.convert import from_release
+from dar_jax.models.tokenizer import Tokenizer
+from dar_jax.models.transformer import Llama
 from dar_jax.release.names import llama_entries, tokenizer_entries
 from dar_jax.release.sizes import tokenizer_config
-from dar_jax.tokenizer.tokenizer import Tokenizer
+from dar_jax.weights.table import from_release
 
 
 def load_rules(folder: Path):

@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen as nn
 
 from dar_jax.config import DataConfig, OptimizerConfig, TokenizerConfig, TokenizerTraining, TrainConfig
-from dar_jax.training.experiment import Experiment
+from dar_jax.experiment import Experiment
 
 
 class Model(nn.Module):

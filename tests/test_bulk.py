@@ -8,16 +8,16 @@ import jax
 import numpy as np
 import pytest
 
-from dar_jax.cli import main
+from dar_jax.cli.main import main
 from dar_jax.config import MeshConfig, SamplingConfig
+from dar_jax.console import Progress
 from dar_jax.errors import InputError
-from dar_jax.evaluation import bulk
-from dar_jax.evaluation.bulk import class_labels, generate_npz
-from dar_jax.evaluation.generate import sample
 from dar_jax.evaluation.images import from_npz
-from dar_jax.evaluation.loading import load_sampler
-from dar_jax.evaluation.progress import Progress
-from dar_jax.llama import Llama
+from dar_jax.inference import bulk
+from dar_jax.inference.bulk import class_labels, generate_npz
+from dar_jax.inference.samples import sample
+from dar_jax.inference.trained import load_sampler
+from dar_jax.models.transformer import Llama
 from dar_jax.parallel import make_mesh
 from dar_jax.sampling.logits import linear_guidance
 
@@ -107,7 +107,10 @@ def test_parts_of_anything_else_are_refused(trained, tmp_path):
     larger = trained.with_tokenizer(dataclasses.replace(trained.config, sampling_resolution=16))
     for other, difference in (
         (other_weights(trained), r'model.weights.llama: "\w+... there, "\w+... here'),
-        (other_code(trained), r'model.networks.llama.class: "dar_jax.llama.Llama" there, "test_bulk.OtherLlama \w+...'),
+        (
+            other_code(trained),
+            r'model.networks.llama.class: "dar_jax.models.transformer.Llama" there, "test_bulk.OtherLlama \w+...',
+        ),
         (larger, "model.networks.tokenizer.config.sampling_resolution: null there, 16 here"),
         (steeper, "guidance_scales"),
     ):

@@ -12,13 +12,14 @@ import pytest
 import stand_in
 
 from dar_jax import parallel
-from dar_jax.cli import main
+from dar_jax.cli.main import main
 from dar_jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from dar_jax.data.sources import open_source
 from dar_jax.errors import InputError
+from dar_jax.experiment import Experiment
 from dar_jax.training import checkpoint
-from dar_jax.training.experiment import Experiment
-from dar_jax.training.state import abstract_state, init_state, make_optimizer
+from dar_jax.training.optimizer import make_optimizer
+from dar_jax.training.state import abstract_state, init_state
 
 OPTIMIZER = make_optimizer(OptimizerConfig(), 10)
 PLAIN = Experiment(stand_in.config, model=stand_in.Model)

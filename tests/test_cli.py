@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dar_jax import cli, quickstart
+from dar_jax import quickstart
+from dar_jax.cli import main as cli
+from dar_jax.cli.use import Info
 from dar_jax.data import codes
 from dar_jax.training import checkpoint
 
@@ -174,7 +176,7 @@ def test_help_of_an_experiment_and_of_a_tokenizer_lists_its_settings(runs, capsy
 
 
 def test_help_does_not_wait_for_jax():
-    code = "import sys; from dar_jax import cli; cli.parse(['sample', 'a', '--labels', '1', '--seeds', '1', '--out', 'b'])"
+    code = "import sys; from dar_jax.cli import main as cli; cli.parse(['sample', 'a', '--labels', '1', '--seeds', '1', '--out', 'b'])"
     assert subprocess.run([sys.executable, "-c", f"{code}; sys.exit('jax' in sys.modules)"], cwd=ROOT).returncode == 0
 
 
@@ -384,7 +386,7 @@ def test_exit_codes_of_the_process(tmp_path):
 def test_a_closed_pipe_ends_a_command_without_a_word(runs, arguments):
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "-c", "import sys; from dar_jax.cli import main; sys.exit(main())"]
+    command = [sys.executable, "-c", "import sys; from dar_jax.cli.main import main; sys.exit(main())"]
     command += [argument.replace("{runs}", str(runs)) for argument in arguments]
     process = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, timeout=60)
     os.close(write)
@@ -399,7 +401,7 @@ def test_a_full_disk_is_one_line(monkeypatch, capfd, error):
     def run(self):
         raise RuntimeError("it failed") from error
 
-    monkeypatch.setattr(cli.Info, "run", run)
+    monkeypatch.setattr(Info, "run", run)
     assert cli.main(["info", "x"]) == 2
     assert capfd.readouterr().err.startswith("dar-jax: cannot write /a/b: No space left on device;")
 

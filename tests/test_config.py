@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dar_jax.cli import COMMANDS
+from dar_jax.cli.main import COMMANDS
 from dar_jax.config import (
     STAGES,
     DataConfig,
@@ -24,7 +24,7 @@ from dar_jax.config import (
     validate,
 )
 from dar_jax.errors import InputError
-from dar_jax.training.experiment import Experiment
+from dar_jax.experiment import Experiment
 
 
 @pytest.mark.parametrize("config", [TokenizerTraining(name="x"), TransformerTraining(tokenizer="somewhere")])

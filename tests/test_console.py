@@ -25,7 +25,7 @@ def test_what_is_escaped_and_what_is_not():
 
 
 def test_a_console_that_lacks_characters_of_a_name():
-    code = "from dar_jax.cli import main; raise SystemExit(main(['info', 's\\u00e9\\x1b']))"
+    code = "from dar_jax.cli.main import main; raise SystemExit(main(['info', 's\\u00e9\\x1b']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 2
     assert r"/s\xe9\x1b does not exist" in done.stderr and done.stderr.count("\n") == 1

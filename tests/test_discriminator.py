@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dar_jax.tokenizer import discriminator
-from dar_jax.tokenizer.discriminator import Discriminator
+from dar_jax.models import discriminator
+from dar_jax.models.discriminator import Discriminator
 
 
 @pytest.mark.parametrize("halvings, patch", [(1, 16), (2, 34), (3, 70)])

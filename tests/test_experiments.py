@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from dar_jax.config import LlamaConfig, MeshConfig, TokenizerTraining, validate
+from dar_jax.experiment import load_experiment
 from dar_jax.parallel import make_mesh, shardings
-from dar_jax.training.experiment import load_experiment
 
 FOLDER = Path(__file__).parent.parent / "experiments"
 PARAMETERS = {

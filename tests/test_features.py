@@ -9,11 +9,9 @@ from parity_cases import Case
 
 from dar_jax.errors import InputError
 from dar_jax.features.dinov2 import Dinov2, Dinov2Config, preprocess, resize_positions
-from dar_jax.features.inception import Inception, resize_bilinear
-from dar_jax.features.vgg_lpips import Lpips, unit
-from dar_jax.release import torch_file
-from dar_jax.release.convert import from_release, to_release
-from dar_jax.release.feature_names import (
+from dar_jax.features.inception import Inception
+from dar_jax.features.load import load_dinov2, load_inception, load_lpips
+from dar_jax.features.names import (
     DINOV2_UNUSED,
     INCEPTION_UNUSED,
     LPIPS_UNUSED,
@@ -23,7 +21,10 @@ from dar_jax.release.feature_names import (
     inception_entries,
     lpips_entries,
 )
-from dar_jax.release.features import load_dinov2, load_inception, load_lpips
+from dar_jax.features.vgg_lpips import Lpips, unit
+from dar_jax.models.pixels import resize_bilinear
+from dar_jax.weights import torch_file
+from dar_jax.weights.table import from_release, to_release
 
 
 def pytest_generate_tests(metafunc):

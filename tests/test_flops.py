@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import pytest
 
 from dar_jax.config import LlamaConfig, TokenizerLossConfig
-from dar_jax.flops import count_flops, matrix_products, model_flops
-from dar_jax.llama import Llama
-from dar_jax.objectives import next_token_loss, tokenizer_loss
+from dar_jax.models.transformer import Llama
+from dar_jax.training.flops import count_flops, matrix_products, model_flops
+from dar_jax.training.losses import next_token_loss, tokenizer_loss
 
 
 def array(*shape, dtype=jnp.float32):

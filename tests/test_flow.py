@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dar_jax import flow
 from dar_jax.config import TokenizerConfig
+from dar_jax.models import flow
+from dar_jax.sampling.solvers import solver_step
 
 PAPER = TokenizerConfig()
 
@@ -51,7 +52,7 @@ def test_solver_converges_with_its_order(solver, order):
         with jax.enable_x64(True):
             x, previous = jnp.ones((), jnp.float64), jnp.zeros((), jnp.float64)
             for i in range(steps):
-                x, previous = flow.solver_step(x, -x, previous, 1 / steps, i == 0, solver), -x
+                x, previous = solver_step(x, -x, previous, 1 / steps, i == 0, solver), -x
             return abs(float(x) - np.exp(-1))
 
     assert error(64) / error(128) == pytest.approx(2**order, rel=0.05)

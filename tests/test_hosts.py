@@ -7,8 +7,9 @@ import threading
 import jax
 import pytest
 
-from dar_jax import cli, hosts
+from dar_jax.cli import main as cli
 from dar_jax.errors import InputError
+from dar_jax.parallel import hosts
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
 EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}

@@ -8,17 +8,9 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from parity_cases import Case
 
-from dar_jax.layers import (
-    FLASH_UNIT,
-    _attend_tpu,
-    apply_rope,
-    causal_mask,
-    dropout,
-    pad_rope,
-    resize_bicubic,
-    rope_1d,
-    rope_2d,
-)
+from dar_jax.models.attention import FLASH_UNIT, _attend_tpu, apply_rope, causal_mask, pad_rope, rope_1d, rope_2d
+from dar_jax.models.layers import dropout
+from dar_jax.models.pixels import resize_bicubic
 
 
 def test_rope_depends_on_distance_only():

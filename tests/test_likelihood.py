@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dar_jax.cli import main
+from dar_jax.cli.main import main
 from dar_jax.data.sources import open_source
 from dar_jax.errors import InputError
 from dar_jax.evaluation.likelihood import evaluate_transformer, score
-from dar_jax.evaluation.loading import load_sampler
-from dar_jax.evaluation.reconstruct import encode
+from dar_jax.inference.reconstruct import encode
+from dar_jax.inference.trained import load_sampler
 from dar_jax.training.checkpoint import save_for_inference
 
 

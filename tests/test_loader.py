@@ -6,7 +6,7 @@ from pathlib import Path
 import loader
 import pytest
 
-from dar_jax.training.experiment import load_experiment
+from dar_jax.experiment import load_experiment
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 

@@ -18,12 +18,13 @@ from many_hosts import RATES
 
 from dar_jax.config import LlamaConfig, MeshConfig, TransformerTraining
 from dar_jax.errors import InputError
+from dar_jax.experiment import Experiment, load_experiment
 from dar_jax.training import checkpoint
-from dar_jax.training.experiment import Experiment, load_experiment
 from dar_jax.training.lock import only_run
 from dar_jax.training.logs import read_records
-from dar_jax.training.loop import TrainingDiverged, train
-from dar_jax.training.state import learning_rate
+from dar_jax.training.loop import train
+from dar_jax.training.meter import TrainingDiverged
+from dar_jax.training.optimizer import learning_rate
 
 TRAIN = """
 import dataclasses, sys

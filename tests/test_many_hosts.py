@@ -63,8 +63,8 @@ def test_stopped_on_one_host_it_goes_on_with_any_number(calm, tmp_path):
 def codes(tiny_run, tmp_path_factory):
     """The stored codes of the digits."""
     from dar_jax.data.sources import open_source
-    from dar_jax.evaluation.loading import load_tokenizer
-    from dar_jax.evaluation.tokenize import tokenize
+    from dar_jax.inference.tokenize import tokenize
+    from dar_jax.inference.trained import load_tokenizer
 
     folder = tmp_path_factory.mktemp("codes")
     tokenize(load_tokenizer(tiny_run), open_source(DIGITS), DIGITS, folder, batch_size=256)
@@ -114,8 +114,9 @@ def on_each_host():
     """Runs on both hosts of `test_rows_and_folders`; prints what it finds as JSON."""
     from jax.sharding import AxisType, Mesh
 
-    from dar_jax import hosts, parallel
+    from dar_jax import parallel
     from dar_jax.errors import InputError
+    from dar_jax.parallel import hosts
 
     hosts.join()
     number, folder = jax.process_index(), Path(sys.argv[1])

@@ -17,9 +17,9 @@ from dar_jax.evaluation.metrics import (
     inception_score,
     moments,
     precision_recall,
-    psnr,
     ssim,
 )
+from dar_jax.models.pixels import psnr
 
 
 def pytest_generate_tests(metafunc):

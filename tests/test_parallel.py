@@ -15,10 +15,14 @@ from dar_jax.errors import InputError
 from dar_jax.features.dinov2 import Dinov2, Dinov2Config
 from dar_jax.features.inception import Inception
 from dar_jax.features.vgg_lpips import Lpips
-from dar_jax.llama import Llama, empty_caches
+from dar_jax.models.tokenizer import Tokenizer
+from dar_jax.models.transformer import Llama, empty_caches
 from dar_jax.sampling import sampler
-from dar_jax.tokenizer.tokenizer import Tokenizer
-from dar_jax.training.state import abstract_state, make_optimizer
+from dar_jax.sampling.predict import predict_group
+from dar_jax.sampling.prepare import prepare
+from dar_jax.sampling.settings import Networks, make_settings
+from dar_jax.training.optimizer import make_optimizer
+from dar_jax.training.state import abstract_state
 
 TOKENIZERS = {
     "released": TokenizerConfig(),
@@ -85,15 +89,15 @@ def test_the_sampler_keeps_its_caches_as_the_table_says(tiny_tokenizer):
     tokenizer, params = tiny_tokenizer()
     model = Llama(LlamaConfig(layers=1, heads=2, width=16, mlp_multiple=8, num_tokens=16, vocab_size=64, num_classes=10))
     llama = jax.jit(model.init)(jax.random.key(0), jnp.zeros(1, int), jnp.zeros((1, 16), int))["params"]
-    networks = sampler.Networks(tokenizer, model)
-    settings = sampler.make_settings(SamplingConfig(guidance=(1.5, 3.0)), tokenizer.config)
+    networks = Networks(tokenizer, model)
+    settings = make_settings(SamplingConfig(guidance=(1.5, 3.0)), tokenizer.config)
     mesh = parallel.make_mesh(MeshConfig(2, 2, 2))
     with jax.set_mesh(mesh):
         weights = {"tokenizer": params, "llama": llama}
-        weights = sampler.prepare(networks, parallel.put(weights, parallel.shardings(weights, mesh)))
+        weights = prepare(networks, parallel.put(weights, parallel.shardings(weights, mesh)))
         labels, seeds = parallel.put((np.arange(8), np.arange(8)), parallel.batch_sharding(mesh))
         state = sampler.begin(networks, weights, settings, labels, seeds)
-        prediction = sampler.predict_group(networks, weights, settings, state)
+        prediction = predict_group(networks, weights, settings, state)
     for caches in (prediction.caches, state.decoding.caches):
         places = parallel.shardings(caches, mesh)
         assert all(

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from dar_jax.config import SamplingConfig, TokenizerLossConfig
-from dar_jax.objectives import next_token_loss, tokenizer_terms
-from dar_jax.release.convert import to_release
 from dar_jax.sampling.logits import filter_logits
-from dar_jax.sampling.sampler import Networks, decode, generate, make_settings
+from dar_jax.sampling.sampler import decode, generate
+from dar_jax.sampling.settings import Networks, make_settings
+from dar_jax.training.losses import next_token_loss, tokenizer_terms
+from dar_jax.weights.table import to_release
 
 GREEDY = {
     "greedy": SamplingConfig(guidance=(1.0, 1.0)),

@@ -7,10 +7,11 @@ import pytest
 from parity_cases import Case
 from PIL import Image
 
-from dar_jax.evaluation.evaluate import evaluate
+from dar_jax.evaluation.extractor import open_extractor
+from dar_jax.evaluation.fid import evaluate
 from dar_jax.evaluation.images import open_images
-from dar_jax.evaluation.statistics import collect, open_extractor
-from dar_jax.release import torch_file
+from dar_jax.evaluation.statistics import collect
+from dar_jax.weights import torch_file
 
 COUNT = 48
 

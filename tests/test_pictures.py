@@ -5,12 +5,13 @@ import pytest
 from PIL import Image
 
 from dar_jax.errors import InputError
-from dar_jax.evaluation import pictures
 from dar_jax.files import check_writable, replacing
+from dar_jax.inference import pictures
+from dar_jax.models.pixels import to_uint8
 
 
 def test_to_uint8_rounds_and_clips():
-    np.testing.assert_array_equal(pictures.to_uint8([-3.0, -1.0, 0.004, 1.0, 2.0]), [0, 0, 128, 255, 255])
+    np.testing.assert_array_equal(to_uint8([-3.0, -1.0, 0.004, 1.0, 2.0]), [0, 0, 128, 255, 255])
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -13,14 +13,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dar_jax import cli, parallel
+from dar_jax import parallel
+from dar_jax.cli import main as cli
 from dar_jax.config import MeshConfig, TokenizerLossConfig, VelocityConfig
 from dar_jax.errors import InputError
-from dar_jax.flops import PEAKS, Product, count_flops
+from dar_jax.experiment import Experiment
 from dar_jax.plan import ENVIRONMENT, compiler, hlo, jobs, planner, report
 from dar_jax.plan.chips import CHIPS, GIB, chip_of
 from dar_jax.quickstart import TOKENIZER, TRANSFORMER
-from dar_jax.training.experiment import Experiment
+from dar_jax.training.flops import PEAKS, Product, count_flops
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 

@@ -13,17 +13,19 @@ import pytest
 from parity_cases import load_rules
 
 from dar_jax import parallel
-from dar_jax.cli import main
+from dar_jax.cli.main import main
 from dar_jax.config import SamplingConfig, TokenizerTraining
 from dar_jax.errors import InputError
-from dar_jax.evaluation.loading import load_sampler, load_tokenizer
-from dar_jax.release import torch_file
+from dar_jax.inference.trained import load_sampler, load_tokenizer
 from dar_jax.release.checkpoints import export_checkpoint, import_checkpoint, open_start, read_checkpoint
-from dar_jax.release.convert import from_release
 from dar_jax.release.names import tokenizer_entries
-from dar_jax.sampling.sampler import decode, generate, make_settings
+from dar_jax.sampling.sampler import decode, generate
+from dar_jax.sampling.settings import make_settings
 from dar_jax.training import checkpoint
-from dar_jax.training.state import abstract_state, make_optimizer
+from dar_jax.training.optimizer import make_optimizer
+from dar_jax.training.state import abstract_state
+from dar_jax.weights import torch_file
+from dar_jax.weights.table import from_release
 
 GREEDY = SamplingConfig(guidance=(4.0, 4.0), temperature=0.0)
 

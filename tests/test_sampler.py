@@ -9,25 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dar_jax import flow, llama
 from dar_jax.config import LlamaConfig, MeshConfig, SamplingConfig
 from dar_jax.errors import InputError
-from dar_jax.layers import unstack
-from dar_jax.llama import Llama
+from dar_jax.models import flow, transformer
+from dar_jax.models.blocks import unstack
+from dar_jax.models.transformer import Llama
 from dar_jax.parallel import batch_sharding, make_mesh, shardings
-from dar_jax.sampling.sampler import (
-    Networks,
-    _denoise,
-    _predict,
-    decode,
-    generate,
-    initial_noise,
-    lookup_codes,
-    make_settings,
-    prepare,
-    separate,
-    stream,
-)
+from dar_jax.sampling.denoise import _denoise, initial_noise
+from dar_jax.sampling.predict import _predict
+from dar_jax.sampling.prepare import prepare, separate
+from dar_jax.sampling.sampler import decode, generate, lookup_codes, stream
+from dar_jax.sampling.settings import Networks, make_settings
 
 LABELS = jnp.array([3, 1, 4, 1, 0, 2, 4])
 SEEDS = jnp.array([5, 6, 7, 8, 9, 10, 5])
@@ -69,7 +61,10 @@ def test_cached_steps_give_the_logits_of_the_whole_sequence(networks):
     model, params = networks[0].llama, {"params": networks[1]["llama"]}
     tokens = jax.random.randint(jax.random.key(0), (3, 16), 0, 64)
     whole = model.apply(params, LABELS[:3], tokens)
-    caches, step = llama.empty_caches(model.config, 3, 16, jnp.float32), jax.jit(functools.partial(model.apply, method="step"))
+    caches, step = (
+        transformer.empty_caches(model.config, 3, 16, jnp.float32),
+        jax.jit(functools.partial(model.apply, method="step")),
+    )
     layers = unstack(params["params"]["blocks"], model.config.layers)
     for position in range(16):
         previous = tokens[:, max(position - 1, 0)]

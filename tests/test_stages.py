@@ -10,16 +10,16 @@ import pytest
 from dar_jax import parallel
 from dar_jax.config import DataConfig, MeshConfig, VelocityConfig
 from dar_jax.errors import InputError
+from dar_jax.experiment import Experiment
+from dar_jax.features.names import lpips_entries
 from dar_jax.features.vgg_lpips import Lpips
 from dar_jax.quickstart import TOKENIZER
-from dar_jax.release import torch_file
-from dar_jax.release.convert import to_release
-from dar_jax.release.feature_names import lpips_entries
 from dar_jax.training import checkpoint, stages
-from dar_jax.training.experiment import Experiment
 from dar_jax.training.logs import read_records
 from dar_jax.training.loop import train
 from dar_jax.training.stages import tokenizer_stage, transformer_stage
+from dar_jax.weights import torch_file
+from dar_jax.weights.table import to_release
 
 
 def test_feature_terms_join_the_loss_of_a_run():

@@ -8,9 +8,10 @@ from stand_in import Model
 
 from dar_jax import parallel
 from dar_jax.config import LlamaConfig, MeshConfig, OptimizerConfig, TokenizerConfig, VelocityConfig
-from dar_jax.llama import Llama
-from dar_jax.tokenizer.tokenizer import Tokenizer
-from dar_jax.training.state import decay_mask, init_state, learning_rate, make_optimizer
+from dar_jax.models.tokenizer import Tokenizer
+from dar_jax.models.transformer import Llama
+from dar_jax.training.optimizer import decay_mask, learning_rate, make_optimizer
+from dar_jax.training.state import init_state
 
 
 @pytest.mark.parametrize(

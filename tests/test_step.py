@@ -14,12 +14,14 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dar_jax import objectives, parallel
+from dar_jax import parallel
 from dar_jax.config import LlamaConfig, MeshConfig, OptimizerConfig, TokenizerLossConfig, TrainConfig, VelocityConfig
-from dar_jax.llama import Llama
+from dar_jax.models.tokenizer import Tokenizer
+from dar_jax.models.transformer import Llama
 from dar_jax.quickstart import TOKENIZER
-from dar_jax.tokenizer.tokenizer import Tokenizer
-from dar_jax.training.state import TrainState, abstract_state, make_optimizer
+from dar_jax.training import losses
+from dar_jax.training.optimizer import make_optimizer
+from dar_jax.training.state import TrainState, abstract_state
 from dar_jax.training.step import make_train_step
 
 CONFIG = dataclasses.replace(
@@ -87,7 +89,7 @@ def tokenizer():
     params = jax.jit(model.init)(jax.random.key(0), images[:1])["params"]
 
     def loss_fn(params, batch, key, frozen, step):
-        return objectives.tokenizer_loss(model, params, batch, key, TokenizerLossConfig(entropy=0.01))
+        return losses.tokenizer_loss(model, params, batch, key, TokenizerLossConfig(entropy=0.01))
 
     return loss_fn, noisy(params), images
 
@@ -100,7 +102,7 @@ def transformer():
     params = jax.jit(model.init)(jax.random.key(0), labels[:1], codes[:1])["params"]
 
     def loss_fn(params, batch, key, frozen, step):
-        return objectives.next_token_loss(model, params, *batch, key)  # with dropout
+        return losses.next_token_loss(model, params, *batch, key)  # with dropout
 
     return loss_fn, noisy(params), (codes, labels)
 
@@ -150,7 +152,7 @@ WIDE = dataclasses.replace(
 
 def wide_tokenizer():
     def loss_fn(params, batch, key, frozen, step):
-        return objectives.tokenizer_loss(Tokenizer(WIDE), params, batch, key, TokenizerLossConfig())
+        return losses.tokenizer_loss(Tokenizer(WIDE), params, batch, key, TokenizerLossConfig())
 
     images = jax.ShapeDtypeStruct((16, 8, 8, 1), jnp.float32)
     return loss_fn, lambda: Tokenizer(WIDE).init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"], images
@@ -160,7 +162,7 @@ def wide_transformer():
     model = Llama(LlamaConfig(layers=4, heads=8, width=128, num_tokens=16, vocab_size=512, num_classes=10, mlp_multiple=16))
 
     def loss_fn(params, batch, key, frozen, step):
-        return objectives.next_token_loss(model, params, *batch, key)
+        return losses.next_token_loss(model, params, *batch, key)
 
     codes, labels = jax.ShapeDtypeStruct((16, 16), jnp.int32), jax.ShapeDtypeStruct((16,), jnp.int32)
     return loss_fn, lambda: model.init(jax.random.key(0), jnp.zeros(1, int), jnp.zeros((1, 16), int))["params"], (codes, labels)

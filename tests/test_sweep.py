@@ -7,20 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from test_evaluate import stand_in
+from test_fid import stand_in
 
 from dar_jax import parallel
-from dar_jax.cli import main
+from dar_jax.cli.main import main
 from dar_jax.config import MeshConfig, SamplingConfig
 from dar_jax.errors import InputError
 from dar_jax.evaluation import statistics
-from dar_jax.evaluation.evaluate import evaluate
-from dar_jax.evaluation.generate import sample
+from dar_jax.evaluation.extractor import Extractor, Network
+from dar_jax.evaluation.fid import evaluate
 from dar_jax.evaluation.images import from_array
-from dar_jax.evaluation.loading import load_sampler
-from dar_jax.evaluation.statistics import Extractor, Network
 from dar_jax.evaluation.sweep import alike, sweep, variants
-from dar_jax.sampling.sampler import make_settings
+from dar_jax.inference.samples import sample
+from dar_jax.inference.trained import load_sampler
+from dar_jax.sampling.settings import make_settings
 
 CONFIGS = [
     SamplingConfig(guidance=(1.0, 1.0)),
@@ -122,11 +122,12 @@ def test_evaluate_commands(tiny_run, reference, tmp_path, capsys, monkeypatch):
 
 def test_what_evaluate_tokenizer_measures(tiny_tokenizer, tmp_path):
     from dar_jax.config import DataConfig, TokenizerTraining
-    from dar_jax.evaluation.evaluate_tokenizer import LpipsWeights, evaluate_tokenizer
-    from dar_jax.evaluation.loading import load_tokenizer
-    from dar_jax.evaluation.metrics import psnr, ssim
-    from dar_jax.evaluation.reconstruct import reconstruct
+    from dar_jax.evaluation.metrics import ssim
+    from dar_jax.evaluation.tokenizer import LpipsWeights, evaluate_tokenizer
     from dar_jax.features.vgg_lpips import Lpips
+    from dar_jax.inference.reconstruct import reconstruct
+    from dar_jax.inference.trained import load_tokenizer
+    from dar_jax.models.pixels import psnr
     from dar_jax.training.checkpoint import save_for_inference
 
     class Noise:

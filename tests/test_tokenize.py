@@ -14,9 +14,9 @@ from dar_jax.data import codes
 from dar_jax.data.sources import open_source
 from dar_jax.data.transforms import center_crop, ten_crops
 from dar_jax.errors import InputError
-from dar_jax.evaluation.loading import load_tokenizer
-from dar_jax.evaluation.reconstruct import encode
-from dar_jax.evaluation.tokenize import tokenize
+from dar_jax.inference.reconstruct import encode
+from dar_jax.inference.tokenize import tokenize
+from dar_jax.inference.trained import load_tokenizer
 from dar_jax.parallel import make_mesh
 
 DIGITS = DataConfig(source="digits", image_size=8, channels=1, crop="center", flip=False, split="test")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dar_jax.config import TokenizerConfig, VelocityConfig
-from dar_jax.tokenizer.tokenizer import Tokenizer
+from dar_jax.models.tokenizer import Tokenizer
 
 IMAGES = jnp.tanh(jax.random.normal(jax.random.key(8), (3, 8, 8, 1)))
 
@@ -35,8 +35,8 @@ def test_queries_see_patches_and_earlier_queries(tiny_tokenizer):
 
 
 def test_condition_step_is_condition(tiny_tokenizer):
-    from dar_jax.layers import unstack
-    from dar_jax.tokenizer import token_decoder
+    from dar_jax.models import token_decoder
+    from dar_jax.models.blocks import unstack
 
     model, params = tiny_tokenizer()
     apply = functools.partial(model.apply, {"params": params})

@@ -34,7 +34,7 @@ from fuzz_torch_file import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dar_jax.release import torch_file
+from dar_jax.weights import torch_file
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16} | {
     name: np.dtype(name) for name in ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")

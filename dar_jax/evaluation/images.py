@@ -18,7 +18,7 @@ from dar_jax.data.pipeline import epoch
 from dar_jax.data.sources import Source, open_source
 from dar_jax.data.transforms import center_crop
 from dar_jax.errors import InputError
-from dar_jax.evaluation import npz
+from dar_jax.inference import npz
 
 READ = 64  # images of a source at a time
 LARGEST = 1 << 28  # bytes of an image

@@ -15,14 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from dar_jax.config import DataConfig
+from dar_jax.console import Progress
 from dar_jax.data.pipeline import epoch
 from dar_jax.data.sources import Source
 from dar_jax.errors import InputError
-from dar_jax.evaluation.loading import Trained, full_batch, put_batch, to_host
-from dar_jax.evaluation.progress import Progress
-from dar_jax.evaluation.reconstruct import quantize
 from dar_jax.files import replacing, write_json
-from dar_jax.llama import Llama
+from dar_jax.inference.reconstruct import quantize
+from dar_jax.inference.trained import Trained
+from dar_jax.models.transformer import Llama
+from dar_jax.parallel.batches import full_batch, put_batch, to_host
 from dar_jax.training.checkpoint import class_numbers
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from dar_jax.errors import InputError
-from dar_jax.layers import Array
 
 SPLIT = 5000  # images of one inception score
 NEIGHBOURS = 3  # of precision and recall
@@ -257,16 +257,6 @@ def _inside(a: _Points, radii_a: Array, b: _Points, radii_b: Array) -> tuple[Arr
 
 
 # --- pairs of images -------------------------------------------------------------------------------------------------------
-
-
-def psnr(images: np.ndarray, others: np.ndarray, data_range: float = 255.0) -> np.ndarray:
-    """Peak signal-to-noise ratio of each pair of images [N, H, W, C] of any dtype: float64 [N] in dB.
-
-    data_range: largest minus smallest possible value. Equal images have no ratio; they get that of a mean squared error of
-    1e-10 grey levels of 255, which is 148 dB.
-    """
-    error = np.square(images.astype(np.float64) - others).mean(axis=(1, 2, 3)) * (255 / data_range) ** 2
-    return 10 * np.log10(255**2 / np.maximum(error, 1e-10))
 
 
 def ssim(images: Array, others: Array, data_range: float = 255.0) -> Array:

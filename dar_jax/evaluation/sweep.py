@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from dar_jax.config import SamplingConfig
+from dar_jax.console import Progress
 from dar_jax.errors import InputError
-from dar_jax.evaluation.evaluate import SAMPLE_FEATURES, compare, open_reference
-from dar_jax.evaluation.generate import sample
-from dar_jax.evaluation.loading import Trained, seeds_from
-from dar_jax.evaluation.progress import Progress
-from dar_jax.evaluation.statistics import Extractor, RunningStatistics
+from dar_jax.evaluation.extractor import Extractor
+from dar_jax.evaluation.fid import SAMPLE_FEATURES, compare, open_reference
+from dar_jax.evaluation.statistics import RunningStatistics
 from dar_jax.files import replacing, write_json
-from dar_jax.sampling.sampler import Settings, make_settings
+from dar_jax.inference.samples import sample
+from dar_jax.inference.trained import Trained, seeds_from
+from dar_jax.sampling.settings import Settings, make_settings
 
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall")
 

@@ -9,8 +9,13 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax import Array
 
-from dar_jax.layers import Array, DType, attend, constrain, layer_norm, resize_bicubic, stack
+from dar_jax.models.attention import attend
+from dar_jax.models.blocks import stack
+from dar_jax.models.layers import DType, layer_norm
+from dar_jax.models.pixels import resize_bicubic
+from dar_jax.parallel.sharding import constrain
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, for pixels in [0, 1]
 STD = (0.229, 0.224, 0.225)

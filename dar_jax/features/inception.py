@@ -12,10 +12,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
+from jax import Array
 
-from dar_jax.layers import Array
+from dar_jax.models.pixels import resize_bilinear
 
 SIZE = 299  # pixels of a side
 CLASSES = 1008
@@ -205,24 +205,3 @@ def _apply(x: Array, step: Step) -> Array:
     if isinstance(step, Parallel):
         return jnp.concatenate([functools.reduce(_apply, chain, x) for chain in step.chains], axis=-1)
     return step(x)
-
-
-def resize_bilinear(images: Array, height: int, width: int, convention: Literal["tensorflow1", "half_pixel"]) -> Array:
-    """Bilinear resizing without antialiasing, edges repeated.
-
-    Args:
-      images: [B, H, W, C] float32.
-      convention: where pixel i of the result lies among the N pixels of a row, if it has n itself: at i N / n, as TensorFlow 1
-        has it, or at (i + 1/2) N / n - 1/2.
-
-    Returns: [B, height, width, C].
-    """
-    rows = _bilinear_matrix(images.shape[1], height, convention)
-    columns = _bilinear_matrix(images.shape[2], width, convention)
-    return jnp.einsum("oh,bhwc,pw->bopc", rows, images, columns, precision=HIGHEST)
-
-
-def _bilinear_matrix(size: int, wanted: int, convention: str) -> np.ndarray:
-    shift = {"tensorflow1": 0.0, "half_pixel": 0.5}[convention]
-    position = np.clip((np.arange(wanted) + shift) * size / wanted - shift, 0, size - 1)
-    return np.maximum(0, 1 - np.abs(position[:, None] - np.arange(size))).astype(np.float32)

@@ -8,9 +8,9 @@ Shapes: B batch, H W pixels, C channels of a feature map.
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import Array
 
 from dar_jax.errors import InputError
-from dar_jax.layers import Array
 
 # (convolutions, channels) of the stages; each but the first begins by halving the map, and the last activation is compared.
 STAGES = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from dar_jax.errors import InputError
-from dar_jax.flops import PEAKS
+from dar_jax.training.flops import PEAKS
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from dar_jax.flops import PERMUTATION, window_taps
+from dar_jax.models.attention import PERMUTATION
+from dar_jax.training.flops import window_taps
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Products of float32 in so many passes of bfloat16 ones, which is what a TPU's matrix unit multiplies.

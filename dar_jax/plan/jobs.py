@@ -17,14 +17,16 @@ from jax.sharding import Mesh
 from dar_jax import parallel
 from dar_jax.config import TokenizerTraining
 from dar_jax.errors import InputError
+from dar_jax.experiment import Experiment, load_experiment
 from dar_jax.features.dinov2 import Dinov2, Dinov2Config
 from dar_jax.features.vgg_lpips import Lpips
 from dar_jax.sampling.logits import linear_guidance
-from dar_jax.sampling.sampler import Networks, generate, make_settings
+from dar_jax.sampling.sampler import generate
+from dar_jax.sampling.settings import Networks, make_settings
 from dar_jax.training import checkpoint
-from dar_jax.training.experiment import Experiment, load_experiment
+from dar_jax.training.optimizer import make_optimizer
 from dar_jax.training.stages import check_terms, check_tokenizer, tokenizer_loss_fn, tokenizer_params, transformer_loss_fn
-from dar_jax.training.state import Params, abstract_state, make_optimizer
+from dar_jax.training.state import Params, abstract_state
 from dar_jax.training.step import make_train_step
 
 

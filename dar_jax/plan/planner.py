@@ -8,12 +8,12 @@ from typing import Any
 import jax
 
 from dar_jax import parallel
-from dar_jax.evaluation.loading import run_mesh
-from dar_jax.flops import matrix_products, model_flops
+from dar_jax.experiment import Experiment
+from dar_jax.inference.trained import run_mesh
 from dar_jax.plan import hlo, jobs, report
 from dar_jax.plan.chips import Chip, chip_of
 from dar_jax.plan.compiler import cache_folder, compile_for, open_topology, without_jax_cache
-from dar_jax.training.experiment import Experiment
+from dar_jax.training.flops import matrix_products, model_flops
 
 log = logging.getLogger("dar_jax.plan")
 

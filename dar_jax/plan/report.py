@@ -5,9 +5,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dar_jax.flops import Product
 from dar_jax.plan.chips import GIB, Chip
 from dar_jax.plan.hlo import PASSES, Collective
+from dar_jax.training.flops import Product
 
 LANES, ROWS = 128, 8  # a TPU multiplies matrices in pieces of 128 columns and terms, and 8 rows
 WORTH_A_NOTE = 0.03  # share of the work, below which waste is not mentioned

@@ -27,10 +27,9 @@ from dar_jax.config import (
     to_dict,
 )
 from dar_jax.errors import InputError
+from dar_jax.experiment import Experiment
 from dar_jax.files import check_file_writable, check_writable, replacing
-from dar_jax.release import torch_file
-from dar_jax.release.convert import from_release, to_release
-from dar_jax.release.names import Entry, llama_entries, tokenizer_entries
+from dar_jax.release.names import llama_entries, tokenizer_entries
 from dar_jax.release.sizes import (
     beyond_release,
     llama_config,
@@ -39,11 +38,13 @@ from dar_jax.release.sizes import (
     tokenizer_config,
     tokenizer_shapes,
 )
-from dar_jax.release.weights import SOURCES, resolve
 from dar_jax.training import checkpoint
-from dar_jax.training.experiment import Experiment
+from dar_jax.training.optimizer import make_optimizer
 from dar_jax.training.start import Start
-from dar_jax.training.state import Params, make_optimizer
+from dar_jax.training.state import Params
+from dar_jax.weights import torch_file
+from dar_jax.weights.published import SOURCES, resolve
+from dar_jax.weights.table import Entry, from_release, to_release
 
 PathLike = str | os.PathLike
 Tensors = Mapping[str, np.ndarray]

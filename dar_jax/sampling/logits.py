@@ -8,8 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from dar_jax.layers import Array
+from jax import Array
 
 
 def linear_guidance(num_tokens: int, first: float, last: float) -> np.ndarray:

@@ -32,11 +32,12 @@ from etils import epath
 from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from dar_jax import hosts, parallel
+from dar_jax import parallel
 from dar_jax.config import TokenizerTraining, TrainConfig, TransformerTraining, from_dict, to_dict, validate
 from dar_jax.errors import InputError
+from dar_jax.experiment import Experiment
 from dar_jax.files import is_remote, size_of
-from dar_jax.training.experiment import Experiment
+from dar_jax.parallel import hosts
 from dar_jax.training.state import Params, TrainState, without_discriminator
 
 PathLike = str | os.PathLike

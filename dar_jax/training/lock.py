@@ -14,9 +14,9 @@ from pathlib import Path
 
 from etils import epath
 
-from dar_jax import hosts
 from dar_jax.errors import InputError
 from dar_jax.files import is_remote
+from dar_jax.parallel import hosts
 
 NAME = "run.lock"
 RENEW = 60  # seconds between signs of life where the file system has no locks

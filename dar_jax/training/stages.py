@@ -17,17 +17,18 @@ from dar_jax.config import TokenizerTraining, TransformerTraining
 from dar_jax.data.codes import CodesSource, fingerprint
 from dar_jax.data.sources import open_source
 from dar_jax.errors import InputError
+from dar_jax.experiment import Experiment
 from dar_jax.features.dinov2 import Dinov2Config
+from dar_jax.features.load import load_dinov2, load_lpips
 from dar_jax.features.vgg_lpips import SMALLEST
-from dar_jax.objectives import adversarial_terms, feature_terms, next_token_loss, tokenizer_loss
-from dar_jax.release.features import load_dinov2, load_lpips
-from dar_jax.release.weights import resolve
-from dar_jax.tokenizer.discriminator import Discriminator
-from dar_jax.tokenizer.tokenizer import Tokenizer
+from dar_jax.models.discriminator import Discriminator
+from dar_jax.models.pixels import to_float
+from dar_jax.models.tokenizer import Tokenizer
 from dar_jax.training.checkpoint import Info, Loaded, load, save_for_inference
-from dar_jax.training.experiment import Experiment
+from dar_jax.training.losses import adversarial_terms, feature_terms, next_token_loss, tokenizer_loss
 from dar_jax.training.state import DISCRIMINATOR, Params, without_discriminator
 from dar_jax.training.step import LossFn
+from dar_jax.weights.published import resolve
 
 
 @dataclass(frozen=True)
@@ -166,11 +167,6 @@ def matmul_dtype(name: str) -> jnp.dtype:
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)
-
-
-def to_float(images: jax.Array) -> jax.Array:
-    """uint8 pixels to float32 in [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1
 
 
 def _feature_networks(config: TokenizerTraining, mesh: Mesh) -> Params:

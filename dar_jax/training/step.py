@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from dar_jax import parallel
 from dar_jax.config import TokenizerTraining, TransformerTraining
-from dar_jax.training.state import Params, TrainState, learning_rate, without_discriminator
+from dar_jax.training.optimizer import learning_rate
+from dar_jax.training.state import Params, TrainState, without_discriminator
 
 Batch = Any  # a tree of arrays, the batch first
 Metrics = dict[str, jax.Array]

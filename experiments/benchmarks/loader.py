@@ -34,11 +34,11 @@ from dar_jax.data import codes
 from dar_jax.data.pipeline import Batch, batches, elements
 from dar_jax.data.sources import Source, open_source
 from dar_jax.data.transforms import center_crop
+from dar_jax.experiment import Experiment, load_experiment
 from dar_jax.files import write_json
-from dar_jax.flops import PEAKS, count_flops, model_flops
 from dar_jax.parallel import make_mesh
 from dar_jax.plan.jobs import training_job
-from dar_jax.training.experiment import Experiment, load_experiment
+from dar_jax.training.flops import PEAKS, count_flops, model_flops
 
 BATCH = 64
 STORED = 16_384  # images in the folder of codes

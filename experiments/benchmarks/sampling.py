@@ -9,7 +9,7 @@ Result:   a table, and the same as JSON. Weights are random, which changes no ti
 
 The limits are the larger of two times. Memory: every matrix of the transformer once per token and the filled part of its cache,
 every matrix of the decoder once per step, at the rate of a copy measured here. Products: the model's operations
-(`dar_jax.flops`) at the rate of one large product measured here.
+(`dar_jax.training.flops`) at the rate of one large product measured here.
 """
 
 import dataclasses
@@ -41,26 +41,19 @@ from common import (
     write_report,
 )
 
-from dar_jax.cli import Flag, Ints, Words
+from dar_jax.cli.options import Flag, Ints, Words
 from dar_jax.config import LLAMA_SIZES, LlamaConfig, MeshConfig, SamplingConfig, TokenizerConfig
 from dar_jax.errors import InputError
-from dar_jax.evaluation.reconstruct import quantize
-from dar_jax.flops import count_flops
-from dar_jax.llama import Llama
+from dar_jax.inference.reconstruct import quantize
+from dar_jax.models.tokenizer import Tokenizer
+from dar_jax.models.transformer import Llama
 from dar_jax.parallel import make_mesh
 from dar_jax.sampling import sampler
-from dar_jax.sampling.sampler import (
-    Networks,
-    SamplerParams,
-    Settings,
-    decode,
-    generate,
-    make_settings,
-    prepare,
-    separate,
-    stream,
-)
-from dar_jax.tokenizer.tokenizer import Tokenizer
+from dar_jax.sampling.predict import predict_group
+from dar_jax.sampling.prepare import SamplerParams, prepare, separate
+from dar_jax.sampling.sampler import decode, generate, stream
+from dar_jax.sampling.settings import Networks, Settings, make_settings
+from dar_jax.training.flops import count_flops
 
 TOKENIZER = TokenizerConfig()
 SIDE_BY_SIDE = (  # what is timed beside the release: kind, size of the transformer, batch
@@ -179,7 +172,7 @@ def predict(made: Sampler, batch: int) -> jax.Array:
     arguments = made.networks, made.params, made.settings, jnp.arange(batch), jnp.arange(batch, dtype=jnp.uint32)
     state = sampler.begin(*arguments)
     for _ in range(TOKENIZER.num_groups):
-        prediction = sampler.predict_group(*arguments[:3], state)
+        prediction = predict_group(*arguments[:3], state)
         state = dataclasses.replace(state, group=state.group + 1, prediction=prediction)
     return state.prediction.tokens
 

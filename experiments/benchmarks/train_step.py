@@ -11,8 +11,8 @@ Result:   a table, and the same as JSON. Weights and data are random, which chan
 
 The step is that of `dar-jax train`, on all devices of this machine: the tokenizer's with LPIPS and REPA, the transformers' on
 stored codes. Several steps are handed over in a row, as in training, and the fastest of some such rows counts. MFU is the
-model's operations (`dar_jax.flops.model_flops`: nothing twice, frozen networks too) by time and by the devices' bfloat16 peak:
-`--peak-flops`, else that of `dar_jax.flops.PEAKS`, else the rate of one large product measured here.
+model's operations (`dar_jax.training.flops.model_flops`: nothing twice, frozen networks too) by time and by the devices' bfloat16 peak:
+`--peak-flops`, else that of `dar_jax.training.flops.PEAKS`, else the rate of one large product measured here.
 """
 
 import dataclasses
@@ -41,11 +41,11 @@ from common import (
 )
 
 from dar_jax import parallel
-from dar_jax.cli import Ints, Words
+from dar_jax.cli.options import Ints, Words
 from dar_jax.config import LLAMA_SIZES, LlamaConfig, MeshConfig
-from dar_jax.flops import PEAKS, model_flops
+from dar_jax.experiment import Experiment, load_experiment
 from dar_jax.plan.jobs import training_job
-from dar_jax.training.experiment import Experiment, load_experiment
+from dar_jax.training.flops import PEAKS, model_flops
 
 EXPERIMENTS = Path(__file__).parents[1]
 

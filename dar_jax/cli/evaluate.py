@@ -1,0 +1,220 @@
+"""Commands that measure."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Any, Generic, Literal
+
+import tyro
+
+from dar_jax.cli.options import (
+    Floats,
+    Ints,
+    Mesh,
+    Number,
+    OfRun,
+    Optional,
+    Place,
+    Settings,
+    Words,
+    _check_file,
+    _check_folder,
+    _experiment,
+    _first,
+    _given,
+    _mesh,
+    _pair,
+    _write_json,
+)
+from dar_jax.config import Batch, DataConfig, DenoisingSteps, SamplingConfig, Seed, Share, Temperature, Tokens, TopK
+from dar_jax.console import show
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure images against a reference: FID, sFID, inception score, precision and recall.
+
+    The definitions are those of the ADM suite. Images are an NPZ file with `arr_0` (uint8, N x height x width x channels), a
+    folder of images of one size, or a data source SOURCE/SPLIT[/SIZE][:PLACE], whose images are cropped to SIZE pixels. The
+    reference is such a one too, or an NPZ file of statistics: ADM's VIRTUAL_*.npz, pytorch-fid's, or one of --save-statistics.
+    Says which reference, how many images and which weights were used.
+
+    Example: dar-jax evaluate samples.npz --reference VIRTUAL_imagenet256_labeled.npz --json report.json
+
+    Example: dar-jax evaluate cifar10/train:cifar-10-batches-bin --reference cifar10/test:cifar-10-batches-bin
+    """
+
+    samples: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SAMPLES")]  # NPZ file, folder or data source
+    reference: str  # NPZ file, folder or data source
+    json: Optional[str] = None  # also write the report to this file
+    save_statistics: Optional[str] = None  # also keep the statistics of the samples in this NPZ file, as a later reference
+    weights: Optional[str] = None  # file of the Inception network; else looked for as the README says
+    resize: Literal["tensorflow1", "half_pixel"] = "tensorflow1"  # how images come to 299 pixels; all of ADM's: tensorflow1
+    num_images: Optional[Number] = None  # only so many samples, drawn at random with a fixed seed
+    batch_size: Batch = 64  # images at a time
+    mesh: Optional[Mesh] = None  # devices along data, fsdp and tensor; else all of them along data
+
+    def run(self) -> None:
+        from dar_jax.evaluation.extractor import open_extractor
+        from dar_jax.evaluation.fid import evaluate, table
+
+        for path in (self.json, self.save_statistics):
+            _check_file(path)
+        extractor = open_extractor(self.weights, self.resize, self.batch_size, _mesh(self.mesh))
+        keep_as = self.save_statistics if _first() else None
+        report = evaluate(self.samples, self.reference, extractor, self.num_images, keep_as=keep_as)
+        _write_json(self.json, report)
+        show(table(report))
+
+
+@dataclass(frozen=True)
+class EvaluateTokenizer(Generic[Settings]):
+    """How well does a tokenizer keep images? PSNR, SSIM, LPIPS, rFID and codebook usage on held-out images.
+
+    The defaults of `--data.*` are those of the tokenizer's own training, but for the split: test for digits and CIFAR-10, val
+    for folders, validation for TFDS. A metric whose weights are missing is left out, with a line that says so.
+
+    Example: dar-jax evaluate-tokenizer runs/tokenizer --json report.json
+    """
+
+    checkpoint: Place  # a run's folder, of a tokenizer or a transformer, or one of its checkpoints/STEP; comes first
+    data: Annotated[Settings, tyro.conf.FlagConversionOff]
+    json: Optional[str] = None  # also write the report to this file
+    num_images: Optional[Number] = None  # only so many, from the first on
+    inception: Optional[str] = None  # file of the Inception network; else looked for as the README says
+    lpips: Optional[str] = None  # file or folder with the weights of LPIPS; else looked for likewise
+    resize: Literal["tensorflow1", "half_pixel"] = "tensorflow1"  # how images come to 299 pixels for rFID
+    solver: OfRun[Literal["adams2", "euler"]] = None  # of the denoising steps
+    num_denoising_steps: OfRun[DenoisingSteps] = None  # steps from noise to image
+    seed: Seed = 0  # image i is denoised from the noise of seed + i
+    experiment: Optional[str] = None  # the run's experiment file, if that replaced the model or the source
+    weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
+    mesh: Optional[Mesh] = None  # devices along data, fsdp and tensor; else along tensor as in the run, the rest along data
+    batch_size: Batch = 64  # images at a time
+
+    @classmethod
+    def with_defaults(cls, checkpoint: str) -> tuple[Any, "EvaluateTokenizer"]:
+        """The type to parse and the values of what is not given."""
+        from dar_jax.data.sources import held_out
+        from dar_jax.inference.trained import find
+
+        return cls[DataConfig], cls(checkpoint, held_out(find(checkpoint).tokenizer.config.data))
+
+    def run(self) -> None:
+        from dar_jax.data.sources import open_source
+        from dar_jax.evaluation.extractor import open_extractor
+        from dar_jax.evaluation.tokenizer import evaluate_tokenizer, open_lpips, table
+        from dar_jax.inference.trained import find, load_tokenizer, unless_missing
+        from dar_jax.sampling.settings import make_settings
+
+        _check_file(self.json)
+        experiment, model = _experiment(self.experiment), find(self.checkpoint).tokenizer.config.model
+        given = {"solver": self.solver, "num_denoising_steps": self.num_denoising_steps}
+        sampling = dataclasses.replace(SamplingConfig(), **_given(given))
+        make_settings(sampling, model)
+        source = ((experiment and experiment.source) or open_source)(self.data)
+        mesh = _mesh(self.mesh)
+        extractor = unless_missing(lambda: open_extractor(self.inception, self.resize, self.batch_size, mesh), self.inception)
+        lpips = unless_missing(lambda: open_lpips(self.lpips), self.lpips)
+        trained = load_tokenizer(self.checkpoint, experiment, self.weights, mesh)
+        data = dataclasses.replace(self.data, image_size=model.image_size)
+        report = evaluate_tokenizer(
+            trained, source, data, extractor, lpips, sampling, self.seed, self.batch_size, self.num_images
+        )
+        _write_json(self.json, report)
+        show(table(report))
+
+
+@dataclass(frozen=True)
+class EvaluateAr(Generic[Settings]):
+    """How well does a transformer predict the codes of real images?
+
+    Prints bits per token and the share of tokens that it finds most probable, given the class and without it, and writes
+    report.json and positions.png, the bits at every position. The defaults of `--data.*` are those of the run's own training,
+    but for the split: test for digits and CIFAR-10, val for folders, validation for TFDS.
+
+    Example: dar-jax evaluate-ar runs/ar --out evaluation
+    """
+
+    checkpoint: Place  # a transformer's run folder, or one of its checkpoints/STEP; comes first
+    out: str  # the folder to write to
+    data: Annotated[Settings, tyro.conf.FlagConversionOff]
+    num_images: Optional[Number] = None  # only so many, from the first on
+    experiment: Optional[str] = None  # the run's experiment file, if that replaced the model or the source
+    weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
+    mesh: Optional[Mesh] = None  # devices along data, fsdp and tensor; else along tensor as in the run, the rest along data
+    batch_size: Batch = 64  # images at a time
+
+    @classmethod
+    def with_defaults(cls, checkpoint: str) -> tuple[Any, "EvaluateAr"]:
+        """The type to parse and the values of what is not given."""
+        from dar_jax.data.sources import held_out
+        from dar_jax.inference.trained import find_transformer
+
+        return cls[DataConfig], cls(checkpoint, tyro.MISSING, held_out(find_transformer(checkpoint).transformer.config.data))
+
+    def run(self) -> None:
+        from dar_jax.data.sources import open_source
+        from dar_jax.evaluation.likelihood import describe, evaluate_transformer, write_report
+        from dar_jax.inference.trained import load_sampler
+
+        experiment = _experiment(self.experiment)
+        source = ((experiment and experiment.source) or open_source)(self.data)
+        _check_folder(self.out)
+        trained = load_sampler(self.checkpoint, experiment, self.weights, _mesh(self.mesh))
+        report = evaluate_transformer(trained, source, self.data, self.batch_size, self.num_images)
+        if _first():
+            written = write_report(report, self.out, trained.config.num_groups, trained.config.codebook_size)
+            show("\n".join([describe(report), *map(str, written)]))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Try sampling settings: FID and company of samples for every combination, and for previews.
+
+    The samples are of all classes in turn, with seeds from --seed on. Writes report.json and fid.png. The sampler is compiled
+    once for all settings, and previews come from the same samples.
+
+    Example: dar-jax sweep runs/ar --reference images.npz --guidance 1:1,1.1:4,1.1:8 --groups 2,4,6,8 --out sweep
+    """
+
+    checkpoint: Place  # a transformer's run folder, or one of its checkpoints/STEP
+    reference: str  # NPZ file, folder or data source, as of `dar-jax evaluate`
+    out: str  # the folder to write to
+    num: Number = 1000  # samples for each setting
+    guidance: OfRun[Words] = None  # scales of the first and the last token, such as 1:1,1.1:4
+    temperature: OfRun[Floats[Temperature]] = None  # such as 0.9,1
+    top_k: OfRun[Ints[TopK]] = None  # such as 0,600
+    top_p: OfRun[Floats[Share]] = None  # such as 0.9,1
+    groups: Optional[Ints[Tokens]] = None  # measure previews after so many groups, such as 2,4,6,8
+    seed: Seed = 0  # of the first sample
+    inception: Optional[str] = None  # file of the Inception network; else looked for as the README says
+    resize: Literal["tensorflow1", "half_pixel"] = "tensorflow1"  # how images come to 299 pixels
+    experiment: Optional[str] = None  # the run's experiment file, if that replaced the model or the guidance
+    weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
+    mesh: Optional[Mesh] = None  # devices along data, fsdp and tensor; else along tensor as in the run, the rest along data
+    batch_size: Batch = 64  # samples at a time
+
+    def run(self) -> None:
+        from dar_jax.evaluation.extractor import open_extractor
+        from dar_jax.evaluation.sweep import sweep, table, variants, write_report
+        from dar_jax.inference.trained import find_transformer, load_sampler
+
+        found, experiment = find_transformer(self.checkpoint), _experiment(self.experiment)
+        base = found.transformer.config.sampling
+        pairs = [_pair(text) for text in self.guidance or ()]
+        configs = variants(base, pairs, self.temperature or (), self.top_k or (), self.top_p or ())
+        _check_folder(self.out)
+        mesh = _mesh(self.mesh)
+        extractor = open_extractor(self.inception, self.resize, self.batch_size, mesh)
+        trained = load_sampler(self.checkpoint, experiment, self.weights, mesh)
+        rows = sweep(trained, extractor, self.reference, configs, self.groups, self.num, self.batch_size, self.seed)
+        about = {
+            "checkpoint": str(found.transformer.path),
+            "reference": self.reference,
+            "samples": self.num,
+            "seed": self.seed,
+            "weights": f"{extractor.network.weights} (SHA-256 {extractor.network.sha256})",
+            "resize": self.resize,
+        }
+        if _first():
+            show("\n".join([table(rows), *map(str, write_report(rows, self.out, about))]))

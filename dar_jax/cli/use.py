@@ -1,0 +1,230 @@
+"""Commands that use a checkpoint."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal
+
+import tyro
+
+from dar_jax.cli.options import (
+    FirstStep,
+    Flag,
+    Ints,
+    Length,
+    Mesh,
+    Number,
+    OfRun,
+    Optional,
+    Place,
+    SamplingOptions,
+    Settings,
+    Token,
+    Words,
+    _experiment,
+    _given,
+    _mesh,
+    _two_meshes,
+)
+from dar_jax.config import Batch, DataConfig, DenoisingSteps, Pixels, SamplingConfig, Seed
+from dar_jax.console import show
+
+
+@dataclass(frozen=True)
+class Sample(SamplingOptions):
+    """Sample images from a trained transformer.
+
+    One label goes with many seeds, one seed with many labels, and equally many of both pair up one by one. The same label, seed
+    and settings always give the same image. Writes NAME_label3_seed11.png for each sample and grid.png.
+
+    Example: dar-jax sample runs/digits --labels 3,7 --seeds 11,12 --out samples
+
+    Example of layout control, the first tokens of an image under another label:
+
+    dar-jax sample runs/digits --labels 3 --seeds 1,2 --prefix-image seven.png --prefix-length 8 --out samples
+    """
+
+    checkpoint: Place  # a transformer's run folder, or one of its checkpoints/STEP
+    labels: Words  # classes, by name or number
+    seeds: Ints[Seed]  # integers from 0 on
+    out: str  # the folder to write to
+    previews: Flag = False  # also write every sample after every group as it ends, and groups.png
+    animate: Flag = False  # also write denoising.webp, the grid after every group
+    prefix_image: Optional[str] = None  # take the first tokens from this image instead of drawing them
+    prefix_tokens: Optional[Ints[Token]] = None  # or take these
+    prefix_length: Optional[Length] = None  # so many tokens of the prefix image (or of the prefix tokens)
+    start_image: Optional[str] = None  # start from this image with noise instead of from noise alone
+    start_step: Optional[FirstStep] = None  # the denoising step to start from it at, 1 or more
+    resolution: OfRun[Pixels] = None  # pixels along a side while denoising, if more than trained with
+    output_resolution: OfRun[Pixels] = None  # resize what is denoised down to this
+    experiment: Optional[str] = None  # the run's experiment file, if that replaced the model or the guidance
+    weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
+    mesh: Optional[Mesh] = None  # devices along data, fsdp and tensor; else along tensor as in the run, the rest along data
+    decoder_mesh: Optional[Mesh] = None  # as many for denoising alone, while --mesh, the others, predict the next group
+    batch_size: Batch = 32  # samples at a time
+
+    def run(self) -> None:
+        from dar_jax.files import check_writable
+        from dar_jax.inference.samples import make_request, write_samples
+        from dar_jax.inference.trained import find_transformer, load_sampler
+
+        found, experiment = find_transformer(self.checkpoint), _experiment(self.experiment)
+        request = make_request(
+            found,
+            self.labels,
+            self.seeds,
+            self.sampling(found.transformer.config.sampling, start_step=self.start_step),
+            prefix_image=self.prefix_image,
+            prefix_tokens=self.prefix_tokens,
+            prefix_length=self.prefix_length,
+            start_image=self.start_image,
+            resolution=self.resolution,
+            output_resolution=self.output_resolution,
+        )
+        check_writable(self.out)
+        meshes = _two_meshes(self.mesh, self.decoder_mesh, found.transformer.config.mesh)
+        trained = load_sampler(self.checkpoint, experiment, self.weights, *meshes)
+        written = write_samples(trained, request, self.out, self.batch_size, self.previews, self.animate)
+        show("\n".join(map(str, written)))
+
+
+@dataclass(frozen=True)
+class Generate(SamplingOptions):
+    """Draw many samples into one NPZ file, for `dar-jax evaluate` and the ADM suite.
+
+    The file has the images in `arr_0` (uint8, N x height x width x channels) and their classes in `arr_1`. Sample i has the
+    seed --seed + i. An interrupted run goes on where it stopped, to the same file.
+
+    Example: dar-jax generate runs/ar --num 50000 --out samples.npz
+    """
+
+    checkpoint: Place  # a transformer's run folder, or one of its checkpoints/STEP
+    out: str  # the file to write
+    num: Number = 50_000  # samples
+    labels: Literal["balanced", "uniform"] = "balanced"  # all classes in turn, or drawn at random
+    seed: Seed = 0  # of the first sample, and of the classes drawn
+    experiment: Optional[str] = None  # the run's experiment file, if that replaced the model or the guidance
+    weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
+    mesh: Optional[Mesh] = None  # devices along data, fsdp and tensor; else along tensor as in the run, the rest along data
+    batch_size: Batch = 64  # samples at a time
+
+    def run(self) -> None:
+        from dar_jax.files import check_file_writable
+        from dar_jax.inference.bulk import generate_npz
+        from dar_jax.inference.trained import find_transformer, load_sampler
+        from dar_jax.sampling.settings import make_settings
+
+        found, experiment = find_transformer(self.checkpoint), _experiment(self.experiment)
+        sampling = self.sampling(found.transformer.config.sampling)
+        make_settings(sampling, found.tokenizer.config.model)
+        check_file_writable(self.out)
+        trained = load_sampler(self.checkpoint, experiment, self.weights, _mesh(self.mesh))
+        show(generate_npz(trained, self.out, self.num, self.labels, sampling, self.batch_size, self.seed))
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """Encode and decode the images of a folder: how good is the tokenizer?
+
+    Writes the decoded images, grid.png with originals beside them, and report.json with the PSNR of each; prints the mean.
+
+    Example: dar-jax reconstruct runs/tokenizer --images photos --out decoded
+    """
+
+    checkpoint: Place  # a run's folder, of a tokenizer or a transformer, or one of its checkpoints/STEP
+    images: str  # a folder of images (png, jpg, webp), sub-folders included
+    out: str  # the folder to write to
+    split: str = "train"  # where the folder has sub-folders train, val or test: which of them
+    solver: OfRun[Literal["adams2", "euler"]] = None  # of the denoising steps
+    num_denoising_steps: OfRun[DenoisingSteps] = None  # steps from noise to image
+    seed: Seed = 0  # image i is denoised from the noise of seed + i
+    experiment: Optional[str] = None  # the run's experiment file, if that replaced the model
+    weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
+    mesh: Optional[Mesh] = None  # devices along data, fsdp and tensor; else along tensor as in the run, the rest along data
+    batch_size: Batch = 64  # images at a time
+
+    def run(self) -> None:
+        from dar_jax.files import check_writable
+        from dar_jax.inference.reconstruct import open_images, reconstruct_folder
+        from dar_jax.inference.trained import find, load_tokenizer
+        from dar_jax.sampling.settings import make_settings
+
+        found, experiment = find(self.checkpoint), _experiment(self.experiment)
+        config = found.tokenizer.config.model
+        of_run = found.transformer.config.sampling if found.transformer else SamplingConfig()
+        given = {"solver": self.solver, "num_denoising_steps": self.num_denoising_steps}
+        sampling = SamplingConfig(solver=of_run.solver, num_denoising_steps=of_run.num_denoising_steps)
+        sampling = dataclasses.replace(sampling, **_given(given))
+        make_settings(sampling, config)
+        source = open_images(self.images, self.split, config)
+        check_writable(self.out)
+        trained = load_tokenizer(self.checkpoint, experiment, self.weights, _mesh(self.mesh))
+        report = reconstruct_folder(trained, source, self.out, sampling, self.seed, self.batch_size)
+        usage = report["codebook_usage"]
+        show(
+            f"PSNR {report['psnr']:.2f} dB over {report['images']} images ({report['unreadable']} unreadable)"
+            + (f", codebook usage {usage:.1%}" if usage is not None else "")
+            + f"\n{Path(self.out) / 'grid.png'}\n{Path(self.out) / 'report.json'}"
+        )
+
+
+@dataclass(frozen=True)
+class Tokenize(Generic[Settings]):
+    """Store the codes of a data set, for training a transformer on them.
+
+    Which images and which crops is said by `--data.*`. The defaults are those of the tokenizer's own training, with ten crops
+    in place of random ones: dar-jax tokenize CHECKPOINT --help. An interrupted run goes on where it stopped. Train on the
+    result with `--data.source codes --data.path OUT`. Of several hosts each writes its share into the same folder.
+
+    Example: dar-jax tokenize runs/tokenizer --data.path imagenet --out imagenet_codes
+    """
+
+    checkpoint: Place  # a run's folder, of a tokenizer or a transformer, or one of its checkpoints/STEP; comes first
+    out: str  # the folder to write to, perhaps gs://BUCKET/...
+    data: Annotated[Settings, tyro.conf.FlagConversionOff]
+    shard_size: Batch = 4096  # images per file
+    experiment: Optional[str] = None  # the run's experiment file, if that replaced the model or the source
+    weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
+    mesh: Optional[Mesh] = None  # each host's devices along data, fsdp and tensor; else all of them along data
+    batch_size: Batch = 64  # images, each with all its crops, at a time
+
+    @classmethod
+    def with_defaults(cls, checkpoint: str) -> tuple[Any, "Tokenize"]:
+        """The type to parse and the values of what is not given."""
+        from dar_jax.inference.trained import find
+
+        data = find(checkpoint).tokenizer.config.data
+        if data.crop == "random":
+            data = dataclasses.replace(data, crop="ten_crop", flip=False)
+        return cls[DataConfig], cls(checkpoint, tyro.MISSING, data)
+
+    def run(self) -> None:
+        import jax
+
+        from dar_jax.data.sources import open_source
+        from dar_jax.files import check_writable
+        from dar_jax.inference.tokenize import check_data, tokenize
+        from dar_jax.inference.trained import find, load_tokenizer
+
+        experiment, model = _experiment(self.experiment), find(self.checkpoint).tokenizer.config.model
+        check_data(model, self.data)
+        source = ((experiment and experiment.source) or open_source)(self.data)
+        check_writable(self.out)
+        trained = load_tokenizer(self.checkpoint, experiment, self.weights, _mesh(self.mesh, jax.local_devices()))
+        info = tokenize(trained, source, self.data, self.out, self.batch_size, self.shard_size)
+        show(f"{self.out}: {info.crops} x {info.tokens} codes for each of {info.images} images, in {info.shards} files")
+
+
+@dataclass(frozen=True)
+class Info:
+    """Say what a checkpoint holds: networks and their sizes, steps, data and settings.
+
+    Example: dar-jax info runs/digits
+    """
+
+    checkpoint: Place  # a run's folder, or one of its checkpoints/STEP
+
+    def run(self) -> None:
+        from dar_jax.inference.info import describe
+
+        show(describe(self.checkpoint))

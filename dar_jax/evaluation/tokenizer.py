@@ -1,0 +1,166 @@
+"""How well a tokenizer keeps images: PSNR, SSIM, LPIPS, rFID, and how its codebook is used.
+
+Shapes: B images, H W pixels, C channels, V codes.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dar_jax.config import DataConfig, SamplingConfig
+from dar_jax.console import Progress
+from dar_jax.data.pipeline import epoch
+from dar_jax.data.sources import Source
+from dar_jax.errors import InputError
+from dar_jax.evaluation import metrics
+from dar_jax.evaluation.extractor import Extractor
+from dar_jax.evaluation.fid import FEW
+from dar_jax.evaluation.statistics import RunningStatistics
+from dar_jax.features.load import load_lpips
+from dar_jax.features.vgg_lpips import SMALLEST, Lpips
+from dar_jax.inference.reconstruct import reconstruct
+from dar_jax.inference.trained import Trained, seeds_from
+from dar_jax.models.pixels import to_float
+from dar_jax.parallel.batches import full_batch, pad, put_batch, to_host
+from dar_jax.weights.published import resolve
+
+NAMES = {
+    "psnr": "PSNR (dB)",
+    "ssim": "SSIM",
+    "lpips": "LPIPS (VGG16)",
+    "rfid": "rFID",
+    "rsfid": "rsFID",
+    "codebook_usage": "codes in use",
+    "codebook_entropy": "entropy of codes (bits)",
+}
+
+
+@dataclass(frozen=True)
+class LpipsWeights:
+    """Parameters of `Lpips`, and what they were read from, one line."""
+
+    params: dict
+    description: str
+
+
+def open_lpips(path: str | os.PathLike | None = None) -> LpipsWeights:
+    """The weights of LPIPS: a file or folder, else looked for as `release.weights.resolve` does. Raises InputError as that."""
+    found = resolve("lpips_vgg16", path)
+    return LpipsWeights(load_lpips(*found.files), str(found))
+
+
+def evaluate_tokenizer(
+    trained: Trained,
+    source: Source,
+    data: DataConfig,
+    extractor: Extractor | None = None,
+    lpips: LpipsWeights | None = None,
+    sampling: SamplingConfig | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    num_images: int | None = None,
+) -> dict[str, Any]:
+    """Encodes and decodes the images of a data set, centre-cropped to the tokenizer's size.
+
+    Args:
+      extractor: for rFID (and rsFID, of the spatial features), between the images and what is decoded; None: left out.
+      lpips: None: left out.
+      sampling: its solver and number of steps count.
+      seed: image i is denoised from the noise of seed + i.
+      num_images: only so many, from the first on; None: all.
+
+    Returns a JSON-able report: the keys of `NAMES`, means over images where they are of each; `left_out`, why one is missing;
+    `images`, `unreadable`, `data`, `weights`, `notes`. Raises InputError where no image can be read, or a seed is
+    not in [0, 2**32).
+    """
+    total = min(num_images or len(source), len(source))
+    seeds = seeds_from(seed, total)
+    size = full_batch(min(batch_size, total), trained.mesh)
+    config, left_out, of_each = trained.config, {}, {"psnr": [], "ssim": [], "lpips": []}
+    if config.image_size < metrics.WINDOW:
+        left_out["ssim"] = f"it needs images of at least {metrics.WINDOW} pixels"
+    if lpips is None or config.image_size < SMALLEST:
+        left_out["lpips"] = f"it needs images of at least {SMALLEST} pixels" if lpips else "there are no weights for it"
+    if extractor is None:
+        left_out["rfid"] = left_out["rsfid"] = "there are no weights of Inception"
+    sides = [] if extractor is None else [RunningStatistics(extractor.network, total, 0) for _ in range(2)]
+    counts = np.zeros(config.codebook_size, np.int64)
+    images = 0
+    with Progress("evaluated", total) as progress:
+        for number, batch in enumerate(epoch(source, data, batch_size=size, stop=total)):
+            places = np.flatnonzero(batch["valid"])
+            progress.add(min(size, total - progress.done))
+            if not len(places):
+                continue
+            originals = batch["image"][places]
+            result = reconstruct(trained, originals, seeds[number * size + places], sampling, size)
+            images += len(places)
+            of_each["psnr"].append(result.psnr)
+            pair = put_batch((pad(originals, size), pad(result.images, size)), trained.mesh)
+            for name, function, arguments in (("ssim", _ssim, ()), ("lpips", _lpips, (lpips and lpips.params,))):
+                if name not in left_out:
+                    of_each[name].append(to_host(function(*arguments, *pair))[: len(places)])
+            if result.codes is not None:
+                counts += np.bincount(result.codes.reshape(-1), minlength=len(counts))
+            for side, pixels in zip(sides, (originals, result.images)):
+                for features in extractor([pixels]):
+                    side.add(features)
+    if images == 0:
+        raise InputError(f"none of the {total} images can be read: {source.description}")
+
+    report = {name: float(np.mean(np.concatenate(values))) for name, values in of_each.items() if name not in left_out}
+    if sides and images == 1:
+        left_out["rfid"] = left_out["rsfid"] = "it needs more than one image"
+    elif sides:
+        shape = (config.image_size, config.image_size, config.channels)
+        real, fake = (side.result(source.description, shape) for side in sides)
+        report["rfid"] = metrics.frechet_distance(real.pool, fake.pool).value
+        report["rsfid"] = metrics.frechet_distance(real.spatial, fake.spatial).value
+    if config.vq_enable:
+        codes = metrics.code_statistics(counts)
+        report |= {"codebook_usage": codes.usage, "codebook_entropy": codes.entropy}
+    else:
+        left_out["codebook_usage"] = left_out["codebook_entropy"] = "the tokenizer is continuous"
+    notes = []
+    if "rfid" in report and images < FEW:
+        notes.append(f"rFID of {images:,} images is biased upwards, about as 1 / N: compare it only at equal numbers")
+    return report | {
+        "left_out": left_out,
+        "images": images,
+        "unreadable": total - images,
+        "data": source.description,
+        "weights": {
+            "inception": extractor and f"{extractor.network.weights} (SHA-256 {extractor.network.sha256})",
+            "resize": extractor and extractor.network.resize,
+            "lpips": lpips and lpips.description,
+        },
+        "notes": notes,
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as text for people."""
+    lines = []
+    for name, title in NAMES.items():
+        if name in report:
+            value = f"{report[name]:.1%}" if name == "codebook_usage" else f"{report[name]:.4f}"
+            lines.append(f"{title:24} {value:>10}")
+    unreadable = f", {report['unreadable']:,} unreadable" if report["unreadable"] else ""
+    lines += ["", f"{'images':24} {report['images']:,}{unreadable}: {report['data']}"]
+    lines += [f"{title:24} {text}" for title, text in report["weights"].items() if text]
+    lines += [f"{'left out':24} {NAMES[name]}: {why}" for name, why in report["left_out"].items()]
+    return "\n".join(lines + [f"{'note':24} {note}" for note in report["notes"]])
+
+
+_ssim = jax.jit(metrics.ssim)
+
+
+@jax.jit
+def _lpips(params: dict, images: jax.Array, others: jax.Array) -> jax.Array:
+    """uint8 [B, H, W, C] twice, grey or RGB -> [B]."""
+    images, others = (to_float(jnp.broadcast_to(x, (*x.shape[:3], 3))) for x in (images, others))
+    return Lpips().apply({"params": params}, images, others)

@@ -1,0 +1,199 @@
+"""Images -> codes -> images, and how well that went.
+
+Shapes: N images, B images at a time, H W pixels, C channels, T tokens, E code dimension.
+"""
+
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from dar_jax.config import DataConfig, SamplingConfig, TokenizerConfig
+from dar_jax.console import Progress
+from dar_jax.data.pipeline import epoch
+from dar_jax.data.sources import FolderSource, open_source, read_image
+from dar_jax.data.transforms import center_crop
+from dar_jax.errors import InputError
+from dar_jax.files import write_json
+from dar_jax.inference import pictures
+from dar_jax.inference.trained import Trained, seeds_from
+from dar_jax.models.pixels import psnr, to_float, to_uint8
+from dar_jax.models.quantizer import Quantized
+from dar_jax.parallel.batches import full_batch, pad, put_batch, to_host
+from dar_jax.sampling.denoise import initial_noise
+from dar_jax.sampling.sampler import decode
+from dar_jax.sampling.settings import Networks, make_settings
+
+SHOWN = 32  # pairs in the grid of a folder
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """images uint8 [N, H, W, C]; psnr [N] float64 in dB; codes int32 [N, T], None of a continuous tokenizer."""
+
+    images: np.ndarray
+    psnr: np.ndarray
+    codes: np.ndarray | None
+
+
+def reconstruct(
+    trained: Trained, images: np.ndarray, seeds: np.ndarray, sampling: SamplingConfig | None = None, batch_size: int = 64
+) -> Reconstructed:
+    """Encodes and decodes images.
+
+    Args:
+      images: uint8 [N, H, W, C] of the tokenizer's image size, which is also that of the result.
+      seeds: [N] integers, of the noise that each image is denoised from.
+      sampling: its solver and number of steps count; None: the defaults.
+      batch_size: images at a time, rounded up to fit the devices; fewer are padded, so that one compilation serves.
+    """
+    prepared = trained.sampler_params  # the resolution changes none of them
+    trained = trained.with_tokenizer(at_image_size(trained.config))
+    networks, params, mesh = trained.networks, trained.params, trained.mesh
+    settings = make_settings(sampling or SamplingConfig(), trained.config)
+    size = full_batch(batch_size, mesh, trained.decoder_mesh or mesh)
+    decoded, codes = [], []
+    for count, (batch, batch_seeds) in _batches(size, images, np.asarray(seeds, np.uint32)):
+        with jax.set_mesh(mesh):
+            quantized = quantize(networks, params, put_batch(batch, mesh))
+            noise = initial_noise(put_batch(batch_seeds, mesh), trained.config)
+            samples = decode(networks, prepared, settings, quantized.values, noise)
+        decoded.append(to_uint8(to_host(samples.images)[:count]))
+        if quantized.codes is not None:
+            codes.append(to_host(quantized.codes)[:count])
+    decoded = np.concatenate(decoded)
+    return Reconstructed(decoded, psnr(images, decoded), np.concatenate(codes) if codes else None)
+
+
+def encode(trained: Trained, images: np.ndarray, batch_size: int = 64) -> np.ndarray:
+    """uint8 [N, H, W, C] -> codes int32 [N, T], `batch_size` images at a time as in `reconstruct`."""
+    codes = []
+    for count, (batch,) in _batches(full_batch(batch_size, trained.mesh), images):
+        with jax.set_mesh(trained.mesh):
+            quantized = quantize(trained.networks, trained.params, put_batch(batch, trained.mesh))
+        codes.append(to_host(quantized.codes)[:count])
+    return np.concatenate(codes)
+
+
+@functools.partial(jax.jit, static_argnames="networks")
+def quantize(networks: Networks, params: dict, images: jax.Array) -> Quantized:
+    """uint8 [B, H, W, C] -> the quantizer's result: codes [B, T] and the values [B, T, E] that `decode` takes."""
+    apply = functools.partial(networks.tokenizer.apply, {"params": params["tokenizer"]})
+    return apply(apply(to_float(images), method="encode"), method="quantize")
+
+
+def codebook_usage(codes: np.ndarray, codebook_size: int) -> float:
+    """Share of the codebook that occurs in codes of any shape."""
+    return len(np.unique(codes)) / codebook_size
+
+
+def at_image_size(config: TokenizerConfig) -> TokenizerConfig:
+    """The same tokenizer, decoding at the size of the images it encodes."""
+    return dataclasses.replace(config, sampling_resolution=None, output_resolution=None)
+
+
+def open_images(folder: str | os.PathLike, split: str, config: TokenizerConfig) -> FolderSource:
+    """The images of a folder that a tokenizer is to encode.
+
+    Raises InputError if there are none, or one is smaller than the tokenizer's patches.
+    """
+    source = open_source(
+        DataConfig(source="folder", path=os.fspath(folder), split=split, image_size=config.image_size, channels=config.channels)
+    )
+    for file in source.files:
+        try:
+            with Image.open(file) as image:
+                size = image.size
+        except OSError:
+            continue  # reported when it is read
+        check_size(file, size, config)
+    return source
+
+
+def open_image(path: str | os.PathLike, config: TokenizerConfig, size: int) -> np.ndarray:
+    """One image, centre-cropped: uint8 [size, size, C].
+
+    Raises InputError if it cannot be read or is smaller than the tokenizer's patches.
+    """
+    try:
+        image = read_image(path, config.channels, size)
+    except FileNotFoundError as error:
+        raise InputError(f"there is no image {path}") from error
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"the image {path} cannot be read: {error}") from error
+    check_size(path, image.shape[1::-1], config)
+    return center_crop(image, size)
+
+
+def check_size(path: str | os.PathLike, size: tuple[int, int], config: TokenizerConfig) -> None:
+    """Raises InputError where an image of this size (width, height) is smaller than the tokenizer's patches."""
+    if min(size) < config.encoder_patch_size:
+        raise InputError(
+            f"{path} is {size[0]} x {size[1]} pixels, smaller than the tokenizer's patches of {config.encoder_patch_size}"
+        )
+
+
+def reconstruct_folder(
+    trained: Trained,
+    source: FolderSource,
+    out: str | os.PathLike,
+    sampling: SamplingConfig | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> dict[str, Any]:
+    """Reconstructs every image of `open_images`.
+
+    Writes `images/...png` (under the names they had), `grid.png` (original beside reconstruction, of the first 32) and
+    `report.json` into the folder `out`; returns the report.
+    """
+    started = time.perf_counter()
+    out, config, seeds = Path(out), trained.config, seeds_from(seed, len(source))
+    data = DataConfig(image_size=config.image_size)
+    size = full_batch(min(batch_size, len(source)), trained.mesh)
+    scores, codes, pairs = {}, [], []
+    with Progress("reconstructed", len(source)) as progress:
+        for number, batch in enumerate(epoch(source, data, batch_size=size)):
+            places = np.flatnonzero(batch["valid"])
+            progress.add(min(size, len(source) - number * size))
+            if not len(places):
+                continue
+            images, indices = batch["image"][places], number * size + places
+            result = reconstruct(trained, images, seeds[indices], sampling, size)
+            for index, image, score in zip(indices, result.images, result.psnr):
+                name = Path(source.files[index]).relative_to(source.folder)
+                kept = name if name.suffix == ".png" else name.with_name(name.name + ".png")
+                pictures.save_png(out / "images" / kept, image)
+                scores[str(name)] = round(float(score), 3)
+            if result.codes is not None:
+                codes.append(np.unique(result.codes))
+            if sum(len(originals) for originals, _ in pairs) < SHOWN:
+                pairs.append((images, result.images))
+    if not scores:
+        raise InputError(f"none of the {len(source)} images can be read, for instance {source.files[0]}")
+    originals, decoded = (np.concatenate(images)[:SHOWN] for images in zip(*pairs))
+    pictures.save_png(out / "grid.png", pictures.beside(originals, decoded))
+    report = {
+        "images": len(scores),
+        "unreadable": len(source) - len(scores),
+        "psnr": float(np.mean(list(scores.values()))),
+        "codebook_usage": codebook_usage(np.concatenate(codes), config.codebook_size) if codes else None,
+        "seconds": round(time.perf_counter() - started, 1),
+        "psnr_of_each": scores,
+    }
+    write_json(out / "report.json", report)
+    return report
+
+
+def _batches(size: int, *arrays: np.ndarray) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """Cuts arrays [N, ...] into parts of `size` rows, the last one padded; yields how many rows count, and the parts."""
+    for start in range(0, len(arrays[0]), size):
+        parts = [array[start : start + size] for array in arrays]
+        yield len(parts[0]), [pad(part, size) for part in parts]

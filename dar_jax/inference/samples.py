@@ -1,0 +1,265 @@
+"""Samples from a trained transformer: any number of (label, seed) pairs, batch by batch, with or without previews.
+
+Shapes: N samples, n of them in a batch, T tokens, Q tokens per group, H W pixels of an image, R pixels along a side while
+denoising, C channels.
+"""
+
+import dataclasses
+import difflib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from dar_jax.config import SamplingConfig, TokenizerConfig, validate_tokenizer
+from dar_jax.console import Progress
+from dar_jax.errors import InputError
+from dar_jax.inference import pictures
+from dar_jax.inference.reconstruct import encode, open_image
+from dar_jax.inference.trained import Found, Trained
+from dar_jax.models.pixels import to_float, to_uint8
+from dar_jax.parallel.batches import full_batch, pad, put_batch, to_host
+from dar_jax.sampling.sampler import generate, stream
+from dar_jax.sampling.settings import Settings, make_settings
+
+NAME_LENGTH = 50  # characters of the run's name in names of files, of which systems take 255 bytes
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The samples of one batch as they stand after `groups` groups.
+
+    rows: which of the N samples they are; tokens int32 [n, groups Q]; images uint8 [n, H, W, C], the previews of the
+    unfinished ones.
+    """
+
+    rows: slice
+    groups: int
+    tokens: np.ndarray
+    images: np.ndarray
+
+
+def sample(
+    trained: Trained,
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    sampling: SamplingConfig | Settings,
+    batch_size: int = 64,
+    prefix: np.ndarray | None = None,
+    image: np.ndarray | None = None,
+    previews: bool = False,
+) -> Iterator[Drawn]:
+    """Draws N samples. Each depends on its own label and seed only, not on the batch it is drawn in.
+
+    Args:
+      labels, seeds: N integers each; seeds in [0, 2**32).
+      sampling: settings, or what `make_settings` made of them.
+      batch_size: samples at a time, rounded up to fit the devices; the last batch is padded, so that one compilation serves.
+      prefix: int32 [k] or [N, k], the first k tokens of all or of each (layout control).
+      image: uint8 [R, R, C] to start all of them from at `sampling.start_step`.
+      previews: whether to yield every batch after each of its groups, as soon as that one ends, and not only in the end.
+    """
+    settings = sampling
+    if isinstance(sampling, SamplingConfig):
+        settings = make_settings(sampling, trained.config, trained.guidance)
+    networks, params, mesh = trained.networks, trained.sampler_params, trained.mesh
+    labels, seeds = np.asarray(labels, np.int32), np.asarray(seeds, np.uint32)
+    size = full_batch(batch_size, mesh, trained.decoder_mesh or mesh)
+    given = {}
+    if prefix is not None:
+        prefix = np.broadcast_to(np.asarray(prefix, np.int32), (len(labels), np.shape(prefix)[-1]))
+    if image is not None:
+        given["image"] = put_batch(np.broadcast_to(to_float(image), (size, *image.shape)), mesh)
+    for start in range(0, len(labels), size):
+        rows = slice(start, min(start + size, len(labels)))
+        if prefix is not None:
+            given["prefix"] = put_batch(pad(prefix[rows], size), mesh)
+        arguments = (networks, params, settings, *put_batch((pad(labels[rows], size), pad(seeds[rows], size)), mesh))
+        steps = stream(*arguments, **given) if previews else (generate(*arguments, **given) for _ in range(1))
+        while True:
+            with jax.set_mesh(mesh):
+                samples = next(steps, None)
+            if samples is None:
+                break
+            count = rows.stop - rows.start
+            tokens = to_host(samples.tokens)[:count]
+            images = to_uint8(to_host(samples.images)[:count])
+            yield Drawn(rows, tokens.shape[1] // trained.config.tokens_per_group, tokens, images)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `dar-jax sample` is asked for, checked against the checkpoint; see `make_request`."""
+
+    labels: tuple[int, ...]
+    seeds: tuple[int, ...]
+    sampling: SamplingConfig
+    tokenizer: TokenizerConfig
+    prefix: np.ndarray | None  # tokens int32 [k], or
+    reference: np.ndarray | None  # an image uint8 [H, W, C], of whose tokens
+    prefix_length: int  # so many are taken
+    image: np.ndarray | None  # uint8 [R, R, C] to start from
+
+
+def make_request(
+    found: Found,
+    labels: Sequence[str],
+    seeds: Sequence[int],
+    sampling: SamplingConfig,
+    prefix_image: str | None = None,
+    prefix_tokens: Sequence[int] | None = None,
+    prefix_length: int | None = None,
+    start_image: str | None = None,
+    resolution: int | None = None,
+    output_resolution: int | None = None,
+) -> Request:
+    """Checks everything that can be wrong with a request before any weights are read.
+
+    Args:
+      found: what the checkpoint is, of `find_transformer`.
+      labels: names or numbers of classes. One label goes with many seeds, one seed with many labels, equally many pair up.
+      prefix_image, prefix_tokens: where the first `prefix_length` tokens come from (default: all of `prefix_tokens`).
+      start_image: to start from at `sampling.start_step`.
+      resolution, output_resolution: pixels are denoised at the one and resized to the other (default: the tokenizer's).
+
+    Raises InputError in one line where labels, seeds, settings, tokens or images do not fit.
+    """
+    model = found.transformer.config.model
+    tokenizer = _at_resolution(found.tokenizer.config.model, resolution, output_resolution)
+    make_settings(sampling, tokenizer)
+    numbers, seeds = pair([class_number(label, found.transformer.class_names) for label in labels], seeds)
+    if (start_image is None) != (sampling.start_step == 0):
+        raise InputError(
+            f"start_step is {sampling.start_step}: an image to start from needs a step from 1 on, and the other way round"
+        )
+    if prefix_image is not None and prefix_tokens is not None:
+        raise InputError("a prefix comes from an image or from tokens, not from both")
+    given = len(prefix_tokens) if prefix_tokens is not None else model.num_tokens
+    if prefix_length is None:
+        if prefix_image is not None:
+            raise InputError("a prefix image needs a prefix length: how many of its first tokens are kept")
+        prefix_length = 0 if prefix_tokens is None else given
+    elif prefix_image is None and prefix_tokens is None:
+        raise InputError("a prefix length needs a prefix image or prefix tokens")
+    if not 0 <= prefix_length <= min(given, model.num_tokens):
+        raise InputError(f"the prefix length is {prefix_length}, it should be 0 .. {min(given, model.num_tokens)}")
+    if wrong := [token for token in prefix_tokens or () if not 0 <= token < model.vocab_size]:
+        raise InputError(f"the prefix token {wrong[0]} is out of range, tokens are 0 .. {model.vocab_size - 1}")
+    reference = None if prefix_image is None else open_image(prefix_image, tokenizer, tokenizer.image_size)
+    return Request(
+        labels=numbers,
+        seeds=seeds,
+        sampling=sampling,
+        tokenizer=tokenizer,
+        prefix=None if prefix_tokens is None else np.asarray(prefix_tokens[:prefix_length], np.int32),
+        reference=reference,
+        prefix_length=prefix_length,
+        image=None if start_image is None else open_image(start_image, tokenizer, tokenizer.resolution),
+    )
+
+
+def class_number(label: str, class_names: Sequence[str]) -> int:
+    """The number of a class given by name or by number; a name goes first where both are possible.
+
+    Raises InputError, with a similar name where there is one.
+    """
+    if label in class_names:
+        return class_names.index(label)
+    last = len(class_names) - 1
+    if not re.fullmatch(r"[+-]?\d{1,18}", label):
+        similar = difflib.get_close_matches(label, class_names, 1)
+        hint = f"; did you mean {similar[0]}?" if similar else ""
+        raise InputError(f"there is no class {label!r}, classes are names or 0 .. {last}{hint}")
+    if not 0 <= int(label) <= last:
+        raise InputError(f"the label {label} is out of range, classes are 0 .. {last}")
+    return int(label)
+
+
+def pair(labels: Sequence[int], seeds: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """One label with many seeds, one seed with many labels, or equally many of both: labels and seeds of equal length.
+
+    Raises InputError where they do not pair up or a seed is not in [0, 2**32).
+    """
+    if wrong := [seed for seed in seeds if not 0 <= seed < 2**32]:
+        raise InputError(f"the seed {wrong[0]} is out of range, seeds are 0 .. 2**32 - 1")
+    if len(labels) == 1 or len(seeds) == 1:
+        return tuple(labels) * len(seeds), tuple(seeds) * len(labels)
+    if len(labels) != len(seeds):
+        raise InputError(f"{len(labels)} labels and {len(seeds)} seeds do not pair up; give one of either, or equally many")
+    return tuple(labels), tuple(seeds)
+
+
+def write_samples(
+    trained: Trained,
+    request: Request,
+    out: str | os.PathLike,
+    batch_size: int = 32,
+    previews: bool = False,
+    animate: bool = False,
+) -> list[Path]:
+    """Draws what is requested and writes it into the folder `out`; returns the paths.
+
+    Writes NAME_label3_seed11.png for each sample and `grid.png`; with `previews` also NAME_label3_seed11_group1.png and so on
+    as each group ends, and `groups.png`, a row for each sample; with `animate` also `denoising.webp`.
+    """
+    trained, out = trained.with_tokenizer(request.tokenizer), Path(out)
+    names, total = trained.class_names, len(request.labels)
+    run = re.sub(r"[^\w.-]+", "_", trained.found.transformer.config.name)[:NAME_LENGTH]
+    stems = [f"{run}_label{label}_seed{seed}" for label, seed in zip(request.labels, request.seeds)]
+    captions = [f"{names[label]} #{seed}" for label, seed in zip(request.labels, request.seeds)]
+    num_groups = request.sampling.num_groups or trained.config.num_groups
+    prefix = request.prefix
+    if request.reference is not None:
+        prefix = encode(trained, request.reference[None], batch_size=1)[0, : request.prefix_length]
+
+    written, groups = [], [[] for _ in range(num_groups)]
+    drawn = sample(
+        trained,
+        request.labels,
+        request.seeds,
+        request.sampling,
+        batch_size=min(batch_size, total),
+        prefix=prefix if request.prefix_length else None,
+        image=request.image,
+        previews=previews or animate,
+    )
+
+    def write(name: str, image: np.ndarray) -> None:
+        pictures.save_png(out / name, image)
+        written.append(out / name)
+
+    with Progress("sampled", total) as progress:
+        for batch in drawn:
+            groups[batch.groups - 1].append(batch.images)
+            for stem, image in zip(stems[batch.rows], batch.images):
+                if previews:
+                    write(f"{stem}_group{batch.groups}.png", image)
+                if batch.groups == num_groups:
+                    write(f"{stem}.png", image)
+            if batch.groups == num_groups:
+                progress.add(len(batch.images))
+    images = [np.concatenate(group) for group in groups if group]
+    write("grid.png", pictures.sheet(images[-1], captions))
+    if previews:
+        write("groups.png", pictures.group_by_group(np.stack(images), captions))
+    if animate:
+        pictures.save_animation(out / "denoising.webp", [pictures.sheet(frame, captions) for frame in images])
+        written.append(out / "denoising.webp")
+    return written
+
+
+def _at_resolution(config: TokenizerConfig, resolution: int | None, output: int | None) -> TokenizerConfig:
+    if resolution is not None:
+        if resolution < config.image_size:
+            raise InputError(f"the resolution {resolution} is below the tokenizer's image size {config.image_size}")
+        config = dataclasses.replace(config, sampling_resolution=resolution)
+    if output is not None:
+        if not 0 < output <= config.resolution:
+            raise InputError(f"the output resolution {output} should be 1 .. {config.resolution}, images are only resized down")
+        config = dataclasses.replace(config, output_resolution=output)
+    validate_tokenizer(config)
+    return config

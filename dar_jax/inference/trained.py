@@ -1,0 +1,178 @@
+"""Checkpoints made ready for use: networks and their weights, on the devices.
+
+A transformer's folder holds its tokenizer in the sub-folder `tokenizer`, so it can be used wherever a tokenizer is wanted.
+"""
+
+import dataclasses
+import functools
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dar_jax import parallel
+from dar_jax.config import MeshConfig, TokenizerConfig, TokenizerTraining
+from dar_jax.errors import InputError
+from dar_jax.experiment import Experiment
+from dar_jax.sampling.logits import linear_guidance
+from dar_jax.sampling.prepare import SamplerParams, prepare, separate
+from dar_jax.sampling.settings import GuidanceSchedule, Networks
+from dar_jax.training import checkpoint
+from dar_jax.training.stages import matmul_dtype
+
+log = logging.getLogger("dar_jax.evaluation")
+
+Weights = Literal["ema", "params"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a checkpoint consists of, before any weights are read; `transformer` is None for a tokenizer's."""
+
+    tokenizer: checkpoint.Info
+    transformer: checkpoint.Info | None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Networks with their weights on a mesh: the parameters are {"tokenizer": ..., "llama": ...}, as the sampler takes them."""
+
+    found: Found
+    networks: Networks
+    params: dict[str, Any]
+    guidance: GuidanceSchedule
+    mesh: Mesh
+    decoder_mesh: Mesh | None = None  # devices of their own for denoising samples, see `sampler.separate`
+
+    @property
+    def config(self) -> TokenizerConfig:
+        """The tokenizer's sizes."""
+        return self.networks.tokenizer.config
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return (self.found.transformer or self.found.tokenizer).class_names
+
+    @functools.cached_property
+    def sampler_params(self) -> SamplerParams:
+        """The parameters as the sampler reads them, made at the first use."""
+        with jax.set_mesh(self.mesh):
+            params = prepare(self.networks, self.params)
+        return params if self.decoder_mesh is None else separate(params, self.decoder_mesh)
+
+    def with_tokenizer(self, config: TokenizerConfig) -> "Trained":
+        """The same weights in a tokenizer of other settings, of which the resolution may differ."""
+        tokenizer = self.networks.tokenizer.clone(config=config)
+        return dataclasses.replace(self, networks=dataclasses.replace(self.networks, tokenizer=tokenizer))
+
+
+def find(path: str | os.PathLike) -> Found:
+    """Looks at a checkpoint (a run's folder or its checkpoints/STEP) of either stage.
+
+    Raises InputError where there is none, it is damaged, or a transformer's lacks its tokenizer.
+    """
+    info = checkpoint.inspect(path)
+    if isinstance(info.config, TokenizerTraining):
+        return Found(info, None)
+    folder = info.workdir / "tokenizer"
+    if not folder.is_dir():
+        raise InputError(f"{info.workdir} lacks its tokenizer; put one there with: dar-jax import FILE --workdir {folder}")
+    return Found(checkpoint.inspect(folder), info)
+
+
+def find_transformer(path: str | os.PathLike) -> Found:
+    """`find` for what needs a transformer. Raises InputError for a tokenizer."""
+    found = find(path)
+    if found.transformer is None:
+        raise InputError(f"{path} holds a tokenizer; sampling needs the folder of a transformer's run")
+    return found
+
+
+def load_tokenizer(
+    path: str | os.PathLike, experiment: Experiment | None = None, weights: Weights = "ema", mesh: Mesh | None = None
+) -> Trained:
+    """The tokenizer of a checkpoint of either stage.
+
+    Args:
+      experiment: that of the checkpoint's run, needed if it had replaced the model.
+      weights: of a tokenizer's own run; a transformer's folder holds only the moving average of its tokenizer.
+      mesh: where the weights go; None: that of `run_mesh`.
+
+    Raises InputError where the checkpoint is missing, damaged, or needs its experiment.
+    """
+    found = find(path)
+    if found.transformer is not None:
+        weights = "ema"
+    mesh = mesh or run_mesh(found.tokenizer.config.mesh)
+    network, params = _load(found.tokenizer, _tokenizer_part(experiment), weights, mesh)
+    return Trained(found, Networks(network), {"tokenizer": params}, linear_guidance, mesh)
+
+
+def load_sampler(
+    path: str | os.PathLike,
+    experiment: Experiment | None = None,
+    weights: Weights = "ema",
+    mesh: Mesh | None = None,
+    decoder_mesh: Mesh | None = None,
+) -> Trained:
+    """Both stages of a transformer's checkpoint. Arguments as of `load_tokenizer`; `weights` are the transformer's.
+
+    With a `decoder_mesh`, whose devices are not those of `mesh`, samples are denoised there, see `sampler.separate`.
+
+    Raises InputError where the checkpoint is missing, damaged, a tokenizer's, or needs its experiment.
+    """
+    found = find_transformer(path)
+    mesh = mesh or run_mesh(found.transformer.config.mesh)
+    llama, llama_params = _load(found.transformer, experiment, weights, mesh)
+    tokenizer, tokenizer_params = _load(found.tokenizer, _tokenizer_part(experiment), "ema", mesh)
+    guidance = (experiment and experiment.guidance) or linear_guidance
+    params = {"tokenizer": tokenizer_params, "llama": llama_params}
+    return Trained(found, Networks(tokenizer, llama), params, guidance, mesh, decoder_mesh)
+
+
+def unless_missing(load: Callable[[], T], given: str | None = None) -> T | None:
+    """The weights that `load` finds; None, with a warning, where they are missing and nobody has `given` a path for them."""
+    try:
+        return load()
+    except InputError as error:
+        if given is not None:
+            raise
+        log.warning("not evaluated: %s", error)
+        return None
+
+
+def run_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh for using the weights of a run: `tensor` as there, all other devices along `data`, where that fits the devices
+    (default: all there are).
+
+    Nothing is cut over `fsdp`, which would gather all weights for every token.
+    """
+    try:
+        return parallel.make_mesh(MeshConfig(data=1 if config.tensor == -1 else -1, tensor=config.tensor), devices)
+    except InputError as error:
+        log.info("%s; using all of them along data", error)
+        return parallel.make_mesh(MeshConfig(), devices)
+
+
+def seeds_from(first: int, count: int) -> np.ndarray:
+    """The seeds first, first + 1, ...: uint32 [count]. Raises InputError where one is not in [0, 2**32)."""
+    if not 0 <= first <= 2**32 - count:
+        raise InputError(f"the seeds {first} .. {first + count - 1} are not all between 0 and 2**32 - 1")
+    return np.arange(first, first + count).astype(np.uint32)
+
+
+def _load(info: checkpoint.Info, experiment: Experiment | None, weights: Weights, mesh: Mesh) -> tuple[Any, Any]:
+    loaded = checkpoint.load(info.path, experiment, weights, mesh)
+    return loaded.experiment.build_model(matmul_dtype(info.config.train.dtype)), loaded.params
+
+
+def _tokenizer_part(experiment: Experiment | None) -> Experiment | None:
+    if experiment is None or isinstance(experiment.config, TokenizerTraining):
+        return experiment
+    return experiment.tokenizer

@@ -1,0 +1,153 @@
+"""Where arrays live: the device mesh, and one table that says how every parameter is cut over it.
+
+The mesh has three axes. `data` and `fsdp` share the batch; `fsdp` also cuts parameters along their width, so that each device
+keeps a part and gathers the rest when it is needed; `tensor` cuts heads and hidden units: products into them by columns,
+products out of them by rows, so that a block needs one sum over `tensor` for its attention and one for its MLP.
+Callers enter the mesh with `jax.set_mesh(mesh)`; one device is a 1 x 1 x 1 mesh.
+
+By default all devices stand along `data`: every one holds all of the state, 16 bytes a parameter, and the only traffic is the
+sum of the gradients. That is best as long as the state leaves room for activations. Larger models, as in the ImageNet recipes,
+take `MeshConfig(data=-1, fsdp=-1)`, which cuts it over up to `MOST_PARTS` devices, at the price of gathering each layer's
+parameters in the forward and in the backward pass. More parts save little memory, and on a TPU parts of less than a tile are
+not scattered but summed up whole. Where the network between hosts is slow, `MeshConfig(data=-1, fsdp=N)` with the N devices of
+one host keeps that traffic inside.
+`tensor` is for layers that do not fit otherwise, and for sampling in small batches.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dar_jax.parallel.mesh import BATCH
+
+Rules = Sequence[tuple[str, P]]
+
+# (regular expression on the end of a parameter's path, how its LAST dimensions are cut). The first match counts. Dimensions
+# that a rule does not name, such as the leading layers of a stack of blocks, stay whole.
+RULES: Rules = (
+    # frozen feature networks and the discriminator: convolutions and their norms are small, and whole everywhere
+    (r"conv\d_\d/kernel|(Conv2d_\w+|branch\w+|fc)/kernel|discriminator/\w+/kernel", P()),
+    (r"class_token|head\d|mean|var", P()),
+    (r"qkv/bias", P("tensor", None, None)),
+    # attention: kernels [D, N, K] and [N, K, D], fused kernel [D, M, R + 2, K]
+    (r"[qkv]/kernel", P("fsdp", "tensor", None)),
+    (r"[qkv]/bias", P("tensor", None)),
+    (r"qkv/kernel", P("fsdp", "tensor", None, None)),
+    (r"(cross_)?attention/out/kernel", P("tensor", None, "fsdp")),
+    # linears into a wider or hidden layer, and out of it
+    (r"(in|linear0|linear2)/kernel", P("fsdp", "tensor")),
+    (r"(in|linear0|linear2)/bias", P("tensor")),
+    # [D, parts, hidden]: what is taken apart later stands on an axis of its own, so that no part crosses devices
+    (r"(gate_up|modulation|head_modulation)/kernel", P("fsdp", None, "tensor")),
+    (r"(modulation|head_modulation)/bias", P(None, "tensor")),
+    (r"(out|down|linear1)/kernel", P("tensor", "fsdp")),
+    # what leads into the width of a network, and out of it
+    (r"(patchify|patch_in|query_linear|from_code|condition_in)/kernel", P(None, "fsdp")),
+    (r"(to_code|patch_out)/kernel", P("fsdp", None)),
+    (r"(class|token|query|position)_table", P(None, "fsdp")),
+    (r"output", P("fsdp", "tensor")),
+    (r"codebook", P()),
+    (r"bias|scale|gate[12]", P()),
+    # key/value caches [B, N, S, K]
+    (r"keys|values", P(BATCH, "tensor", None, None)),
+)
+
+
+def path_name(path: tuple) -> str:
+    """A key path of `jax.tree_util` as names with slashes, `encoder/blocks/mlp/in/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def fit(spec: P, shape: Sequence[int], mesh: Mesh) -> P:
+    """`spec` applied to the last dimensions of `shape`, without the axes that do not divide their dimension."""
+    axes = (None,) * (len(shape) - len(spec)) + tuple(spec)
+
+    def divides(axis: str | tuple[str, ...] | None, size: int) -> bool:
+        names = (axis,) if isinstance(axis, str) else axis or ()
+        return size % math.prod(mesh.shape[name] for name in names) == 0
+
+    return P(*(axis if divides(axis, size) else None for axis, size in zip(axes, shape)))
+
+
+def shardings(tree: Any, mesh: Mesh, rules: Rules = ()) -> Any:
+    """The NamedSharding of every array of a tree: parameters, or anything whose paths end like theirs (EMA, optimizer state).
+
+    Args:
+      tree: arrays or ShapeDtypeStructs; scalars are replicated.
+      rules: further rules, tried before `RULES`, for a fork's own parameters.
+
+    Raises ValueError for a path that no rule matches.
+    """
+
+    def sharding(path: tuple, leaf: Any) -> NamedSharding:
+        if leaf.ndim == 0:
+            return replicated(mesh)
+        name = path_name(path)
+        for pattern, spec in (*rules, *RULES):
+            if re.search(rf"(^|/)({pattern})$", name):
+                return NamedSharding(mesh, fit(spec, leaf.shape, mesh))
+        raise ValueError(f"no sharding rule for {name} {leaf.shape}; add one to parallel.RULES or to Experiment.rules")
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def placed(shapes: Any, places: Any) -> Any:
+    """A tree of ShapeDtypeStructs and the tree of their shardings put together."""
+    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places)
+
+
+def put(tree: Any, places: Any) -> Any:
+    """Arrays that every host has as a whole, NumPy's or on its own devices -> global arrays of these shardings.
+
+    Args: places, a tree of shardings like `tree`, or one for all.
+    """
+
+    def each(value: Any, place: NamedSharding) -> jax.Array:
+        value = np.asarray(value)
+        return jax.make_array_from_callback(value.shape, place, lambda index: value[index])
+
+    return jax.tree.map(each, tree, jax.tree.broadcast(places, tree))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, P())
+
+
+# How activations are cut over the mesh's axes (see `parallel`), by name. Without these the compiler may well cut the residual
+# stream along its width, as the parameters are, and sum activations where gathering parameters is cheaper. XLA (jax 0.10) has
+# also been seen to swap samples between devices where the sides of a product, or their gradients, were left to it on a
+# 2 x 2 x 2 mesh.
+ACTIVATIONS = {
+    "stream": P(("data", "fsdp"), None, None),  # [B, T, D]
+    "hidden": P(("data", "fsdp"), None, "tensor"),  # [B, T, H]
+    "heads": P(("data", "fsdp"), None, "tensor", None),  # [B, T, N, K]
+    "logits": P(("data", "fsdp"), None, "tensor"),  # [B, T, V]
+    "table": P(None, None),  # [V, D], gathered before rows are looked up
+    "cache": P(("data", "fsdp"), "tensor", None, None),  # [B, N, S, K]
+    "images": P(("data", "fsdp"), None, None, None),  # [B, H, W, C]
+}
+
+
+def constrain(x: Array, name: str) -> Array:
+    """Fixes the layout of an activation on the mesh that is set, if one is; dimensions that do not divide stay whole."""
+    if not jax.sharding.get_abstract_mesh().shape:
+        return x
+    return jax.lax.with_sharding_constraint(x, fitting(name, x.shape))
+
+
+def fitting(name: str, shape: Sequence[int]) -> P:
+    """The layout `name` of `ACTIVATIONS` for an array, without axes that do not divide their dimension."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+
+    def divides(axes: str | tuple[str, ...] | None, size: int) -> bool:
+        return size % math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ())) == 0
+
+    return P(*(axes if divides(axes, size) else None for axes, size in zip(ACTIVATIONS[name], shape)))
