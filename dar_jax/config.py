@@ -45,7 +45,6 @@ Channels = Annotated[int, Range(1, 64)]
 Layers = Annotated[int, Range(1, 1024)]
 Width = Annotated[int, Range(1, 65536)]
 HiddenWidth = Annotated[int, Range(1, 2**20)]
-Halvings = Annotated[int, Range(1, 12)]
 Heads = Annotated[int, Range(1, 1024)]
 Tokens = Annotated[int, Range(1, 16384)]
 Classes = Annotated[int, Range(1, 10**6)]
@@ -235,10 +234,6 @@ class TokenizerLossConfig:
     entropy_temperature: Positive = 0.01
     lpips: Weight = 0.0  # LPIPS with VGG16 of the predicted image
     repa: Weight = 0.0  # 1 - cosine between the REPA head and the patch tokens of DINOv2
-    gan: Weight = 0.0  # non-saturating loss against a PatchGAN discriminator, which learns beside the tokenizer
-    gan_start_step: Step = 20_000  # nothing of the two before
-    gan_width: Width = 128  # channels of the discriminator's first layer
-    gan_halvings: Halvings = 3  # its convolutions of stride 2; a logit sees 70 pixels with 3, 34 with 2, 16 with 1
     lpips_weights: str | None = None  # file or folder; None: looked for by name
     dinov2_weights: str | None = None  # file; None: looked for by name
 
@@ -308,6 +303,7 @@ class TransformerTraining:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
+RETIRED = ("gan", "gan_start_step", "gan_width", "gan_halvings")  # settings that checkpoints may still have
 STAGES = {"tokenizer": TokenizerTraining, "transformer": TransformerTraining}
 
 
@@ -322,7 +318,10 @@ def from_dict(values: Any) -> TokenizerTraining | TransformerTraining:
     stage = values.get("stage") if isinstance(values, dict) else None
     if not isinstance(stage, str) or stage not in STAGES:
         raise InputError(f"the settings name no known stage (one of {', '.join(STAGES)})")
-    config = checked(STAGES[stage], {name: value for name, value in values.items() if name != "stage"})
+    values = {name: value for name, value in values.items() if name != "stage"}
+    if isinstance(values.get("loss"), dict):  # of format 0 and 1
+        values["loss"] = {name: value for name, value in values["loss"].items() if name not in RETIRED}
+    config = checked(STAGES[stage], values)
     validate(config)
     return config
 
@@ -421,13 +420,6 @@ def validate(config: TokenizerTraining | TransformerTraining) -> None:
             loss.repa == 0 or velocity.has_repa,
             f"loss.repa needs the REPA head, but velocity.repa_layer is {velocity.repa_layer} "
             f"in a network of {velocity.layers} layers",
-        )
-        _require(
-            loss.gan == 0 or loss.gan_width % 16 == 0, f"loss.gan_width is {loss.gan_width}, it should be a multiple of 16"
-        )
-        _require(
-            loss.gan == 0 or config.model.image_size >> loss.gan_halvings >= 3,
-            f"loss.gan_halvings is {loss.gan_halvings}, it should leave 3 pixels or more of {config.model.image_size}",
         )
     else:
         model = config.model

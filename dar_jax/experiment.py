@@ -1,50 +1,73 @@
-"""An experiment: settings, and optionally the parts of the method that its file replaces."""
+"""An experiment: settings, and optionally the parts of the method that its file replaces (docs/forking.md shows each)."""
 
 import dataclasses
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import linen as nn
 
-from dar_jax.config import DataConfig, TokenizerTraining, TransformerTraining, validate
+from dar_jax.config import DataConfig, OptimizerConfig, TokenizerTraining, TransformerTraining, validate
 from dar_jax.errors import InputError
 from dar_jax.models.tokenizer import Tokenizer
 from dar_jax.models.transformer import Llama
 from dar_jax.parallel import Rules
-from dar_jax.training.losses import FeatureLoss
+from dar_jax.sampling.settings import Method
 
 Config = TokenizerTraining | TransformerTraining
+
+# (params, batch, key, frozen, step) -> (scalar loss, metrics)
+LossFn = Callable[[Any, dict[str, Any], jax.Array, dict[str, Any], jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+# Settings that mean something to the library's own part only: (replaced part, prefix of their paths).
+VOID = (("loss", "loss."), ("optimizer", "optimizer."), ("frozen", "loss.lpips_weights"), ("frozen", "loss.dinov2_weights"))
+
+
+def label_of(batch: Mapping[str, Any]) -> Any:
+    """The default condition: the class of each image, int32 [B]."""
+    return batch["label"]
 
 
 @dataclass(frozen=True)
 class Experiment:
     """What `dar-jax train FILE` runs: plain settings, and functions for what a fork does its own way (None: the library's).
 
-    config: every setting of the run. InputError is raised where `config.validate` refuses it.
+    config: every setting of the run; `config.fork` is a dictionary for settings of the fork's own. InputError is raised where
+      `config.validate` refuses it.
     model: (config.model, dtype, remat) -> the network, with the methods of `Tokenizer` or `Llama`.
-    loss: (model, params, batch, key, config) -> (scalar, metrics). The batch is {"image": float32 [B, H, W, C] in
-      [-1, 1], "label": int32 [B]} for a tokenizer, {"codes": int32 [B, T], "label": int32 [B]} for a transformer.
-    features: further terms of the default tokenizer loss beside those of config.loss, see `objectives.FeatureLoss`.
+    loss: (config, model) -> a `LossFn` (params, batch, key, frozen, step) -> (scalar, metrics); those of `training.losses` are
+      such. The batch has what the source's elements have, images as float32 in [-1, 1], and for a transformer "codes" int32
+      [B, T] and "condition"; `step` is the number of steps done.
+    frozen: config -> parameters by name that the loss reads and that are not trained, beside those of `training.losses`.
+    optimizer: (config.optimizer, train.steps) -> an optax transformation.
     source: opens the data, in place of `data.sources.open_source`.
-    guidance: (tokens, first, last) -> the guidance scale of every token [T] float32.
-    rules: how parameters with names of their own are cut over the mesh, see `parallel.RULES`.
+    condition: batch -> what the transformer is conditioned on, any tree of arrays with the batch first. In sampling the batch
+      has "label" alone.
+    method: the parts of sampling, see `Method`.
+    others: further networks for the predictor, by name: the folders of their runs. See `Networks.others`.
+    rules: how parameters with names of their own are sharded, see `parallel.RULES`.
+    reads: settings that replaced parts read although they belong to the library's, such as "optimizer." or "loss.lpips".
     tokenizer: the experiment of a transformer's tokenizer, needed only where that one has a model of its own.
     """
 
     config: Config
     model: Callable[[Any, Any, str], nn.Module] | None = None
-    loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]] | None = None
-    features: FeatureLoss | None = None
+    loss: Callable[[Config, nn.Module], LossFn] | None = None
+    frozen: Callable[[Config], dict[str, Any]] | None = None
+    optimizer: Callable[[OptimizerConfig, int], optax.GradientTransformation] | None = None
     source: Callable[[DataConfig], Any] | None = None
-    guidance: Callable[[int, float, float], jax.Array] | None = None
+    condition: Callable[[Mapping[str, Any]], Any] = label_of
+    method: Method = Method()
+    others: Mapping[str, str] = field(default_factory=dict)
     rules: Rules = ()
+    reads: tuple[str, ...] = ()
     tokenizer: "Experiment | None" = None
 
     def __post_init__(self):
@@ -53,11 +76,26 @@ class Experiment:
     @property
     def hooks(self) -> tuple[str, ...]:
         """Names of the replaced parts; checkpoints record them."""
-        return tuple(name for name in ("model", "loss", "features", "source", "guidance") if getattr(self, name) is not None)
+        own = ("model", "loss", "frozen", "optimizer", "source")
+        names = [name for name in own if getattr(self, name) is not None]
+        names += ["condition"] * (self.condition is not label_of) + ["others"] * bool(self.others)
+        return (*names, *(f"method.{name}" for name in self.method.replaced))
 
     def with_config(self, config: Config) -> "Experiment":
         """The same parts with other settings."""
         return dataclasses.replace(self, config=config)
+
+    def check(self) -> None:
+        """Raises InputError where a setting is changed that a replaced part makes void, so that none is silently ignored."""
+        for part, prefix in VOID:
+            if getattr(self, part) is None:
+                continue
+            for name, value, default in _differing(self.config):
+                if name.startswith(prefix) and not name.startswith(self.reads or ("\0",)):
+                    raise InputError(
+                        f"{name} is {value}, but this experiment replaces its {part}, which does not read it; "
+                        f"leave it at {default} (or name it in Experiment(reads=...))"
+                    )
 
     def build_model(self, dtype: Any = jnp.float32, remat: str = "none") -> nn.Module:
         """The network of this experiment; `dtype` is that of its matrix products."""
@@ -66,11 +104,26 @@ class Experiment:
 
     def init_params(self, model: nn.Module) -> Any:
         """The network's parameters before training; they depend on the settings only."""
-        config = self.config.model
         key = jax.random.key(self.config.train.seed)
         if isinstance(self.config, TokenizerTraining):
-            return model.init(key, jnp.zeros((1, config.image_size, config.image_size, config.channels)))["params"]
-        return model.init(key, jnp.zeros(1, jnp.int32), jnp.zeros((1, config.num_tokens), jnp.int32))["params"]
+            return model.init(key, jnp.zeros((1, *model.data_shape)))["params"]
+        condition = self.condition({"label": jnp.zeros(1, jnp.int32)})
+        return model.init(key, condition, jnp.zeros((1, self.config.model.num_tokens), jnp.int32))["params"]
+
+
+def _differing(config: Config) -> list[tuple[str, Any, Any]]:
+    """(path, value, default) of the settings of a run's parts that differ from their class's defaults."""
+    found = []
+    for part in dataclasses.fields(config):
+        values = getattr(config, part.name)
+        if dataclasses.is_dataclass(values):
+            defaults = type(values)()
+            found += [
+                (f"{part.name}.{f.name}", getattr(values, f.name), getattr(defaults, f.name))
+                for f in dataclasses.fields(values)
+                if getattr(values, f.name) != getattr(defaults, f.name)
+            ]
+    return found
 
 
 def load_experiment(path: str | os.PathLike) -> Experiment:

@@ -232,4 +232,4 @@ def _classifier(images: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray]
 def _bits(trained: Trained, codes: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """What the transformer takes to write down each of the codes [N, T] of images of these labels [N], given the label."""
     with jax.set_mesh(trained.mesh):
-        return to_host(score(trained.networks.llama, trained.params["llama"], codes, labels.astype(np.int32))[0])
+        return to_host(score(trained.networks.transformer, trained.params["transformer"], codes, labels.astype(np.int32))[0])

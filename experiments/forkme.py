@@ -8,7 +8,7 @@ Result:   not measured; it is here to show how little a change needs.
 
 An experiment file is ordinary Python that ends with a value `experiment`. What it replaces is handed over to `Experiment`;
 nothing has to be registered, and no file of the library has to be touched. `Experiment` names everything that can be handed
-over: model, loss, source, guidance, sharding rules.
+over; docs/forking.md has an example of each.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from dar_jax.experiment import Experiment
 from dar_jax.models.layers import dropout
 from dar_jax.models.transformer import Llama, LlamaAttention, SwiGLU
 from dar_jax.quickstart import DIGITS, TRANSFORMER
+from dar_jax.sampling.settings import Method
 
 
 class ParallelBlock(nn.Module):
@@ -67,5 +68,5 @@ experiment = Experiment(
     ),
     # Parts are functions and classes.
     model=model,
-    guidance=cosine_guidance,
+    method=Method(guidance=cosine_guidance),
 )

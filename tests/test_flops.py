@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dar_jax.config import LlamaConfig, TokenizerLossConfig
+from dar_jax.config import LlamaConfig, TokenizerTraining
 from dar_jax.models.transformer import Llama
 from dar_jax.training.flops import count_flops, matrix_products, model_flops
-from dar_jax.training.losses import next_token_loss, tokenizer_loss
+from dar_jax.training.losses import cross_entropy, tokenizer_loss
 
 
 def array(*shape, dtype=jnp.float32):
@@ -103,12 +103,12 @@ def test_model_flops_leave_out_what_is_computed_again(remat, tiny_tokenizer):
 
     def encode_and_denoise(remat):
         model, key = tokenizer.clone(remat=remat), jax.random.key(0)
-        loss = lambda params, images: tokenizer_loss(model, params, images, key, TokenizerLossConfig())[0]  # noqa: E731
+        loss = lambda params, images: tokenizer_loss(TokenizerTraining(), model)(params, {"image": images}, key, {}, 0)[0]  # noqa: E731
         return jax.jit(jax.grad(loss)).trace(params, array(2, 8, 8, 1))
 
     def predict(remat):
         model = Llama(config, remat=remat)
-        loss = lambda params, labels, codes: next_token_loss(model, params, codes, labels)[0]  # noqa: E731
+        loss = lambda params, labels, codes: cross_entropy(model.apply({"params": params}, labels, codes), codes)[0]  # noqa: E731
         inputs = array(2, dtype=jnp.int32), array(2, 8, dtype=jnp.int32)
         params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
         return jax.jit(jax.grad(loss)).trace(params, *inputs)

@@ -1,5 +1,7 @@
 """Times, groups and steps of the solver."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,15 +9,20 @@ import pytest
 
 from dar_jax.config import TokenizerConfig
 from dar_jax.models import flow
-from dar_jax.sampling.solvers import solver_step
+from dar_jax.sampling.solvers import BY_NAME
 
 PAPER = TokenizerConfig()
 
 
+def schedule(steps, config=PAPER):
+    return flow.schedule(flow.uniform_times(steps, config), config)
+
+
 def test_schedule_of_the_paper():
-    times = flow.schedule(8, 2.0)
+    times = schedule(8).times
     np.testing.assert_allclose(times, [0, 1 / 15, 1 / 7, 3 / 13, 1 / 3, 5 / 11, 3 / 5, 7 / 9, 1], rtol=1e-6)
-    np.testing.assert_allclose(flow.schedule(4, 1.0), [0, 0.25, 0.5, 0.75, 1])
+    straight = dataclasses.replace(PAPER, velocity=dataclasses.replace(PAPER.velocity, time_shift=1.0))
+    np.testing.assert_allclose(schedule(4, straight).times, [0, 0.25, 0.5, 0.75, 1])
 
 
 @pytest.mark.parametrize(
@@ -27,9 +34,24 @@ def test_schedule_of_the_paper():
     ],
 )
 def test_tokens_of_each_step(steps, starts, ready):
-    np.testing.assert_array_equal(flow.step_starts(steps, PAPER), starts)
-    np.testing.assert_array_equal(flow.steps_ready(steps, PAPER), ready)
+    np.testing.assert_array_equal(schedule(steps).starts, starts)
+    np.testing.assert_array_equal(schedule(steps).ready, ready)
     np.testing.assert_array_equal(flow.group_start(jnp.arange(steps) / steps, PAPER), starts)
+
+
+@pytest.mark.parametrize("groups", [1, 4, 7, 8])
+def test_groups_of_rounded_times(groups):
+    """Where t G + 1/2 is an integer, rounding of t does not move a step to the group before."""
+    config = TokenizerConfig(num_tokens=2 * groups, num_groups=groups)
+    for steps in range(1, 65):
+        exact = (2 * np.arange(steps) * groups + steps) // (2 * steps)
+        np.testing.assert_array_equal(schedule(steps, config).starts, np.minimum(exact, groups - 1) * 2)
+
+
+@pytest.mark.parametrize("times", [[], [0.1, 0.5], [0, 0.5, 0.5], [0, 1.0], [0, np.nan]])
+def test_times_that_do_not_rise_are_refused(times):
+    with pytest.raises(ValueError, match="rise from 0"):
+        flow.schedule(np.array(times), PAPER)
 
 
 def test_groups_of_random_times():
@@ -41,7 +63,7 @@ def test_groups_of_random_times():
 
 def test_wider_conditioning_ends_at_the_last_token():
     config = TokenizerConfig(queries_per_step=48)
-    np.testing.assert_array_equal(flow.step_starts(8, config)[-2:], [192, 208])
+    np.testing.assert_array_equal(schedule(8, config).starts[-2:], [192, 208])
 
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("adams2", 2)])
@@ -50,10 +72,11 @@ def test_solver_converges_with_its_order(solver, order):
 
     def error(steps: int) -> float:
         with jax.enable_x64(True):
-            x, previous = jnp.ones((), jnp.float64), jnp.zeros((), jnp.float64)
+            x = jnp.ones((1, 1), jnp.float64)
+            carry = BY_NAME[solver].init(x)
             for i in range(steps):
-                x, previous = solver_step(x, -x, previous, 1 / steps, i == 0, solver), -x
-            return abs(float(x) - np.exp(-1))
+                x, _, carry = BY_NAME[solver].step(lambda x, t: -x, x, carry, i / steps, (i + 1) / steps, None)
+            return abs(float(x[0, 0]) - np.exp(-1))
 
     assert error(64) / error(128) == pytest.approx(2**order, rel=0.05)
 
@@ -62,4 +85,4 @@ def test_jump_from_the_true_velocity_is_the_image():
     noise, image = jax.random.normal(jax.random.key(0), (2, 3, 4, 4, 1))
     t = jnp.array([0.1, 0.5, 0.9])
     x = flow.interpolate(noise, 0.6 * image, t)
-    np.testing.assert_allclose(flow.predict_image(x, 0.6 * image - noise, t, 0.6), image, atol=1e-5)
+    np.testing.assert_allclose(flow.jump(x, 0.6 * image - noise, t) / 0.6, image, atol=1e-5)

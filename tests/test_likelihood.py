@@ -31,7 +31,7 @@ def test_bits_are_those_of_the_chain_rule(tiny_run, digits):
     images = np.stack([source[index]["image"] for index in range(11)])
     labels = np.array([source[index]["label"] for index in range(11)])
     codes = encode(trained, images)
-    model, params = trained.networks.llama, jax.device_get(trained.params["llama"])
+    model, params = trained.networks.transformer, jax.device_get(trained.params["transformer"])
     for suffix, given in (("", labels), ("_without_class", np.full(11, 10))):
         logits = np.asarray(model.apply({"params": params}, jnp.asarray(given), codes), np.float64)
         probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -63,8 +63,8 @@ def test_classes_are_those_of_the_same_name(tiny_run, digits):
 def test_no_code_sees_itself(tiny_run):
     trained = load_sampler(tiny_run)
     codes, labels = jnp.zeros((1, 16), jnp.int32), jnp.zeros(1, jnp.int32)
-    before, _ = score(trained.networks.llama, trained.params["llama"], codes, labels)
-    after, _ = score(trained.networks.llama, trained.params["llama"], codes.at[0, 9].set(5), labels)
+    before, _ = score(trained.networks.transformer, trained.params["transformer"], codes, labels)
+    after, _ = score(trained.networks.transformer, trained.params["transformer"], codes.at[0, 9].set(5), labels)
     np.testing.assert_array_equal(before[0, :9], after[0, :9])
     assert (before[0, 9:] != after[0, 9:]).any()
 

@@ -16,7 +16,7 @@ from dar_jax.features.dinov2 import Dinov2, Dinov2Config
 from dar_jax.features.inception import Inception
 from dar_jax.features.vgg_lpips import Lpips
 from dar_jax.models.tokenizer import Tokenizer
-from dar_jax.models.transformer import Llama, empty_caches
+from dar_jax.models.transformer import Llama
 from dar_jax.sampling import sampler
 from dar_jax.sampling.predict import predict_group
 from dar_jax.sampling.prepare import prepare
@@ -81,7 +81,7 @@ def test_layout_over_fsdp_and_tensor():
 def test_caches_are_cut_by_batch_and_heads():
     mesh = parallel.make_mesh(MeshConfig(2, 2, 2))
     for batch, axes in ((8, ("data", "fsdp")), (1, None)):
-        caches = jax.eval_shape(lambda batch=batch: empty_caches(LlamaConfig(), batch, 8, jnp.float32))
+        caches = jax.eval_shape(lambda batch=batch: Llama(LlamaConfig()).bind({}).empty_caches(batch, 8))
         assert parallel.shardings(caches, mesh)[0].keys.spec == P(axes, "tensor", None, None)
 
 
@@ -93,11 +93,11 @@ def test_the_sampler_keeps_its_caches_as_the_table_says(tiny_tokenizer):
     settings = make_settings(SamplingConfig(guidance=(1.5, 3.0)), tokenizer.config)
     mesh = parallel.make_mesh(MeshConfig(2, 2, 2))
     with jax.set_mesh(mesh):
-        weights = {"tokenizer": params, "llama": llama}
+        weights = {"tokenizer": params, "transformer": llama}
         weights = prepare(networks, parallel.put(weights, parallel.shardings(weights, mesh)))
         labels, seeds = parallel.put((np.arange(8), np.arange(8)), parallel.batch_sharding(mesh))
         state = sampler.begin(networks, weights, settings, labels, seeds)
-        prediction = predict_group(networks, weights, settings, state)
+        prediction = predict_group(networks, weights, settings, state.prediction, 0)
     for caches in (prediction.caches, state.decoding.caches):
         places = parallel.shardings(caches, mesh)
         assert all(

@@ -12,7 +12,7 @@ from dar_jax.config import SamplingConfig, TokenizerLossConfig
 from dar_jax.sampling.logits import filter_logits
 from dar_jax.sampling.sampler import decode, generate
 from dar_jax.sampling.settings import Networks, make_settings
-from dar_jax.training.losses import next_token_loss, tokenizer_terms
+from dar_jax.training.losses import cross_entropy, tokenizer_terms
 from dar_jax.weights.table import to_release
 
 GREEDY = {
@@ -82,7 +82,7 @@ def test_tokenizer_training(tokenizer_case):
 
     def loss(params):
         output = model.apply({"params": params}, images, jnp.asarray(case.expected["train_time_steps"]), noise)
-        terms = tokenizer_terms(model, output, TokenizerLossConfig())
+        terms = tokenizer_terms(model, params, output, TokenizerLossConfig())
         return sum(terms.values()), (terms, output.image)
 
     if "grad_norms" in case.expected:
@@ -105,7 +105,7 @@ def test_llama_training(ar_case):
     case.check("logits", jax.jit(model.apply)({"params": params}, labels, tokens))
 
     def loss(params):
-        return next_token_loss(model, params, tokens, labels)[0]
+        return cross_entropy(model.apply({"params": params}, labels, tokens), tokens)[0]
 
     case.check_relative("loss", jax.jit(loss)(params))
     if "grad_norms" in case.expected:
@@ -126,7 +126,7 @@ def test_llama_greedy(ar_case, setting, tiny_tokenizer):
     tokenizer, tokenizer_params = tiny_tokenizer(num_tokens=length, codebook_size=model.config.vocab_size)
     samples = generate(
         Networks(tokenizer, model),
-        {"tokenizer": tokenizer_params, "llama": params},
+        {"tokenizer": tokenizer_params, "transformer": params},
         make_settings(sampling, tokenizer.config),
         labels,
         jnp.arange(len(labels)),

@@ -305,4 +305,4 @@ def test_a_transformer_finds_the_tokenizer_in_its_folder(files, tmp_path):
         load_sampler(tmp_path / "alone")
     import_checkpoint(files[0], tmp_path / "run" / "tokenizer")
     import_checkpoint(files[1], tmp_path / "run")
-    assert load_sampler(tmp_path / "run").networks.llama.config.num_tokens == 16
+    assert load_sampler(tmp_path / "run").networks.transformer.config.num_tokens == 16

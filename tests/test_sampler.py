@@ -11,15 +11,15 @@ import pytest
 
 from dar_jax.config import LlamaConfig, MeshConfig, SamplingConfig
 from dar_jax.errors import InputError
-from dar_jax.models import flow, transformer
+from dar_jax.models import flow
 from dar_jax.models.blocks import unstack
 from dar_jax.models.transformer import Llama
 from dar_jax.parallel import batch_sharding, make_mesh, shardings
-from dar_jax.sampling.denoise import _denoise, initial_noise
+from dar_jax.sampling.denoise import denoise, schedule
 from dar_jax.sampling.predict import _predict
 from dar_jax.sampling.prepare import prepare, separate
 from dar_jax.sampling.sampler import decode, generate, lookup_codes, stream
-from dar_jax.sampling.settings import Networks, make_settings
+from dar_jax.sampling.settings import Networks, make_settings, normal_noise
 
 LABELS = jnp.array([3, 1, 4, 1, 0, 2, 4])
 SEEDS = jnp.array([5, 6, 7, 8, 9, 10, 5])
@@ -37,7 +37,7 @@ def make_networks(tiny_tokenizer):
         model = Llama(config)
         params = model.init(jax.random.key(2), jnp.zeros(1, jnp.int32), jnp.zeros((1, 16), jnp.int32))["params"]
         params |= {"output": jax.random.normal(jax.random.key(3), params["output"].shape)}
-        return Networks(tokenizer, model), {"tokenizer": tokenizer_params, "llama": params}
+        return Networks(tokenizer, model), {"tokenizer": tokenizer_params, "transformer": params}
 
     return make
 
@@ -52,24 +52,38 @@ def sample(networks, config=SAMPLING, labels=LABELS, seeds=SEEDS, **given):
     return generate(modules, params, make_settings(config, modules.tokenizer.config), labels, seeds, **given)
 
 
+def noise_of(seeds, model):
+    return normal_noise(jax.vmap(jax.random.key)(seeds), model.noise_shape)
+
+
 def assert_same(a, b):
     np.testing.assert_array_equal(a.tokens, b.tokens)
     np.testing.assert_allclose(a.images, b.images, atol=2e-5)
 
 
-def test_cached_steps_give_the_logits_of_the_whole_sequence(networks):
-    model, params = networks[0].llama, {"params": networks[1]["llama"]}
+@pytest.mark.parametrize("sizes", [[1] * 16, [4] * 4, [16], [3, 1, 12]], ids=str)
+def test_cached_slots_give_the_logits_of_the_complete_sequence(networks, sizes):
+    """However many at a time; the rows may stand at different positions, over what rejected tokens left behind."""
+    model, params = networks[0].transformer, {"params": networks[1]["transformer"]}
     tokens = jax.random.randint(jax.random.key(0), (3, 16), 0, 64)
-    whole = model.apply(params, LABELS[:3], tokens)
-    caches, step = (
-        transformer.empty_caches(model.config, 3, 16, jnp.float32),
-        jax.jit(functools.partial(model.apply, method="step")),
+    expected = model.apply(params, LABELS[:3], tokens)
+    x = jnp.concatenate(
+        [model.apply(params, LABELS[:3], method="prefix"), model.apply(params, tokens[:, :-1], method="embed")], 1
     )
     layers = unstack(params["params"]["blocks"], model.config.layers)
-    for position in range(16):
-        previous = tokens[:, max(position - 1, 0)]
-        logits, caches = step(params, layers, LABELS[:3], previous, caches, jnp.int32(position))
-        np.testing.assert_allclose(logits, whole[:, position], atol=1e-5)
+    extend = jax.jit(functools.partial(model.apply, params, method="extend"))
+    caches, position = model.bind(params).empty_caches(3, 20), 0
+    for size in sizes:
+        logits, caches = extend(layers, x[:, position : position + size], caches, jnp.int32(position))
+        np.testing.assert_allclose(logits, expected[:, position : position + size], atol=1e-5)
+        position += size
+
+    starts = jnp.array([0, 7, 12])  # rows written again from different positions on, from garbage further on
+    caches = jax.tree.map(lambda leaf: leaf.at[:, :, 12:].set(1e3), caches)
+    windows = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, 4))(x, starts)
+    logits, _ = extend(layers, windows, caches, starts)
+    for row, start in enumerate(starts):
+        np.testing.assert_allclose(logits[row], expected[row, start : start + 4], atol=1e-5)
 
 
 def test_stream_is_generate(networks):
@@ -87,8 +101,7 @@ def test_images_are_those_of_decoding_the_tokens(networks):
     modules, params = networks
     whole = sample(networks, previews=True)
     settings = make_settings(SAMPLING, modules.tokenizer.config)
-    noise = initial_noise(SEEDS, modules.tokenizer.config)
-    decoded = decode(modules, params, settings, lookup_codes(modules, params, whole.tokens), noise, previews=True)
+    decoded = decode(modules, params, settings, lookup_codes(modules, params, whole.tokens), SEEDS, previews=True)
     np.testing.assert_allclose(decoded.images, whole.images, atol=2e-5)
     np.testing.assert_allclose(decoded.previews, whole.previews, atol=2e-5)
 
@@ -141,8 +154,7 @@ def test_other_step_counts_stream_exactly(networks, num_steps):
     config = dataclasses.replace(SAMPLING, num_denoising_steps=num_steps)
     whole = sample(networks, config)
     settings = make_settings(config, modules.tokenizer.config)
-    noise = initial_noise(SEEDS, modules.tokenizer.config)
-    decoded = decode(modules, params, settings, lookup_codes(modules, params, whole.tokens), noise)
+    decoded = decode(modules, params, settings, lookup_codes(modules, params, whole.tokens), SEEDS)
     np.testing.assert_allclose(decoded.images, whole.images, atol=2e-5)
 
 
@@ -150,10 +162,9 @@ def test_wider_conditioning_waits_for_its_tokens(make_networks):
     """With more tokens a step than a group has, a step runs once the last of them exists."""
     networks = make_networks(queries_per_step=6)
     config = networks[0].tokenizer.config
-    np.testing.assert_array_equal(flow.steps_ready(4, config), [0, 0, 1, 2, 4])
+    np.testing.assert_array_equal(schedule(networks[0], 4).ready, [0, 0, 1, 2, 4])
     whole = sample(networks)
-    noise = initial_noise(SEEDS, config)
-    decoded = decode(*networks, make_settings(SAMPLING, config), lookup_codes(*networks, whole.tokens), noise)
+    decoded = decode(*networks, make_settings(SAMPLING, config), lookup_codes(*networks, whole.tokens), SEEDS)
     np.testing.assert_allclose(decoded.images, whole.images, atol=2e-5)
 
 
@@ -167,7 +178,7 @@ def test_prefix_stop_and_greedy(networks):
         continued = sample(networks, seeds=other, prefix=prefix)
         np.testing.assert_array_equal(continued.tokens[:, :length], prefix)
         assert length == 16 or np.any(continued.tokens != whole.tokens)
-    num_given = jnp.array([0, 1, 2, 3, 16, 4, 5])
+    num_given = np.array([3, 4, 2, 3, 16, 4, 5])
     mixed = sample(networks, seeds=other, prefix=whole.tokens, num_given=num_given)
     for row, count in enumerate(num_given):
         np.testing.assert_array_equal(mixed.tokens[row, :count], whole.tokens[row, :count])
@@ -207,8 +218,8 @@ def test_start_from_an_image(networks):
     last = dataclasses.replace(SAMPLING, start_step=3)
     started = sample(networks, last, image=image)
     config, (_, params) = modules.tokenizer.config, networks
-    times = flow.schedule(4, config.velocity.time_shift)
-    x = flow.interpolate(initial_noise(SEEDS, config), config.velocity.data_std * image, times[3])
+    times = schedule(modules, 4).times
+    x = flow.interpolate(noise_of(SEEDS, modules.tokenizer), config.velocity.data_std * image, times[3])
     apply = functools.partial(modules.tokenizer.apply, {"params": params["tokenizer"]})
     condition = apply(lookup_codes(*networks, started.tokens), method="condition")
     velocity, _ = apply(x, jnp.full(7, times[3]), condition[:, 12:], method="velocity")
@@ -227,9 +238,9 @@ def test_higher_resolution(make_networks):
 
 def test_one_compilation_serves_all_scales(networks):
     sample(networks)
-    compiled = [piece._cache_size() for piece in (_predict, _denoise)]
+    compiled = [piece._cache_size() for piece in (_predict, denoise)]
     sample(networks, dataclasses.replace(SAMPLING, guidance=(2.0, 9.0), temperature=0.7, top_k=10, top_p=0.5), seeds=SEEDS + 1)
-    assert [piece._cache_size() for piece in (_predict, _denoise)] == compiled
+    assert [piece._cache_size() for piece in (_predict, denoise)] == compiled
 
 
 def test_unguided_rows_end_with_guidance(networks):
@@ -256,10 +267,10 @@ def test_one_program_is_the_pieces(networks):
 def test_prepared_parameters(networks):
     """Matrices are converted, what is computed in float32 is not; the samples are those of preparing in the call."""
     modules, params = networks
-    half = Networks(modules.tokenizer.clone(dtype=jnp.bfloat16), modules.llama.clone(dtype=jnp.bfloat16))
+    half = Networks(modules.tokenizer.clone(dtype=jnp.bfloat16), modules.transformer.clone(dtype=jnp.bfloat16))
     prepared = prepare(half, params)
-    layer = prepared.llama.layers[1]
-    assert layer["mlp"]["down"]["kernel"].dtype == prepared.llama.rest["output"].dtype == jnp.bfloat16
+    layer = prepared.transformer.layers[1]
+    assert layer["mlp"]["down"]["kernel"].dtype == prepared.transformer.rest["output"].dtype == jnp.bfloat16
     assert layer["mlp_norm"]["scale"].dtype == prepared.decoder.rest["quantizer"]["codebook"].dtype == jnp.float32
     assert_same(sample((half, prepared)), sample((half, params)))
 
@@ -268,14 +279,13 @@ def test_condition_tokens_and_velocities_see_no_later_codes(networks):
     modules, params = networks
     config = modules.tokenizer.config
     values = jax.random.normal(jax.random.key(4), (1, 16, 8))
-    noise = initial_noise(SEEDS[:1], config)
     settings = make_settings(SAMPLING, config)
 
     def condition(values):
         return modules.tokenizer.apply({"params": params["tokenizer"]}, values, method="condition")
 
     def previews(values):
-        return decode(modules, params, settings, values, noise, previews=True).previews
+        return decode(modules, params, settings, values, SEEDS[:1], previews=True).previews
 
     of_condition = np.abs(jax.jacrev(lambda v: condition(v)[0, :, 0])(values)[:, 0]).sum(-1)  # [T, T]
     np.testing.assert_array_equal(np.triu(of_condition, 1), 0)
@@ -288,7 +298,7 @@ def test_condition_tokens_and_velocities_see_no_later_codes(networks):
 
 def test_logits_see_no_later_tokens(networks):
     """By gradients: with respect to the token table, through sequences whose tokens all differ."""
-    model, params = networks[0].llama, networks[1]["llama"]
+    model, params = networks[0].transformer, networks[1]["transformer"]
     tokens = jnp.arange(16)[None]
 
     def logits(table):
@@ -319,7 +329,7 @@ def test_wrong_settings(networks, wrong):
 
 def test_bfloat16_runs_close_to_float32(networks):
     modules, params = networks
-    half = Networks(modules.tokenizer.clone(dtype=jnp.bfloat16), modules.llama.clone(dtype=jnp.bfloat16))
+    half = Networks(modules.tokenizer.clone(dtype=jnp.bfloat16), modules.transformer.clone(dtype=jnp.bfloat16))
     tokens = sample(networks).tokens
     images = sample((half, params), prefix=tokens).images
     chex.assert_type(images, jnp.float32)

@@ -16,6 +16,7 @@ from dar_jax.inference.samples import class_number, make_request, pair, sample
 from dar_jax.inference.trained import find, find_transformer, load_sampler, load_tokenizer, run_mesh
 from dar_jax.models.pixels import psnr, to_uint8
 from dar_jax.parallel import make_mesh
+from dar_jax.sampling.settings import Method
 
 NAMES = tuple("0123456789")
 DIGITS = DataConfig(source="digits", image_size=8, channels=1, crop="center", flip=False)
@@ -97,7 +98,7 @@ def test_start_image_shows_through(trained):
 
 
 def test_guidance_of_an_experiment_is_used(tiny_run):
-    experiment = Experiment(TransformerTraining(), guidance=lambda tokens, first, last: np.ones(tokens))
+    experiment = Experiment(TransformerTraining(), method=Method(guidance=lambda tokens, first, last: np.ones(tokens)))
     tokens, _ = draw(load_sampler(tiny_run, experiment))
     unguided, _ = draw(load_sampler(tiny_run), sampling=dataclasses.replace(SAMPLING, guidance=(1.0, 1.0)))
     np.testing.assert_array_equal(tokens, unguided)

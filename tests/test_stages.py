@@ -15,26 +15,27 @@ from dar_jax.features.names import lpips_entries
 from dar_jax.features.vgg_lpips import Lpips
 from dar_jax.quickstart import TOKENIZER
 from dar_jax.training import checkpoint, stages
-from dar_jax.training.logs import read_records
 from dar_jax.training.loop import train
+from dar_jax.training.losses import tokenizer_loss
 from dar_jax.training.stages import tokenizer_stage, transformer_stage
 from dar_jax.weights import torch_file
 from dar_jax.weights.table import to_release
 
 
-def test_feature_terms_join_the_loss_of_a_run():
-    """The hook gets the images and the REPA features of a model that has their head; its terms are logged and summed up."""
+def test_further_terms_join_the_loss_of_a_run():
+    """They get the images and the REPA features of a model that has their head; they are logged and summed up."""
     velocity = VelocityConfig(width=32, layers=2, head_size=16, patch_size=4, repa_layer=1, repa_hidden=8, repa_width=12)
     model = dataclasses.replace(TOKENIZER.model, encoder_layers=1, encoder_width=32, decoder_width=32, velocity=velocity)
 
-    def features(images, output):
+    def terms(params, images, output, frozen, step):
         assert output.repa.shape == (3, 4, 12)
         return {"brightness": jnp.abs(images.mean() - output.image.mean()), "repa": jnp.square(output.repa).mean()}
 
     mesh = parallel.make_mesh(MeshConfig())
-    stage = tokenizer_stage(Experiment(dataclasses.replace(TOKENIZER, model=model), features=features), mesh)
+    loss = lambda config, model: tokenizer_loss(config, model, [terms])  # noqa: E731
+    stage = tokenizer_stage(Experiment(dataclasses.replace(TOKENIZER, model=model), loss=loss, reads=("loss.entropy",)), mesh)
     batch = {"image": np.stack([stage.source[i]["image"] for i in range(3)]), "label": np.arange(3)}
-    loss, metrics = jax.jit(stage.loss_fn)(stage.init_params(), batch, jax.random.key(0), {}, 0)
+    loss, metrics = jax.jit(stage.described.loss_fn)(stage.described.init_params(), batch, jax.random.key(0), {}, 0)
     parts = ("flow", "codebook", "commitment", "entropy", "brightness", "repa")
     assert all(metrics[name] != 0 for name in parts)
     np.testing.assert_allclose(loss, sum(metrics[name] for name in parts), rtol=1e-5)
@@ -85,29 +86,6 @@ def test_networks_are_opened_only_for_terms_with_a_weight(tmp_path, monkeypatch)
     )
     with pytest.raises(InputError, match="at least 16 pixels"):
         tokenizer_stage(Experiment(small), mesh)
-
-
-def test_gan_begins_at_its_step_on_any_mesh_and_stays_out_of_the_average(tmp_path):
-    loss = dataclasses.replace(TOKENIZER.loss, gan=0.5, gan_start_step=2, gan_width=16, gan_halvings=1)
-    model = dataclasses.replace(TOKENIZER.model, encoder_layers=1, decoder_layers=1)
-    settings = dataclasses.replace(TOKENIZER.train, steps=4, batch_size=16, log_every=1, checkpoint_every=1, keep_checkpoints=9)
-    config = dataclasses.replace(TOKENIZER, model=model, loss=loss, train=settings)
-    curves, parts = {}, []
-    for sizes in ((1, 8, 1), (2, 2, 2)):
-        folder = tmp_path / str(sizes)
-        train(Experiment(dataclasses.replace(config, mesh=MeshConfig(*sizes))), folder)
-        curves[sizes] = [[record[name] for name in ("loss", "gan", "discriminator")] for record in read_records(folder)]
-    np.testing.assert_allclose(*curves.values(), rtol=1e-5)
-    assert [record[1:] == [0, 0] for record in curves[sizes]] == [True, True, False, False]
-
-    for step in (1, 2, 4):
-        info = checkpoint.inspect(folder / "checkpoints" / str(step))
-        parts.append(checkpoint.load_part(info, "params")["discriminator"])
-    before, still, after = (part["conv0"]["kernel"] for part in parts)
-    assert np.array_equal(before, still) and not np.array_equal(still, after)
-    assert "discriminator" not in checkpoint.load(folder).params
-    with pytest.raises(InputError, match="discriminator"):
-        train(Experiment(dataclasses.replace(config, loss=TOKENIZER.loss)), folder, resume=True)
 
 
 def test_a_resumed_run_keeps_its_tokenizer(tiny_run, tiny_tokenizer, tmp_path):

@@ -15,10 +15,18 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dar_jax import parallel
-from dar_jax.config import LlamaConfig, MeshConfig, OptimizerConfig, TokenizerLossConfig, TrainConfig, VelocityConfig
+from dar_jax.config import (
+    LlamaConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TokenizerLossConfig,
+    TokenizerTraining,
+    TrainConfig,
+    VelocityConfig,
+)
 from dar_jax.models.tokenizer import Tokenizer
 from dar_jax.models.transformer import Llama
-from dar_jax.quickstart import TOKENIZER
+from dar_jax.quickstart import TOKENIZER, TRANSFORMER
 from dar_jax.training import losses
 from dar_jax.training.optimizer import make_optimizer
 from dar_jax.training.state import TrainState, abstract_state
@@ -88,10 +96,8 @@ def tokenizer():
     images = np.random.default_rng(0).uniform(-1, 1, (16, 8, 8, 1)).astype(np.float32)
     params = jax.jit(model.init)(jax.random.key(0), images[:1])["params"]
 
-    def loss_fn(params, batch, key, frozen, step):
-        return losses.tokenizer_loss(model, params, batch, key, TokenizerLossConfig(entropy=0.01))
-
-    return loss_fn, noisy(params), images
+    config = dataclasses.replace(TOKENIZER, loss=TokenizerLossConfig(entropy=0.01))
+    return losses.tokenizer_loss(config, model), noisy(params), {"image": images}
 
 
 @functools.cache
@@ -101,10 +107,8 @@ def transformer():
     labels, codes = rng.integers(0, 10, 16).astype(np.int32), rng.integers(0, 32, (16, 8)).astype(np.int32)
     params = jax.jit(model.init)(jax.random.key(0), labels[:1], codes[:1])["params"]
 
-    def loss_fn(params, batch, key, frozen, step):
-        return losses.next_token_loss(model, params, *batch, key)  # with dropout
-
-    return loss_fn, noisy(params), (codes, labels)
+    loss_fn = losses.next_token_loss(TRANSFORMER, model)  # with dropout
+    return loss_fn, noisy(params), {"codes": codes, "condition": labels}
 
 
 def noisy(params):
@@ -151,21 +155,21 @@ WIDE = dataclasses.replace(
 
 
 def wide_tokenizer():
-    def loss_fn(params, batch, key, frozen, step):
-        return losses.tokenizer_loss(Tokenizer(WIDE), params, batch, key, TokenizerLossConfig())
-
+    loss_fn = losses.tokenizer_loss(TokenizerTraining(), Tokenizer(WIDE))
     images = jax.ShapeDtypeStruct((16, 8, 8, 1), jnp.float32)
-    return loss_fn, lambda: Tokenizer(WIDE).init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"], images
+    return loss_fn, lambda: Tokenizer(WIDE).init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"], {"image": images}
 
 
 def wide_transformer():
     model = Llama(LlamaConfig(layers=4, heads=8, width=128, num_tokens=16, vocab_size=512, num_classes=10, mlp_multiple=16))
 
-    def loss_fn(params, batch, key, frozen, step):
-        return losses.next_token_loss(model, params, *batch, key)
-
+    loss_fn = losses.next_token_loss(TRANSFORMER, model)
     codes, labels = jax.ShapeDtypeStruct((16, 16), jnp.int32), jax.ShapeDtypeStruct((16,), jnp.int32)
-    return loss_fn, lambda: model.init(jax.random.key(0), jnp.zeros(1, int), jnp.zeros((1, 16), int))["params"], (codes, labels)
+    return (
+        loss_fn,
+        lambda: model.init(jax.random.key(0), jnp.zeros(1, int), jnp.zeros((1, 16), int))["params"],
+        {"codes": codes, "condition": labels},
+    )
 
 
 @pytest.mark.usefixtures("compiled_anew")

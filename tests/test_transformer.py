@@ -1,7 +1,6 @@
 """Sizes of the paper's table, and what options may not change."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import pytest
 
 from dar_jax.config import LLAMA_SIZES, LlamaConfig
 from dar_jax.models.transformer import Llama
-from dar_jax.training.losses import drop_labels, next_token_loss
+from dar_jax.training.losses import cross_entropy, drop_condition, next_token_loss
 
 PARAMETERS = {"B": 110_888_448, "L": 342_910_976, "XL": 774_699_520, "XXL": 1_410_972_672, "XXXL": 3_893_027_840}
 TINY = LlamaConfig(layers=3, heads=4, width=32, num_tokens=8, vocab_size=16, num_classes=5, mlp_multiple=8)
@@ -37,8 +36,8 @@ def test_remat_changes_nothing(params):
     """With dropout on: the second forward pass has to draw the same masks."""
 
     def gradients(remat):
-        loss = functools.partial(next_token_loss, Llama(TINY, remat=remat), codes=TOKENS, labels=LABELS)
-        return jax.jit(jax.grad(lambda p: loss(p, key=jax.random.key(3))[0]))(params)
+        loss, batch = next_token_loss(None, Llama(TINY, remat=remat)), {"codes": TOKENS, "condition": LABELS}
+        return jax.jit(jax.grad(lambda p: loss(p, batch, jax.random.key(3), {}, 0)[0]))(params)
 
     stored = gradients("none")
     for remat in ("dots", "full"):
@@ -53,10 +52,12 @@ def test_dropout_differs_by_key_and_layer(params):
 
 def test_labels_are_dropped_to_the_null_class(params):
     labels = jnp.arange(10_000) % 5
-    dropped = drop_labels(labels, jax.random.key(0), TINY)
+    dropped = drop_condition(Llama(TINY), params, labels, jax.random.key(0))
     assert float((dropped == 5).mean()) == pytest.approx(0.1, abs=0.01)
     np.testing.assert_array_equal(dropped[dropped != 5], labels[dropped != 5])
 
     always = dataclasses.replace(TINY, class_dropout=1.0, token_dropout=0.0, attention_dropout=0.0, mlp_dropout=0.0)
-    trained = next_token_loss(Llama(always), params, TOKENS, LABELS, jax.random.key(0))[0]
-    assert float(trained) == pytest.approx(float(next_token_loss(Llama(TINY), params, TOKENS, jnp.full(2, 5))[0]), rel=1e-6)
+    loss_fn, batch = next_token_loss(None, Llama(always)), {"codes": TOKENS, "condition": LABELS}
+    trained = loss_fn(params, batch, jax.random.key(0), {}, 0)[0]
+    expected = cross_entropy(Llama(TINY).apply({"params": params}, jnp.full(2, 5), TOKENS), TOKENS)[0]
+    assert float(trained) == pytest.approx(float(expected), rel=1e-6)

@@ -21,8 +21,6 @@ from dar_jax.inference.samples import sample
 from dar_jax.inference.trained import Trained, unless_missing
 from dar_jax.models.pixels import to_uint8
 from dar_jax.parallel.batches import to_host
-from dar_jax.sampling.denoise import initial_noise
-from dar_jax.sampling.logits import linear_guidance
 from dar_jax.sampling.sampler import decode, generate
 from dar_jax.sampling.settings import Networks, make_settings
 from dar_jax.training.stages import Stage
@@ -47,17 +45,17 @@ def log_pictures(stage: Stage, ema: Params, batch: Mapping[str, jax.Array]) -> d
 def _reconstructions(stage: Stage, ema: Params, images: jax.Array) -> np.ndarray:
     config = at_image_size(stage.experiment.config.model)
     networks, params = Networks(stage.model.clone(config=config)), {"tokenizer": ema}
-    noise = initial_noise(np.arange(len(images), dtype=np.uint32), config)
+    seeds = np.arange(len(images), dtype=np.uint32)
     values = quantize(networks, params, images).values
-    decoded = decode(networks, params, make_settings(SamplingConfig(), config), values, noise).images
+    decoded = decode(networks, params, make_settings(SamplingConfig(), config), values, seeds).images
     return pictures.beside(to_host(images), to_uint8(to_host(decoded)))
 
 
 def _samples(stage: Stage, ema: Params) -> np.ndarray:
     tokenizer = stage.tokenizer.experiment.build_model(stage.model.dtype)
-    networks = Networks(tokenizer, stage.model)
-    params = {"tokenizer": stage.tokenizer.params, "llama": ema}
-    settings = make_settings(stage.experiment.config.sampling, tokenizer.config, stage.experiment.guidance or linear_guidance)
+    networks = Networks(tokenizer, stage.model, stage.experiment.method)
+    params = {"tokenizer": stage.tokenizer.params, "transformer": ema}
+    settings = make_settings(stage.experiment.config.sampling, tokenizer.config, networks.method)
     labels = np.arange(COUNT, dtype=np.int32) % len(stage.class_names)
     images = generate(networks, params, settings, labels, np.arange(COUNT, dtype=np.uint32)).images
     return pictures.sheet(to_uint8(to_host(images)), [stage.class_names[label] for label in labels])
@@ -100,13 +98,14 @@ class Evaluation:
         size, mesh = min(BATCH, count), jax.tree.leaves(ema)[0].sharding.mesh
         source, extractor = self._source(stage), self._extractor()
         if isinstance(config, TokenizerTraining):
-            trained = Trained(None, Networks(stage.model), {"tokenizer": ema}, linear_guidance, mesh)
+            trained = Trained(None, Networks(stage.model), {"tokenizer": ema}, mesh)
             report = evaluate_tokenizer(trained, source, data, extractor, self._lpips(), batch_size=size, num_images=count)
             names = tuple(NAMES)
         else:
-            networks = Networks(stage.tokenizer.experiment.build_model(stage.model.dtype), stage.model)
-            params = {"tokenizer": stage.tokenizer.params, "llama": ema}
-            trained = Trained(None, networks, params, stage.experiment.guidance or linear_guidance, mesh)
+            tokenizer = stage.tokenizer.experiment.build_model(stage.model.dtype)
+            networks = Networks(tokenizer, stage.model, stage.experiment.method)
+            params = {"tokenizer": stage.tokenizer.params, "transformer": ema}
+            trained = Trained(None, networks, params, mesh)
             report = evaluate_transformer(trained, source, data, size, count, stage.class_names)
             if extractor is not None and data.source != "codes":
                 report["fid"] = self._fid(stage, trained, extractor, count, size)

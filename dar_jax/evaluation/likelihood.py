@@ -56,7 +56,7 @@ def evaluate_transformer(
 
     Raises InputError where the data do not fit the transformer or have classes that it does not know.
     """
-    model, total = trained.networks.llama, min(num_images or len(source), len(source))
+    model, total = trained.networks.transformer, min(num_images or len(source), len(source))
     numbers = np.array(class_numbers(source.class_names, trained.class_names if class_names is None else class_names), np.int32)
     size = full_batch(min(batch_size, total), trained.mesh)
     sums = {name: np.zeros((2, model.config.num_tokens)) for name in ("bits", "accuracy")}
@@ -71,7 +71,7 @@ def evaluate_transformer(
                 raise InputError(f"the data have {codes.shape[1]} codes per image, the transformer {model.config.num_tokens}")
             classes = numbers[batch["label"]]
             for row, labels in enumerate((classes, np.full_like(classes, model.config.num_classes))):
-                bits, right = score(model, trained.params["llama"], codes, put_batch(labels, trained.mesh))
+                bits, right = score(model, trained.params["transformer"], codes, put_batch(labels, trained.mesh))
                 sums["bits"][row] += to_host(bits)[batch["valid"]].sum(axis=0, dtype=np.float64)
                 sums["accuracy"][row] += to_host(right)[batch["valid"]].sum(axis=0)
             images += int(batch["valid"].sum())

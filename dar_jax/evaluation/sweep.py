@@ -78,12 +78,12 @@ def sweep(
         raise InputError(f"groups are {wanted}, they should be between 1 and {last}")
     configs = [dataclasses.replace(each, num_groups=wanted[-1]) for each in configs]
     settings = alike(
-        [make_settings(each, config, trained.guidance) for each in configs],
-        trained.networks.llama.config.vocab_size,
+        [make_settings(each, config, trained.networks.method) for each in configs],
+        trained.networks.transformer.config.vocab_size,
     )
     seeds = seeds_from(seed, num_samples)
     real = open_reference(reference, extractor)
-    labels = np.arange(num_samples) % trained.networks.llama.config.num_classes
+    labels = np.arange(num_samples) % trained.networks.transformer.config.num_classes
     rows = []
     for number, (each, made) in enumerate(zip(configs, settings), 1):
         running = {group: RunningStatistics(extractor.network, num_samples, SAMPLE_FEATURES) for group in wanted}

@@ -28,7 +28,6 @@ from dar_jax.inference.trained import Trained, seeds_from
 from dar_jax.models.pixels import psnr, to_float, to_uint8
 from dar_jax.models.quantizer import Quantized
 from dar_jax.parallel.batches import full_batch, pad, put_batch, to_host
-from dar_jax.sampling.denoise import initial_noise
 from dar_jax.sampling.sampler import decode
 from dar_jax.sampling.settings import Networks, make_settings
 
@@ -58,14 +57,13 @@ def reconstruct(
     prepared = trained.sampler_params  # the resolution changes none of them
     trained = trained.with_tokenizer(at_image_size(trained.config))
     networks, params, mesh = trained.networks, trained.params, trained.mesh
-    settings = make_settings(sampling or SamplingConfig(), trained.config)
+    settings = make_settings(sampling or SamplingConfig(), trained.config, networks.method)
     size = full_batch(batch_size, mesh, trained.decoder_mesh or mesh)
     decoded, codes = [], []
     for count, (batch, batch_seeds) in _batches(size, images, np.asarray(seeds, np.uint32)):
         with jax.set_mesh(mesh):
             quantized = quantize(networks, params, put_batch(batch, mesh))
-            noise = initial_noise(put_batch(batch_seeds, mesh), trained.config)
-            samples = decode(networks, prepared, settings, quantized.values, noise)
+            samples = decode(networks, prepared, settings, quantized.values, put_batch(batch_seeds, mesh))
         decoded.append(to_uint8(to_host(samples.images)[:count]))
         if quantized.codes is not None:
             codes.append(to_host(quantized.codes)[:count])

@@ -65,7 +65,7 @@ def sample(
     """
     settings = sampling
     if isinstance(sampling, SamplingConfig):
-        settings = make_settings(sampling, trained.config, trained.guidance)
+        settings = make_settings(sampling, trained.config, trained.networks.method)
     networks, params, mesh = trained.networks, trained.sampler_params, trained.mesh
     labels, seeds = np.asarray(labels, np.int32), np.asarray(seeds, np.uint32)
     size = full_batch(batch_size, mesh, trained.decoder_mesh or mesh)

@@ -19,9 +19,8 @@ from dar_jax import parallel
 from dar_jax.config import MeshConfig, TokenizerConfig, TokenizerTraining
 from dar_jax.errors import InputError
 from dar_jax.experiment import Experiment
-from dar_jax.sampling.logits import linear_guidance
 from dar_jax.sampling.prepare import SamplerParams, prepare, separate
-from dar_jax.sampling.settings import GuidanceSchedule, Networks
+from dar_jax.sampling.settings import Method, Networks
 from dar_jax.training import checkpoint
 from dar_jax.training.stages import matmul_dtype
 
@@ -41,12 +40,11 @@ class Found:
 
 @dataclass(frozen=True)
 class Trained:
-    """Networks with their weights on a mesh: the parameters are {"tokenizer": ..., "llama": ...}, as the sampler takes them."""
+    """Networks with their weights on a mesh; the parameters are {"tokenizer": ..., "transformer": ...}."""
 
     found: Found
     networks: Networks
     params: dict[str, Any]
-    guidance: GuidanceSchedule
     mesh: Mesh
     decoder_mesh: Mesh | None = None  # devices of their own for denoising samples, see `sampler.separate`
 
@@ -111,7 +109,7 @@ def load_tokenizer(
         weights = "ema"
     mesh = mesh or run_mesh(found.tokenizer.config.mesh)
     network, params = _load(found.tokenizer, _tokenizer_part(experiment), weights, mesh)
-    return Trained(found, Networks(network), {"tokenizer": params}, linear_guidance, mesh)
+    return Trained(found, Networks(network), {"tokenizer": params}, mesh)
 
 
 def load_sampler(
@@ -129,11 +127,11 @@ def load_sampler(
     """
     found = find_transformer(path)
     mesh = mesh or run_mesh(found.transformer.config.mesh)
-    llama, llama_params = _load(found.transformer, experiment, weights, mesh)
+    transformer, transformer_params = _load(found.transformer, experiment, weights, mesh)
     tokenizer, tokenizer_params = _load(found.tokenizer, _tokenizer_part(experiment), "ema", mesh)
-    guidance = (experiment and experiment.guidance) or linear_guidance
-    params = {"tokenizer": tokenizer_params, "llama": llama_params}
-    return Trained(found, Networks(tokenizer, llama), params, guidance, mesh, decoder_mesh)
+    networks = Networks(tokenizer, transformer, experiment.method if experiment else Method())
+    params = {"tokenizer": tokenizer_params, "transformer": transformer_params}
+    return Trained(found, networks, params, mesh, decoder_mesh)
 
 
 def unless_missing(load: Callable[[], T], given: str | None = None) -> T | None:

@@ -17,35 +17,36 @@ from jax import Array
 from dar_jax.models.layers import DType, layer_norm, matrix_init
 from dar_jax.parallel.sharding import constrain, fitting
 
-Rope = tuple[Array, Array]  # cosines and signed sines, each [T, K] float32, see `apply_rope`
+Rope = tuple[Array, Array]  # cosines and signed sines, each [T, K] or [B, T, K] float32, see `apply_rope`
 
 
 def rope_1d(positions: Array, head_size: int, theta: float) -> Rope:
-    """What turns the adjacent pair i of a head by position * theta^(-2i / head_size).
+    """Rotary angles: pair i of a head is rotated by position * theta^(-2i / head_size).
 
-    Args: positions [T]. Returns the cosine, and the sine with the sign it takes, of every element: float32 [T, head_size].
+    Args: positions [T] or [B, T]. Returns the cosine, and the sine with the sign it takes, of every element: float32
+    [..., T, head_size].
     """
     frequencies = theta ** (-np.arange(0, head_size, 2) / head_size)
-    angles = jnp.asarray(positions, jnp.float32)[:, None] * np.repeat(frequencies, 2).astype(np.float32)
+    angles = jnp.asarray(positions, jnp.float32)[..., None] * np.repeat(frequencies, 2).astype(np.float32)
     return jnp.cos(angles), jnp.sin(angles) * np.tile(np.float32([-1, 1]), head_size // 2)
 
 
 def rope_2d(height: int, width: int, head_size: int, theta: float) -> Rope:
-    """As `rope_1d` for a raster of height x width: the first half of a head turns with the row, the second with the column."""
+    """As `rope_1d` for a raster of height x width: the first half of a head is rotated by the row, the second by the column."""
     rows, columns = np.divmod(np.arange(height * width), width)
     parts = [rope_1d(positions, head_size // 2, theta) for positions in (rows, columns)]
     return tuple(jnp.concatenate(pair, axis=-1) for pair in zip(*parts))
 
 
 def pad_rope(rope: Rope, count: int) -> Rope:
-    """Appends `count` positions that are not turned."""
+    """Appends `count` positions with the identity rotation."""
     cos, sin = rope
     return jnp.pad(cos, ((0, count), (0, 0)), constant_values=1.0), jnp.pad(sin, ((0, count), (0, 0)))
 
 
 def apply_rope(x: Array, rope: Rope) -> Array:
-    """Turns adjacent pairs of x [B, T, N, K] by the angles of `rope`; computed in float32, returned in x's dtype."""
-    cos, sin = (part[None, :, None, :] for part in rope)
+    """Rotates adjacent pairs of x [B, T, N, K] by the angles of `rope`; computed in float32, returned in x's dtype."""
+    cos, sin = (jnp.expand_dims(part, -2) for part in rope)  # [T, 1, K] or [B, T, 1, K]
     return (x.astype(jnp.float32) * cos + _partners(x) * sin).astype(x.dtype)
 
 
@@ -79,18 +80,22 @@ class Cache:
         return cls(empty, empty)
 
     def write(self, position: Array | int, keys: Array, values: Array) -> "Cache":
-        """Stores keys and values [B, T, N, K] from `position` on."""
+        """Stores keys and values [B, T, N, K] from `position` on, a scalar, or [B] for rows with positions of their own."""
 
         def put(old: Array, new: Array) -> Array:
-            start = (0, 0, position, 0)
-            return constrain(jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2).astype(old.dtype), start), "cache")
+            new = new.swapaxes(1, 2).astype(old.dtype)
+            if jnp.ndim(position) == 0:
+                return constrain(jax.lax.dynamic_update_slice(old, new, (0, 0, position, 0)), "cache")
+            each = jax.vmap(lambda row, values, start: jax.lax.dynamic_update_slice(row, values, (0, start, 0)))
+            return constrain(each(old, new, position), "cache")
 
         return Cache(put(self.keys, keys), put(self.values, values))
 
 
 def causal_mask(length: int, span: int, position: Array | int = 0) -> Array:
-    """[1, length, span] bool: query i, which stands at position + i, sees keys up to and including its own place."""
-    return (jnp.arange(span) <= position + jnp.arange(length)[:, None])[None]
+    """[1 or B, length, span] bool: query i, at position + i, sees keys up to and including its own; position scalar or [B]."""
+    queries = jnp.reshape(position, (-1, 1, 1)) + jnp.arange(length)[:, None]
+    return jnp.arange(span) <= queries
 
 
 def attend(queries: Array, keys: Array, values: Array, mask: Array | None = None) -> Array:
@@ -152,7 +157,7 @@ def attend_cached(queries: Array, cache: Cache, mask: Array) -> Array:
 class Attention(nn.Module):
     """Multi-head attention with biases and QK-norm. Queries come from x, keys and values from `context` (default: x).
 
-    `rope` turns the queries, and in self attention the keys too. With a cache, keys and values are those written so far.
+    `rope` rotates the queries, and in self attention the keys too. With a cache, keys and values are those written so far.
     """
 
     head_size: int

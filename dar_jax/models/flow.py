@@ -1,9 +1,14 @@
-"""Flow matching and its solver as plain functions (paper section 3.2). Nothing here knows a network.
+"""Flow matching as plain functions (paper section 3.2): the path from noise to data, its times, and which tokens go with them.
 
-Time t runs from 0 (noise) to 1 (image). The networks see the shifted time t' = t / (t + s (1 - t)). T tokens, G groups,
+Time t runs from 0 (noise) to 1 (data). The networks see the shifted time t' = t / (t + s (1 - t)). B batch, T tokens, G groups,
 S denoising steps.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -17,9 +22,43 @@ def shift_time(t: Array, shift: float) -> Array:
 
 
 def interpolate(noise: Array, data: Array, t: Array) -> Array:
-    """The point at (shifted) time t on the line from noise to data; t [B] or a scalar, the others [B, H, W, C]."""
-    t = jnp.reshape(t, (-1, 1, 1, 1))
+    """The point at (shifted) time t on the line from noise to data; t [B] or a scalar, the others [B, ...]."""
+    t = over_batch(t, data)
     return t * data + (1 - t) * noise
+
+
+def straight_velocity(noise: Array, data: Array, t: Array) -> Array:
+    """The derivative of `interpolate` by t, the same at all times."""
+    return data - noise
+
+
+def jump(x: Array, velocity: Array, t: Array) -> Array:
+    """The data that x [B, ...] at shifted time t, [B] or a scalar, and this velocity point to."""
+    return x + over_batch(1 - t, x) * velocity
+
+
+def over_batch(t: Array, like: Array) -> Array:
+    """t, [B] or a scalar, with the axes that make it broadcast over `like` [B, ...]."""
+    return jnp.reshape(t, (-1,) + (1,) * (like.ndim - 1))
+
+
+@dataclass(frozen=True)
+class Path:
+    """The path from noise to data and how training draws times on it; a field of `Tokenizer`, for training and sampling alike.
+
+    shift: (t, config.velocity.time_shift) -> t', rising from 0 to 1; NumPy arrays and JAX's.
+    at, velocity: (noise, data, t') -> the point at t' and the velocity to learn there.
+    data: (x, velocity, t') -> the data they point to.
+    draw: (key, shape) -> times before the shift, in [0, 1].
+    weight: t' [B] -> the weight [B] of an image's flow loss, with mean 1 over what is drawn; None: 1.
+    """
+
+    shift: Callable[[Array, float], Array] = shift_time
+    at: Callable[[Array, Array, Array], Array] = interpolate
+    velocity: Callable[[Array, Array, Array], Array] = straight_velocity
+    data: Callable[[Array, Array, Array], Array] = jump
+    draw: Callable[[Array, tuple[int, ...]], Array] = jax.random.uniform
+    weight: Callable[[Array], Array] | None = None
 
 
 def group_start(t: Array, config: TokenizerConfig) -> Array:
@@ -31,24 +70,35 @@ def group_start(t: Array, config: TokenizerConfig) -> Array:
     return jnp.minimum(group * config.tokens_per_group, config.num_tokens - config.tokens_per_step)
 
 
-def schedule(num_steps: int, shift: float) -> np.ndarray:
-    """The shifted times t'_0 = 0 .. t'_S = 1 of the solver: float32 [S + 1]."""
-    return shift_time(np.arange(num_steps + 1, dtype=np.float32) / np.float32(num_steps), np.float32(shift))
+def uniform_times(num_steps: int, config: TokenizerConfig) -> np.ndarray:
+    """t_i = i / S, the paper's: float32 [S]."""
+    return np.arange(num_steps, dtype=np.float32) / np.float32(num_steps)
 
 
-def step_starts(num_steps: int, config: TokenizerConfig) -> np.ndarray:
-    """First condition token of each denoising step: int32 [S], in exact integer arithmetic."""
-    groups = (2 * np.arange(num_steps) * config.num_groups + num_steps) // (2 * num_steps)
-    return np.minimum(groups * config.tokens_per_group, config.num_tokens - config.tokens_per_step).astype(np.int32)
+class Schedule(NamedTuple):
+    """The denoising steps.
+
+    times: float32 [S + 1], shifted, 0 .. 1. starts: int32 [S], the first condition token of each step. ready: int32 [G + 1],
+    how many steps can have been taken once so many groups of tokens exist.
+    """
+
+    times: np.ndarray
+    starts: np.ndarray
+    ready: np.ndarray
 
 
-def steps_ready(num_steps: int, config: TokenizerConfig) -> np.ndarray:
-    """How many denoising steps can have been taken once k groups of tokens exist, k = 0 .. G: int32 [G + 1]."""
-    last_tokens = step_starts(num_steps, config) + config.tokens_per_step
-    groups = np.arange(config.num_groups + 1)[:, None]
-    return np.sum(last_tokens <= groups * config.tokens_per_group, axis=1).astype(np.int32)
+def schedule(times: np.ndarray, config: TokenizerConfig, path: Path = Path()) -> Schedule:  # noqa: B008 (frozen)
+    """The steps at unshifted `times` [S], rising from 0, each with the tokens of group floor(t G + 1/2).
 
-
-def predict_image(x: Array, velocity: Array, t: Array, data_std: float) -> Array:
-    """The clean image that x at shifted time t [B] and this velocity point to, in [-1, 1] units."""
-    return (x + jnp.reshape(1 - t, (-1, 1, 1, 1)) * velocity) / data_std
+    A group may have several steps or none. Raises ValueError where the times do not rise from 0 to less than 1.
+    """
+    t = np.asarray(times, np.float32)
+    if t.ndim != 1 or not len(t) or t[0] != 0 or np.any(np.diff(t) <= 0) or not t[-1] < 1:
+        raise ValueError(f"times of denoising steps rise from 0 to less than 1, these are {t.tolist()}")
+    shifted = np.append(np.asarray(path.shift(t, np.float32(config.velocity.time_shift)), np.float32), np.float32(1))
+    groups = np.floor(t.astype(np.float64) * config.num_groups + 0.5 + 1e-5).astype(
+        np.int64
+    )  # t is rounded, (2i + 1) / 2G is not
+    starts = np.minimum(groups * config.tokens_per_group, config.num_tokens - config.tokens_per_step).astype(np.int32)
+    tokens = np.arange(config.num_groups + 1)[:, None] * config.tokens_per_group
+    return Schedule(shifted, starts, np.sum(starts + config.tokens_per_step <= tokens, axis=1).astype(np.int32))

@@ -36,7 +36,9 @@ def bicubic_matrix(size: int, wanted: int, scale: float, a: float = -0.75) -> np
 
 
 def to_float(images: jax.Array) -> jax.Array:
-    """uint8 pixels to float32 in [-1, 1]."""
+    """uint8 pixels to float32 in [-1, 1]; floating-point data are taken as they are."""
+    if jnp.issubdtype(images.dtype, jnp.floating):
+        return images
     return images.astype(jnp.float32) / 127.5 - 1
 
 

@@ -12,45 +12,63 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from dar_jax.config import TokenizerConfig
+from dar_jax.config import TokenizerConfig, TokenizerLossConfig
 from dar_jax.models import flow
 from dar_jax.models.attention import Cache
 from dar_jax.models.encoder import Encoder
 from dar_jax.models.layers import DType
-from dar_jax.models.quantizer import Quantized, Quantizer
-from dar_jax.models.token_decoder import TokenDecoder
+from dar_jax.models.quantizer import Normalize, Quantized, Quantizer
+from dar_jax.models.token_decoder import TokenDecoder, empty_caches
 from dar_jax.models.velocity import VelocityNetwork
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenizerOutput:
-    """One training pass: the quantised tokens, the velocity and its target [B, H, W, C], the clean image it points to
-    [B, H, W, C] in [-1, 1], the REPA features or None, the rows of the codebook [V, E] or None, and how many tokens,
-    counted from the first, take part in each image's quantiser losses [B] int32."""
+    """One training pass: the quantised tokens, the shifted times [B], the velocity and its target [B, H, W, C], the clean image
+    it points to [B, H, W, C] in [-1, 1], the REPA features or None, and how many tokens, counted from the first, take part in
+    each image's quantiser losses [B] int32."""
 
     quantized: Quantized
+    times: Array
     velocity: Array
     target: Array
     image: Array
     repa: Array | None
-    codebook: Array | None
     tokens_used: Array
 
 
 class Tokenizer(nn.Module):
     """Call its methods with `model.apply({"params": params}, ..., method="encode")`; `model.init(key, images)` makes the
-    parameters for images [1, H, W, C]."""
+    parameters for images [1, H, W, C].
+
+    A fork may hand over another bottleneck (`quantizer`, as `Quantizer`), velocity network (`velocity_network`, as
+    `VelocityNetwork`) or path from noise to image (`path`); the sampler asks the same fields.
+    """
 
     config: TokenizerConfig
     dtype: DType = jnp.float32
     remat: str = "none"
+    quantizer: type[nn.Module] | None = None  # None: `Quantizer`, or `Normalize` where config.vq_enable is false
+    velocity_network: type[nn.Module] = VelocityNetwork
+    path: flow.Path = flow.Path()
 
     def setup(self):
         self.encoder = Encoder(self.config, self.dtype, self.remat)
-        self.quantizer = Quantizer(self.config)
+        default = Quantizer if self.config.vq_enable else Normalize
+        self.bottleneck = (self.quantizer or default)(self.config, name="quantizer")
         self.token_decoder = TokenDecoder(self.config, self.dtype, self.remat)
-        self.velocity_network = VelocityNetwork(self.config, self.dtype, self.remat, name="velocity")
+        self.decoder = self.velocity_network(self.config, self.dtype, self.remat, name="velocity")
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        """Shape of one datum as it is encoded: (H, W, C)."""
+        return self.config.image_size, self.config.image_size, self.config.channels
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """Shape of one datum as it is denoised: (R, R, C)."""
+        return self.config.resolution, self.config.resolution, self.config.channels
 
     def __call__(
         self, images: Array, times: Array | None = None, noise: Array | None = None, return_repa: bool = False
@@ -71,17 +89,17 @@ class Tokenizer(nn.Module):
         places = starts[:, None] + jnp.arange(config.tokens_per_step)  # [B, Q]
         condition = jnp.take_along_axis(self.condition(quantized.values), places[..., None], axis=1)  # [B, Q, D]
 
-        data_std = config.velocity.data_std
-        t = flow.shift_time(times, config.velocity.time_shift)
-        x = flow.interpolate(noise, data_std * images, t)
+        path, data = self.path, config.velocity.data_std * images
+        t = path.shift(times, config.velocity.time_shift)
+        x = path.at(noise, data, t)
         velocity, repa = self.velocity(x, t, condition, return_repa)
         return TokenizerOutput(
             quantized=quantized,
+            times=t,
             velocity=velocity,
-            target=data_std * images - noise,
-            image=flow.predict_image(x, velocity, t, data_std),
+            target=path.velocity(noise, data, t),
+            image=path.data(x, velocity, t) / config.velocity.data_std,
             repa=repa,
-            codebook=self.quantizer.rows() if config.vq_enable else None,
             tokens_used=starts + config.tokens_per_step,
         )
 
@@ -91,7 +109,11 @@ class Tokenizer(nn.Module):
 
     def quantize(self, latents: Array) -> Quantized:
         """latents [B, T, E] -> values for the decoder, codes and what the losses need."""
-        return self.quantizer(latents)
+        return self.bottleneck(latents)
+
+    def quantizer_losses(self, quantized: Quantized, config: TokenizerLossConfig) -> dict[str, Array]:
+        """The bottleneck's own terms of the loss, see `Quantizer.losses`."""
+        return self.bottleneck.losses(quantized, config)
 
     def codes(self, images: Array) -> Array:
         """[B, H, W, C] float32 in [-1, 1] -> codes [B, T] int32."""
@@ -99,7 +121,7 @@ class Tokenizer(nn.Module):
 
     def lookup(self, codes: Array) -> Array:
         """codes [B, n] int32 -> values [B, n, E] float32."""
-        return self.quantizer.lookup(codes)
+        return self.bottleneck.lookup(codes)
 
     def condition(self, values: Array) -> Array:
         """values [B, T, E] -> condition tokens [B, T, D] float32."""
@@ -111,8 +133,10 @@ class Tokenizer(nn.Module):
         """The same for n tokens from `position` on: [B, n, E] -> [B, n, D], and the new caches. See `TokenDecoder.step`."""
         return self.token_decoder.step(layers, values, caches, position)
 
-    def velocity(
-        self, x: Array, t: Array, condition: Array, return_repa: bool = False, time_table: Array | None = None
-    ) -> tuple[Array, Array | None]:
+    def empty_caches(self, batch: int) -> tuple[Cache, ...]:
+        """The caches of `condition_step` for the tokens of `batch` images."""
+        return empty_caches(self.config, batch, self.dtype)
+
+    def velocity(self, x: Array, t: Array, condition: Array, return_repa: bool = False) -> tuple[Array, Array | None]:
         """x [B, H, W, C], shifted time t [B], condition [B, Q, D] -> velocity [B, H, W, C], and REPA features or None."""
-        return self.velocity_network(x, t, condition, return_repa, time_table)
+        return self.decoder(x, t, condition, return_repa)

@@ -90,10 +90,12 @@ class LlamaBlock(nn.Module):
 
 
 class Llama(nn.Module):
-    """Predicts code i of an image from its class and codes 0 .. i-1.
+    """Predicts code i of an image from its condition (here: its class) and codes 0 .. i-1.
 
-    `init(key, labels, tokens)` makes the parameters; `__call__` is the whole sequence at once (training), `step` one token
-    with a cache (sampling). A fork may hand over another `block` with the signature of `LlamaBlock`.
+    `init(key, condition, tokens)` makes the parameters; `__call__` is the complete sequence at once (training), `extend` any
+    number of slots with a cache (sampling). The slots of the input are the n of the condition, then the codes; the last slot of
+    the condition predicts code 0. A fork may hand over another `block` with the signature of `LlamaBlock`, or subclass for
+    another condition: `prefix` and `null` take any tree of arrays with the batch first.
     """
 
     config: LlamaConfig
@@ -110,49 +112,66 @@ class Llama(nn.Module):
         self.norm = nn.RMSNorm(epsilon=config.norm_eps, dtype=jnp.float32)
         self.output = self.param("output", nn.initializers.zeros, (config.width, config.vocab_size))
 
-    def __call__(self, labels: Array, tokens: Array, dropout_key: Array | None = None) -> Array:
+    def prefix(self, condition: Any) -> Array:
+        """The condition as inputs [B, n, D]; here labels [B] int32, of which num_classes is the null class, and n = 1."""
+        return constrain(self.class_table.astype(self.dtype), "table")[condition][:, None]
+
+    def null(self, condition: Any) -> Any:
+        """The condition of the same form that says nothing, for guidance and for dropping conditions in training."""
+        return jnp.full_like(condition, self.config.num_classes)
+
+    def embed(self, tokens: Array) -> Array:
+        """Codes [B, n] int32 as inputs [B, n, D]."""
+        return constrain(self.token_table.astype(self.dtype), "table")[tokens]
+
+    def __call__(self, condition: Any, tokens: Array, dropout_key: Array | None = None) -> Array:
         """Logits of every token of a batch of whole images.
 
         Args:
-          labels: [B] int32; num_classes is the null class.
+          condition: a tree of arrays with the batch first, here labels [B] int32.
           tokens: [B, T] int32. The last one is no input; the logits of token i depend on tokens before it only.
           dropout_key: a key for dropout in training, None for none.
 
         Returns: [B, T, V] float32.
         """
-        x = jnp.concatenate([self._class(labels)[:, None], self._token(tokens[:, :-1])], axis=1)
-        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        x = constrain(dropout(x, self.config.token_dropout, keys[0]), "stream")  # [B, T, D]
+        x = jnp.concatenate([self.prefix(condition), self.embed(tokens[:, :-1])], axis=1)  # [B, n + T - 1, D]
         length = x.shape[1]
-        shared = (self._rope(jnp.arange(length)), causal_mask(length, length), None, keys[1])
+        return self.run(x, causal_mask(length, length), jnp.arange(length), dropout_key)[:, length - tokens.shape[1] :]
+
+    def run(self, x: Array, mask: Array, positions: Array, dropout_key: Array | None = None) -> Array:
+        """The blocks and the head on inputs [B, n, D] with any mask [1 or B, n, n], at rotary positions [n]: [B, n, V]."""
+        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        x = constrain(dropout(x, self.config.token_dropout, keys[0]), "stream")
+        shared = (self._rope(positions), mask, None, keys[1])
         (x, _), _ = self.blocks((x, None), jnp.arange(self.config.layers), *shared)
         return self._logits(x)
 
-    def step(
-        self, layers: Sequence[Params], labels: Array, tokens: Array, caches: Sequence[Cache], position: Array
+    def extend(
+        self, layers: Sequence[Params], x: Array, caches: Sequence[Cache], position: Array
     ) -> tuple[Array, tuple[Cache, ...]]:
-        """Logits of the token at `position`, from the one before it and the caches of those before.
+        """Logits after each of n slots, given the caches of the slots before them.
 
         Args:
-          layers: the parameters of the blocks, `layers.unstack` of those of the stack, which are not read.
-          labels: [B] int32, the input at position 0; num_classes is the null class.
-          tokens: [B] int32, the token at position - 1 (anything at position 0).
-          caches: of each layer (`empty_caches`), filled up to position - 1.
-          position: int32 scalar.
+          layers: the parameters of the blocks, `blocks.unstack` of those of the stack, which are not read.
+          x: [B, n, D], inputs of `prefix` and `embed`.
+          caches: of each layer (`empty_caches`), filled up to the slot before; what they hold further on is not seen.
+          position: the slot of the first input, an int32 scalar or [B], one for each row.
 
-        Returns: [B, V] float32 and the caches, filled up to position.
+        Returns: [B, n, V] float32 and the caches, filled with these slots.
         """
-        x = jnp.where(position == 0, self._class(labels), self._token(tokens))
-        shared = (self._rope(position[None]), causal_mask(1, caches[0].keys.shape[2], position), position, None)
+        count = x.shape[1]
+        slots = jnp.asarray(position)[..., None] + jnp.arange(count)  # [n] or [B, n]
+        shared = (self._rope(slots), causal_mask(count, caches[0].keys.shape[2], position), position, None)
         block = self.block(self.config, self.dtype, parent=None)
-        x, caches = run_cached(block, layers, caches, constrain(x[:, None], "stream"), *shared)
-        return self._logits(x)[:, 0], caches
+        x, caches = run_cached(block, layers, caches, constrain(x, "stream"), *shared)
+        return self._logits(x), caches
 
-    def _class(self, labels: Array) -> Array:
-        return constrain(self.class_table.astype(self.dtype), "table")[labels]
-
-    def _token(self, tokens: Array) -> Array:
-        return constrain(self.token_table.astype(self.dtype), "table")[tokens]
+    def empty_caches(self, batch: int, length: int) -> tuple[Cache, ...]:
+        """The caches of all layers for `extend` over `batch` sequences, with room for `length` slots."""
+        config = self.config
+        return (
+            Cache.zeros(batch, config.kv_heads or config.heads, length, config.width // config.heads, self.dtype),
+        ) * config.layers
 
     def _rope(self, positions: Array) -> Rope:
         return rope_1d(positions, self.config.width // self.config.heads, self.config.rope_theta)
@@ -160,9 +179,3 @@ class Llama(nn.Module):
     def _logits(self, x: Array) -> Array:
         x, head = self.norm(x).astype(self.dtype), self.output.astype(self.dtype)
         return constrain(jnp.einsum("btd,dv->btv", x, head, preferred_element_type=jnp.float32), "logits")
-
-
-def empty_caches(config: LlamaConfig, batch: int, length: int, dtype: DType) -> tuple[Cache, ...]:
-    """The caches of all layers for `Llama.step` over `batch` sequences, with room for `length` tokens."""
-    kv_heads = config.kv_heads or config.heads
-    return (Cache.zeros(batch, kv_heads, length, config.width // config.heads, dtype),) * config.layers

@@ -4,11 +4,8 @@ Shapes: B batch, H W pixels, C channels, h w pixel tokens along the sides, P = h
 """
 
 import functools
-from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax import Array
 
@@ -60,7 +57,6 @@ class VelocityBlock(nn.Module):
         carry: tuple[Array, Array | None],
         layer: Array,
         time: Array,
-        time_table: Array | None,
         condition: Array,
         rope: Rope,
     ) -> tuple[tuple[Array, Array | None], None]:
@@ -72,9 +68,7 @@ class VelocityBlock(nn.Module):
         embed = functools.partial(TwoLayers, self.init_std, dtype)
         attention = functools.partial(Attention, config.head_size, self.init_std, dtype)
 
-        if time_table is not None:
-            time = time_table[layer]
-        elif not config.share_time_encoding:
+        if not config.share_time_encoding:
             time = embed(name="time_embedding")(time)  # [B, D], or [1, D] for all
         condition = norm(embed(name="condition_embedding")(condition))  # [B, Q, D]
         mixed, _ = attention(name="cross_attention")(norm(x), condition, rope)
@@ -95,9 +89,7 @@ class VelocityNetwork(nn.Module):
     remat: str
 
     @nn.compact
-    def __call__(
-        self, x: Array, t: Array, condition: Array, return_repa: bool = False, time_table: Array | None = None
-    ) -> tuple[Array, Array | None]:
+    def __call__(self, x: Array, t: Array, condition: Array, return_repa: bool = False) -> tuple[Array, Array | None]:
         """The velocity at x, and the REPA features where they are asked for.
 
         Args:
@@ -105,7 +97,6 @@ class VelocityNetwork(nn.Module):
           t: [B] float32, shifted time; or [1], the time of all.
           condition: [B, Q, decoder width], the condition tokens of this step.
           return_repa: whether to compute the REPA head on the input of block `repa_layer`.
-          time_table: the time as every block embeds it, of `embed_times`; None: computed here.
 
         Returns: [B, H, W, C] float32, and [B, (grid)^2, repa_width] float32 or None.
         Raises: ValueError where REPA is asked of a network without it.
@@ -127,10 +118,10 @@ class VelocityNetwork(nn.Module):
         tokens = dense(config.width, name="patch_in")(patches)
         tokens = constrain(tokens, "stream")  # [B, P, D]
 
-        blocks = stack(VelocityBlock, config.layers, self.remat, shared=4)(config, self.config.init_std, dtype, name="blocks")
+        blocks = stack(VelocityBlock, config.layers, self.remat, shared=3)(config, self.config.init_std, dtype, name="blocks")
         rope = rope_2d(h, w, config.head_size, self.config.rope_theta)
         tap = tokens if return_repa else None
-        (tokens, tap), _ = blocks((tokens, tap), jnp.arange(config.layers), time, time_table, condition, rope)
+        (tokens, tap), _ = blocks((tokens, tap), jnp.arange(config.layers), time, condition, rope)
 
         tokens = layer_norm(False)(tokens).astype(dtype)
         if config.mlp_head:
@@ -147,20 +138,6 @@ class VelocityNetwork(nn.Module):
         if self.is_initializing():
             head(tokens, h, w)
         return out, None
-
-
-def embed_times(config: TokenizerConfig, dtype: DType, params: Any, times: np.ndarray) -> Array | None:
-    """What the blocks make of a time, for the times of a whole schedule at once.
-
-    Args: params, of the velocity network; times [S] float32, shifted.
-    Returns: [S, L, 1, D], or None where the blocks share one embedding.
-    """
-    if config.velocity.share_time_encoding:
-        return None
-    features = time_features(jnp.asarray(times), config.velocity.width).astype(dtype)  # [S, D]
-    embed = TwoLayers(config.init_std, dtype)
-    table = jax.vmap(lambda layer: embed.apply({"params": layer}, features), out_axes=1)(params["blocks"]["time_embedding"])
-    return table[:, :, None]
 
 
 class RepaHead(nn.Module):

@@ -25,6 +25,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from dar_jax.errors import InputError
 from dar_jax.parallel.mesh import BATCH
 
 Rules = Sequence[tuple[str, P]]
@@ -32,8 +33,8 @@ Rules = Sequence[tuple[str, P]]
 # (regular expression on the end of a parameter's path, how its LAST dimensions are cut). The first match counts. Dimensions
 # that a rule does not name, such as the leading layers of a stack of blocks, stay whole.
 RULES: Rules = (
-    # frozen feature networks and the discriminator: convolutions and their norms are small, and whole everywhere
-    (r"conv\d_\d/kernel|(Conv2d_\w+|branch\w+|fc)/kernel|discriminator/\w+/kernel", P()),
+    # frozen feature networks: convolutions and their norms are small, and whole everywhere
+    (r"conv\d_\d/kernel|(Conv2d_\w+|branch\w+|fc)/kernel", P()),
     (r"class_token|head\d|mean|var", P()),
     (r"qkv/bias", P("tensor", None, None)),
     # attention: kernels [D, N, K] and [N, K, D], fused kernel [D, M, R + 2, K]
@@ -80,10 +81,10 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules = ()) -> Any:
     """The NamedSharding of every array of a tree: parameters, or anything whose paths end like theirs (EMA, optimizer state).
 
     Args:
-      tree: arrays or ShapeDtypeStructs; scalars are replicated.
+      tree: arrays or ShapeDtypeStructs; scalars, and vectors that no rule names, are replicated.
       rules: further rules, tried before `RULES`, for a fork's own parameters.
 
-    Raises ValueError for a path that no rule matches.
+    Raises InputError for an array of two or more dimensions that no rule names.
     """
 
     def sharding(path: tuple, leaf: Any) -> NamedSharding:
@@ -93,7 +94,12 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules = ()) -> Any:
         for pattern, spec in (*rules, *RULES):
             if re.search(rf"(^|/)({pattern})$", name):
                 return NamedSharding(mesh, fit(spec, leaf.shape, mesh))
-        raise ValueError(f"no sharding rule for {name} {leaf.shape}; add one to parallel.RULES or to Experiment.rules")
+        if leaf.ndim - ("blocks/" in name) <= 1:  # a stack of blocks adds an axis
+            return replicated(mesh)
+        raise InputError(
+            f"no sharding rule for {name} {leaf.shape}; give the experiment one, such as "
+            f'Experiment(rules=((r"{name.rsplit("/", 1)[-1]}", PartitionSpec()),)), which replicates it'
+        )
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
@@ -132,7 +138,7 @@ ACTIVATIONS = {
     "logits": P(("data", "fsdp"), None, "tensor"),  # [B, T, V]
     "table": P(None, None),  # [V, D], gathered before rows are looked up
     "cache": P(("data", "fsdp"), "tensor", None, None),  # [B, N, S, K]
-    "images": P(("data", "fsdp"), None, None, None),  # [B, H, W, C]
+    "images": P(("data", "fsdp")),  # [B, H, W, C], or data of other dimensions
 }
 
 

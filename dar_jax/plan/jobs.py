@@ -18,14 +18,10 @@ from dar_jax import parallel
 from dar_jax.config import TokenizerTraining
 from dar_jax.errors import InputError
 from dar_jax.experiment import Experiment, load_experiment
-from dar_jax.features.dinov2 import Dinov2, Dinov2Config
-from dar_jax.features.vgg_lpips import Lpips
-from dar_jax.sampling.logits import linear_guidance
 from dar_jax.sampling.sampler import generate
 from dar_jax.sampling.settings import Networks, make_settings
 from dar_jax.training import checkpoint
-from dar_jax.training.optimizer import make_optimizer
-from dar_jax.training.stages import check_terms, check_tokenizer, tokenizer_loss_fn, tokenizer_params, transformer_loss_fn
+from dar_jax.training.stages import check_tokenizer, describe
 from dar_jax.training.state import Params, abstract_state
 from dar_jax.training.step import make_train_step
 
@@ -82,25 +78,22 @@ def training_job(experiment: Experiment, mesh: Mesh) -> Job:
     experiment = for_accelerators(experiment)
     config, train = experiment.config, experiment.config.train
     parallel.check_batch(train.batch_size, train.accumulate, mesh)
-    model = experiment.build_model(jnp.dtype(train.dtype), train.remat)
-    image = ((config.data.image_size, config.data.image_size, config.data.channels), jnp.uint8)
-    init_params = functools.partial(experiment.init_params, model)
-    if isinstance(config, TokenizerTraining):
-        check_terms(experiment)
-        init_params = functools.partial(tokenizer_params, experiment, model)
-        loss_fn, inputs = tokenizer_loss_fn(experiment, model), {"image": image}
-        frozen = placed({} if experiment.loss else feature_networks(experiment), mesh)
-    elif (tokenizer := None if config.data.source == "codes" else find_tokenizer(experiment, takes_images=True)) is not None:
+    tokenizer = None
+    if not isinstance(config, TokenizerTraining) and config.data.source != "codes":
+        tokenizer = find_tokenizer(experiment, takes_images=True)
+    encoder = None
+    if tokenizer is not None:
         tokenizer = for_accelerators(tokenizer)
         encoder = tokenizer.build_model(jnp.dtype(tokenizer.config.train.dtype))
-        loss_fn, inputs = transformer_loss_fn(experiment, model, encoder), {"image": image}
-        frozen = placed(parameters(tokenizer, encoder), mesh, tokenizer.rules)
-    else:
-        loss_fn, inputs, frozen = transformer_loss_fn(experiment, model), {"codes": ((config.model.num_tokens,), jnp.int32)}, {}
-    optimizer = make_optimizer(config.optimizer, train.steps)
+    stage = describe(experiment, jnp.dtype(train.dtype), encoder)
+    codes = encoder is None and not isinstance(config, TokenizerTraining)
+    image = ((config.data.image_size, config.data.image_size, config.data.channels), jnp.uint8)
+    inputs = {"codes": ((config.model.num_tokens,), jnp.int32)} if codes else {"image": image}
+    optimizer, rules = stage.make_optimizer(), (*experiment.rules, *(tokenizer.rules if tokenizer else ()))
+    frozen = placed(stage.frozen, mesh, rules)
     with jax.set_mesh(mesh):
-        state = abstract_state(init_params, optimizer, mesh, experiment.rules)
-        step = make_train_step(loss_fn, optimizer, config, state, mesh)
+        state = abstract_state(stage.init_params, optimizer, mesh, experiment.rules)
+        step = make_train_step(stage.loss_fn, optimizer, config, state, mesh)
         traced = step.trace(state, batch_of(train.batch_size, {**inputs, "label": ((), jnp.int32)}, mesh), frozen)
     memory = {
         "parameters": bytes_on_device(state.params),
@@ -109,8 +102,7 @@ def training_job(experiment: Experiment, mesh: Mesh) -> Job:
         "frozen": bytes_on_device(frozen),
     }
     notes = ("codes are taken as stored; to plan their computation in the step, pass --tokenizer",)
-    without_encoder = "codes" in inputs and config.data.source != "codes"
-    return Job(traced, count(state.params), memory, notes if without_encoder else ())
+    return Job(traced, count(state.params), memory, notes if codes and config.data.source != "codes" else ())
 
 
 def sampling_job(experiment: Experiment, mesh: Mesh) -> Job:
@@ -126,29 +118,20 @@ def sampling_job(experiment: Experiment, mesh: Mesh) -> Job:
         raise InputError("sampling needs the tokenizer too; pass --tokenizer with its experiment file or a checkpoint")
     batch_size = experiment.config.train.batch_size
     parallel.check_batch(batch_size, 1, mesh)
-    stages = {"tokenizer": for_accelerators(tokenizer), "llama": for_accelerators(experiment)}
-    networks = Networks(**{name: stage.build_model(jnp.dtype(stage.config.train.dtype)) for name, stage in stages.items()})
-    guidance = experiment.guidance or linear_guidance
-    settings = make_settings(experiment.config.sampling, networks.tokenizer.config, guidance)
+    stages = {"tokenizer": for_accelerators(tokenizer), "transformer": for_accelerators(experiment)}
+    models = {name: stage.build_model(jnp.dtype(stage.config.train.dtype)) for name, stage in stages.items()}
+    networks = Networks(**models, method=experiment.method)
+    settings = make_settings(experiment.config.sampling, networks.tokenizer.config, networks.method)
     params = {name: placed(parameters(stage, getattr(networks, name)), mesh, stage.rules) for name, stage in stages.items()}
     with jax.set_mesh(mesh):
         settings = jax.eval_shape(lambda: settings)
         settings = parallel.placed(settings, jax.tree.map(lambda _: parallel.replicated(mesh), settings))
-        inputs = batch_of(batch_size, {"labels": ((), jnp.int32), "seeds": ((), jnp.uint32)}, mesh)
+        inputs = batch_of(batch_size, {"label": ((), jnp.int32), "seeds": ((), jnp.uint32)}, mesh)
+        condition = jax.eval_shape(experiment.condition, {"label": inputs["label"]})
+        condition = parallel.placed(condition, jax.tree.map(lambda _: parallel.batch_sharding(mesh), condition))
         whole = jax.jit(generate, static_argnums=0)
-        traced = whole.trace(networks, params, settings, inputs["labels"], inputs["seeds"])
+        traced = whole.trace(networks, params, settings, condition, inputs["seeds"])
     return Job(traced, count(params), {"parameters": bytes_on_device(params)})
-
-
-def feature_networks(experiment: Experiment) -> Params:
-    """Shapes of the frozen networks of the loss terms that have a weight."""
-    loss, networks = experiment.config.loss, {}
-    images, key = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32), jax.random.key(0)
-    if loss.lpips != 0:
-        networks["lpips"] = jax.eval_shape(Lpips().init, key, images, images)["params"]
-    if loss.repa != 0:
-        networks["dinov2"] = jax.eval_shape(Dinov2(Dinov2Config()).init, key, images)["params"]
-    return networks
 
 
 def parameters(experiment: Experiment, model: Any) -> Params:

@@ -4,11 +4,15 @@ Shapes: B batch, V vocabulary, T tokens.
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+
+if TYPE_CHECKING:
+    from dar_jax.sampling.settings import Settings
 
 
 def linear_guidance(num_tokens: int, first: float, last: float) -> np.ndarray:
@@ -60,15 +64,21 @@ def _keep(logits: Array, enough: Callable[[Array], Array]) -> Array:
     return jnp.where(ordered < threshold[:, None], -jnp.inf, logits)
 
 
-def draw(logits: Array, keys: Array, temperature: Array | None, top_k: Array | None, top_p: Array | None) -> Array:
-    """One token per row: int32 [B].
+def token_keys(keys: Array, position: Array) -> Array:
+    """The keys [B] with which the samples of these keys [B] draw the token at `position`, a scalar or [B]."""
+    fold = jax.random.fold_in
+    return jax.vmap(lambda key, place: fold(fold(key, 1), place))(keys, jnp.broadcast_to(position, keys.shape))
+
+
+def draw_token(logits: Array, keys: Array, position: Array, tokens: Array, settings: "Settings") -> Array:
+    """One token per row, with the temperature and the filters of the settings: int32 [B].
 
     Args:
-      logits: [B, V] float32.
-      keys: [B] PRNG keys, one per sample, so that a draw does not depend on the batch around it.
-      temperature: divides the logits; None takes the largest instead of drawing.
+      logits: [B, V] float32, guided already.
+      keys: [B] PRNG keys, of `token_keys`, one per sample, so that a draw does not depend on the batch around it.
+      position, tokens: which token this is (a scalar or [B]), and those so far, [B, T] int32; not looked at here.
     """
-    if temperature is None:
+    if settings.temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = filter_logits(logits / temperature, top_k, top_p)
+    logits = filter_logits(logits / settings.temperature, settings.top_k, settings.top_p)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

@@ -1,116 +1,187 @@
-"""A group of tokens, predicted one by one (paper section 3.3).
+"""The tokens of a group, predicted one by one (paper section 3.3), and the interface of whatever predicts them otherwise.
 
-Shapes: B batch, T tokens, Q tokens per group.
+Shapes: B batch, T tokens, Q tokens per group, n slots of the condition, D width.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from dar_jax.config import TokenizerConfig
-from dar_jax.models import transformer
 from dar_jax.models.attention import Cache
-from dar_jax.models.transformer import Llama
 from dar_jax.parallel.sharding import constrain
-from dar_jax.sampling.denoise import sample_keys
-from dar_jax.sampling.logits import draw, guide
-from dar_jax.sampling.prepare import SamplerParams, Unstacked
-from dar_jax.sampling.settings import Networks, Settings
+from dar_jax.sampling.logits import guide, token_keys
+from dar_jax.sampling.prepare import SamplerParams
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """How far the transformer is. Its caches grow with the groups."""
-
-    labels: Array  # [B] int32
-    keys: Array  # [B] PRNG keys
-    tokens: Array  # [B, T] int32; those not yet predicted are 0 or given
-    num_given: Array  # [B] int32, how many first tokens are given instead of predicted
-    caches: tuple[Cache, ...]  # guided: rows 2i and 2i + 1 are sample i with its label and with the null class
-
-
-def predict_group(
-    networks: Networks, params: SamplerParams, settings: Settings, prediction: Prediction, group: int
-) -> Prediction:
-    """Predicts the tokens of the next group."""
-    config = networks.tokenizer.config
-    first, last = group * config.tokens_per_group, (group + 1) * config.tokens_per_group
-    for start, stop in _spans(first, last, settings.guided):
-        sizes = stop - start, _window(config, stop), start < settings.guided
-        prediction = _predict(networks.llama, *sizes, params.llama, settings, prediction, jnp.int32(start))
-    return prediction
-
+if TYPE_CHECKING:
+    from dar_jax.sampling.settings import Networks, Settings
 
 WINDOWS = 8  # lengths of the cache, at most, each of which is compiled
 
 
+class Predictor(NamedTuple):
+    """How the transformer finds tokens.
+
+    begin: (networks, params, settings, condition, seeds [B], prefix [B, k] or None, num_given [B] or None) -> a state, any tree
+      of arrays with the batch first that has `tokens` [B, T] int32.
+    group: (networks, params, settings, state, group) -> the state, in which the tokens of this group are final.
+    """
+
+    begin: Callable[..., Any]
+    group: Callable[..., Any]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["condition", "keys", "tokens", "num_given", "last_slot", "caches"],
+    meta_fields=["before", "done"],
+)
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """How far the transformer is. Its caches grow with the groups; guided: rows 2i and 2i + 1 are sample i with its condition
+    and with the null condition."""
+
+    condition: Any  # a tree of [B, ...], labels for instance
+    keys: Array  # [B] PRNG keys
+    tokens: Array  # [B, T] int32; those not yet predicted are 0 or given
+    num_given: Array  # [B] int32, how many first tokens are given instead of predicted
+    last_slot: Array  # [B or 2B, 1, D], the condition's last slot, which predicts token 0
+    caches: tuple[Cache, ...]
+    before: int  # slots of the condition before its last one
+    done: int  # the first tokens, given for all samples, whose slots are in the caches already
+
+
+def begin_prediction(
+    networks: "Networks",
+    params: SamplerParams,
+    settings: "Settings",
+    condition: Any,
+    seeds: Array,
+    prefix: Array | None = None,
+    num_given: np.ndarray | None = None,
+) -> Prediction:
+    """Before the first token that is not given; arguments as of `sampler.begin`. Given tokens take one pass together."""
+    done = 0
+    if prefix is not None:
+        done = prefix.shape[1] if num_given is None else int(np.min(num_given))
+    return _begin(networks, done, params, settings, condition, seeds, prefix, num_given)
+
+
+def predict_group(
+    networks: "Networks", params: SamplerParams, settings: "Settings", prediction: Prediction, group: int
+) -> Prediction:
+    """Predicts the tokens of a group, one by one."""
+    config = networks.tokenizer.config
+    first, last = group * config.tokens_per_group, (group + 1) * config.tokens_per_group
+    for start, stop in _spans(max(first, prediction.done), last, settings.guided):
+        sizes = stop - start, _window(config, stop), start < settings.guided
+        prediction = _predict(networks, *sizes, params, settings, prediction, jnp.int32(start))
+    return prediction
+
+
+token_by_token = Predictor(begin_prediction, predict_group)
+
+
+def with_null(model: Any, condition: Any) -> Any:
+    """Each sample's condition and the null one, interleaved, so that on several devices both rows of a sample stay together."""
+    pairs = jax.tree.map(lambda a, b: jnp.stack([a, b], axis=1), condition, model.null(condition))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), pairs)
+
+
+def grown(caches: tuple[Cache, ...], length: int, halved: bool = False) -> tuple[Cache, ...]:
+    """The caches with room for `length` slots; `halved`: without the rows of the null condition."""
+
+    def fit(leaf: Array) -> Array:
+        leaf = leaf[::2] if halved else leaf
+        return constrain(jnp.pad(leaf, ((0, 0), (0, 0), (0, length - leaf.shape[2]), (0, 0))), "cache")
+
+    return jax.tree.map(fit, caches)
+
+
 def _spans(first: int, last: int, guided: int) -> list[tuple[int, int]]:
-    """The tokens of a group, cut where guidance ends."""
-    return [(first, guided), (guided, last)] if first < guided < last else [(first, last)]
+    """The tokens of a group, in two parts where guidance ends within it."""
+    spans = [(first, guided), (guided, last)] if first < guided < last else [(first, last)]
+    return [(start, stop) for start, stop in spans if start < stop]
 
 
 def _window(config: TokenizerConfig, stop: int) -> int:
-    """Length of the cache for tokens before `stop`: that of the groups so far, rounded up where there are many groups."""
+    """How many tokens' slots the cache holds for tokens before `stop`: those of the groups so far, rounded up where there are
+    many groups."""
     unit = max(config.tokens_per_group, -(-config.num_tokens // WINDOWS))
     return min(-(-stop // unit) * unit, config.num_tokens)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def begin_prediction(
-    model: Llama, settings: Settings, labels: Array, seeds: Array, prefix: Array | None, num_given: Array | None
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _begin(
+    networks: "Networks",
+    done: int,
+    params: SamplerParams,
+    settings: "Settings",
+    condition: Any,
+    seeds: Array,
+    prefix: Array | None,
+    num_given: Array | None,
 ) -> Prediction:
-    """Before the first token; arguments as of `begin`."""
-    batch = len(labels)
-    tokens = jnp.zeros((batch, model.config.num_tokens), jnp.int32)
-    if prefix is None:
-        num_given = jnp.zeros(batch, jnp.int32)
-    else:
+    model, batch = networks.transformer, len(seeds)
+    tokens, given = jnp.zeros((batch, model.config.num_tokens), jnp.int32), jnp.zeros(batch, jnp.int32)
+    if prefix is not None:
         tokens = tokens.at[:, : prefix.shape[1]].set(prefix)
-        num_given = jnp.full(batch, prefix.shape[1], jnp.int32) if num_given is None else num_given
-    caches = transformer.empty_caches(model.config, 2 * batch if settings.guided else batch, 0, model.dtype)
-    return Prediction(jnp.asarray(labels, jnp.int32), sample_keys(seeds), tokens, num_given, caches)
+        given = jnp.full(batch, prefix.shape[1], jnp.int32) if num_given is None else jnp.asarray(num_given, jnp.int32)
+    keys = jax.vmap(jax.random.key)(seeds)
+    weights = {"params": params.transformer.rest}
+    rows = (lambda x: jnp.repeat(x, 2, axis=0)) if settings.guided else (lambda x: x)
+    both = with_null(model.bind(weights), condition) if settings.guided else condition
+    x = model.apply(weights, both, method="prefix")  # [B or 2B, n, D]
+    slots = x.shape[1]
+    if done:
+        x = jnp.concatenate([x, model.apply(weights, rows(tokens[:, : done - 1]), method="embed")], axis=1)
+    else:
+        x, last = x[:, :-1], x[:, -1:]
+    last = x[:, slots - 1 : slots] if done else last
+    caches = model.bind(weights).empty_caches(len(x), x.shape[1])
+    if x.shape[1]:
+        _, caches = model.apply(weights, params.transformer.layers, x, caches, jnp.int32(0), method="extend")
+    return Prediction(condition, keys, tokens, given, last, caches, slots - 1, done)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _predict(
-    model: Llama,
+    networks: "Networks",
     count: int,
     window: int,
     guided: bool,
-    params: Unstacked,
-    settings: Settings,
+    params: SamplerParams,
+    settings: "Settings",
     state: Prediction,
     start: Array,
 ) -> Prediction:
-    """Predicts `count` tokens from `start` on with caches of length `window`."""
-    batch, labels = len(state.labels), state.labels
-    if guided:  # interleaved, so that on several devices both rows of a sample stay where the sample is
-        labels = jnp.stack([labels, jnp.full_like(labels, model.config.num_classes)], axis=1).reshape(-1)
-
-    def fit(leaf: Array) -> Array:
-        if len(leaf) > len(labels):  # guidance has ended
-            leaf = leaf.reshape(batch, 2, *leaf.shape[1:])[:, 0]
-        return constrain(jnp.pad(leaf, ((0, 0), (0, 0), (0, window - leaf.shape[2]), (0, 0))), "cache")
+    """Predicts `count` tokens from `start` on with caches for `window` tokens."""
+    model, batch = networks.transformer, len(state.tokens)
+    weights = {"params": params.transformer.rest}
+    halved = not guided and len(state.last_slot) > batch  # guidance has ended
+    first = state.last_slot[::2] if halved else state.last_slot
 
     def body(carry: tuple[Array, tuple[Cache, ...]], offset: Array) -> tuple[tuple[Array, tuple[Cache, ...]], None]:
         tokens, caches = carry
         position = start + offset
-        previous = jnp.take(tokens, jnp.maximum(position - 1, 0), axis=1)
-        inputs = jnp.repeat(previous, 2) if guided else previous
-        step = functools.partial(model.apply, {"params": params.rest}, method="step")
-        logits, caches = step(params.layers, labels, inputs, caches, position)
+        previous = jnp.take(tokens, jnp.maximum(position - 1, 0), axis=1)[:, None]
+        embedded = model.apply(weights, jnp.repeat(previous, 2, axis=0) if guided else previous, method="embed")
+        x = jnp.where(position == 0, first, embedded)
+        logits, caches = model.apply(weights, params.transformer.layers, x, caches, state.before + position, method="extend")
+        logits = logits[:, 0]
         if guided:
             pairs = logits.reshape(batch, 2, -1)
             logits = guide(pairs[:, 0], pairs[:, 1], settings.scales[position])
-        keys = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, 1), position))(state.keys)
-        drawn = draw(logits, keys, settings.temperature, settings.top_k, settings.top_p)
+        drawn = networks.method.draw(logits, token_keys(state.keys, position), position, tokens, settings)
         token = jnp.where(position < state.num_given, jnp.take(tokens, position, axis=1), drawn)
         return (jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], position, axis=1), caches), None
 
-    carry = (state.tokens, jax.tree.map(fit, state.caches))
+    carry = (state.tokens, grown(state.caches, state.before + window, halved))
     (tokens, caches), _ = jax.lax.scan(body, carry, jnp.arange(count))
-    return dataclasses.replace(state, tokens=tokens, caches=caches)
+    return dataclasses.replace(state, tokens=tokens, caches=caches, last_slot=first)

@@ -1,20 +1,17 @@
 """The sampler (paper sections 3.3 and 3.4): groups of tokens are predicted, and each finished group drives denoising.
 
-One function, `advance`, carries a `SamplerState` on by one group: the transformer predicts its Q tokens, the token decoder
-turns them into condition tokens, and the solver takes the denoising steps they allow. `generate` runs it over all groups;
-`stream` yields a preview after each. Both consist of the same compiled pieces, which the host dispatches without waiting:
-predicting (one for each length of the cache, so that attention reads only what is filled), conditioning, one solver step.
-They are pure, so an outer `jax.jit` over `generate` makes one program of them. With a mesh of its own for the decoder (see
-`separate`) a group is denoised on some devices while the others predict the next one.
+`generate` runs `advance` over all groups; `stream` yields a preview after each. Both consist of the same compiled pieces, which
+the host dispatches without waiting: predicting (one for each length of the cache, so that attention reads only what is
+filled), conditioning, one solver step. They are pure, so an outer `jax.jit` over `generate` makes one program of them. With a
+mesh of its own for the decoder (see `prepare.separate`) a group is denoised on some devices while the others predict the next.
 
-Everything of sample i follows from its own seed and label: the same (seed, label, settings) give the same tokens in any
+Everything of sample i follows from its own seed and condition: the same (seed, label, settings) give the same tokens in any
 batch and on any number of devices.
 
 Shapes: B batch, T tokens, G groups, Q = T / G tokens per group, S denoising steps, R pixels along a side while denoising,
-H W pixels of the result, C channels, D width, E code dimension, L layers.
+H W pixels of the result, C channels, E code dimension.
 """
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -22,24 +19,40 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
-from jax.sharding import Mesh
 
-from dar_jax.models import flow
-from dar_jax.parallel import batch_sharding
-from dar_jax.sampling.denoise import Decoding, _condition, _denoise, _finish, begin_decoding, initial_noise
-from dar_jax.sampling.predict import Prediction, begin_prediction, predict_group
+from dar_jax.sampling.denoise import Decoding, begin_decoding, condition, condition_values, denoise, finish, schedule
 from dar_jax.sampling.prepare import SamplerParams, prepare
 from dar_jax.sampling.settings import Networks, Settings
+
+
+def advance(networks: Networks, params: SamplerParams, settings: Settings, state: "SamplerState") -> "SamplerState":
+    """One group: its tokens, their condition tokens, and the denoising steps that these allow."""
+    model, group = networks.tokenizer, state.group
+    prediction = networks.method.predict.group(networks, params, settings, state.prediction, group)
+    with params.on_decoder():
+        tokens = params.to_decoder(prediction.tokens)
+        first = group * model.config.tokens_per_group
+        decoding = condition(model, params.decoder, tokens, state.decoding, first)
+        for step in steps_of_group(networks, settings, group):
+            decoding = denoise(networks, params.decoder, settings, decoding, jnp.int32(step))
+    return SamplerState(group + 1, prediction, decoding)
+
+
+def steps_of_group(networks: Networks, settings: Settings, group: int) -> range:
+    """The denoising steps that the tokens of a group allow: one in the paper's setting, elsewhere several or none."""
+    ready = schedule(networks, settings.num_steps).ready
+    return range(max(ready[group], settings.start_step), ready[group + 1])
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["prediction", "decoding"], meta_fields=["group"])
 @dataclasses.dataclass(frozen=True)
 class SamplerState:
-    """Where sampling stands after `group` groups."""
+    """Where sampling stands after `group` groups. `prediction` is the predictor's state, which has `tokens` [B, T]."""
 
     group: int
-    prediction: Prediction
+    prediction: Any
     decoding: Decoding
 
 
@@ -58,67 +71,56 @@ def begin(
     networks: Networks,
     params: SamplerParams,
     settings: Settings,
-    labels: Array,
+    condition: Any,
     seeds: Array,
     prefix: Array | None = None,
-    num_given: Array | None = None,
+    num_given: np.ndarray | None = None,
     image: Array | None = None,
+    observed: Any = None,
 ) -> SamplerState:
     """The state before the first group.
 
     Args:
       params: of `prepare`.
-      labels, seeds: [B] integers.
-      prefix: [B, n] int32 tokens to start from, n up to T (layout control: those of a reference image).
-      num_given: [B] int32, how many of the prefix's tokens hold for each sample (default: all n).
+      condition: what the transformer is conditioned on, a tree of arrays with the batch first; labels [B] int32 by default.
+      seeds: [B] integers in [0, 2**32).
+      prefix: [B, k] int32 tokens to start from, k up to T (layout control: those of a reference image).
+      num_given: int32 [B] on the host, how many of the prefix's tokens hold for each sample (default: all k).
       image: [B, R, R, C] float32 in [-1, 1] to start from at `settings.start_step` (default: noise).
+      observed: what `Method.steer` is given, a tree of arrays with the batch first.
     """
-    prediction = begin_prediction(networks.llama, settings, labels, seeds, prefix, num_given)
-    with _on(params.decoder_mesh):
-        seeds, image = _moved((seeds, image), params.decoder_mesh)
-        noise = initial_noise(seeds, networks.tokenizer.config)
-        decoding = begin_decoding(networks.tokenizer, params.decoder, settings, noise, image)
+    prediction = networks.method.predict.begin(networks, params, settings, condition, seeds, prefix, num_given)
+    with params.on_decoder():
+        seeds, image, observed = params.to_decoder((seeds, image, observed))
+        decoding = begin_decoding(networks, params.decoder, settings, seeds, image, observed)
     return SamplerState(0, prediction, decoding)
-
-
-def advance(networks: Networks, params: SamplerParams, settings: Settings, state: SamplerState) -> SamplerState:
-    """Carries the state on by one group: Q tokens, their condition tokens, and the denoising steps these allow."""
-    config = networks.tokenizer.config
-    prediction = predict_group(networks, params, settings, state.prediction, state.group)
-    with _on(params.decoder_mesh):
-        tokens = _moved(prediction.tokens, params.decoder_mesh)
-        decoding = _condition(networks.tokenizer, params.decoder, tokens, state.decoding, state.group * config.tokens_per_group)
-        # One step a group in the paper's setting; other step counts and group sizes leave several, or none, to a group.
-        ready = flow.steps_ready(settings.num_steps, config)
-        for index in range(max(ready[state.group], settings.start_step), ready[state.group + 1]):
-            decoding = _denoise(networks.tokenizer, params.decoder, settings, decoding, jnp.int32(index))
-    return SamplerState(state.group + 1, prediction, decoding)
 
 
 def generate(
     networks: Networks,
     params: dict | SamplerParams,
     settings: Settings,
-    labels: Array,
+    condition: Any,
     seeds: Array,
     prefix: Array | None = None,
-    num_given: Array | None = None,
+    num_given: np.ndarray | None = None,
     image: Array | None = None,
+    observed: Any = None,
     previews: bool = False,
 ) -> Samples:
-    """Whole images.
+    """Complete images.
 
     Args:
-      params: {"tokenizer": ..., "llama": ...}, or what `prepare` made of them, which saves doing it in every call.
+      params: {"tokenizer": ..., "transformer": ...}, or what `prepare` made of them, which saves doing it in every call.
       previews: whether to keep the preview after every group.
       The others are those of `begin`.
     """
     params, shown = _prepared(networks, params), []
-    for state in _groups(networks, params, settings, labels, seeds, prefix, num_given, image):
+    for state in _groups(networks, params, settings, condition, seeds, prefix, num_given, image, observed):
         if previews:
             shown.append(_snapshot(networks, params, state).images)
     samples = _snapshot(networks, params, state)
-    with _on(params.decoder_mesh):
+    with params.on_decoder():
         return dataclasses.replace(samples, previews=jnp.stack(shown) if previews else None)
 
 
@@ -126,11 +128,12 @@ def stream(
     networks: Networks,
     params: dict | SamplerParams,
     settings: Settings,
-    labels: Array,
+    condition: Any,
     seeds: Array,
     prefix: Array | None = None,
-    num_given: Array | None = None,
+    num_given: np.ndarray | None = None,
     image: Array | None = None,
+    observed: Any = None,
 ) -> Iterator[Samples]:
     """Yields `Samples` as each group ends: the tokens so far and the preview; the last one is what `generate` returns.
 
@@ -138,7 +141,7 @@ def stream(
     at a preview does not keep the device waiting.
     """
     params, waiting = _prepared(networks, params), None
-    for state in _groups(networks, params, settings, labels, seeds, prefix, num_given, image):
+    for state in _groups(networks, params, settings, condition, seeds, prefix, num_given, image, observed):
         if waiting is not None:
             yield waiting
         waiting = _snapshot(networks, params, state)
@@ -150,46 +153,47 @@ def decode(
     params: dict | SamplerParams,
     settings: Settings,
     values: Array,
-    noise: Array,
+    seeds: Array,
     image: Array | None = None,
+    observed: Any = None,
+    noise: Array | None = None,
     previews: bool = False,
 ) -> Samples:
     """Images of given tokens, without the transformer.
 
     Args:
-      params: as of `generate`; `llama` is not read.
-      values: [B, T, E] float32, what the quantizer returns, or the codebook's rows of given codes (`lookup_codes`).
-      noise: [B, R, R, C] standard normal, of `initial_noise` say.
-      image: [B, R, R, C] float32 in [-1, 1] to start from at `settings.start_step` (default: noise).
+      params: as of `generate`; the transformer's are not read.
+      values: [B, T, E] float32, what the quantizer returns, or what it looks up for given codes (`lookup_codes`).
+      seeds: [B] integers, of the noise and of whatever else is random.
+      image, observed: as of `begin`.
+      noise: [B, R, R, C] to start from in place of that of the seeds.
       previews: whether to keep the preview after every denoising step (from `start_step` 0 on).
 
     Returns: Samples without tokens.
     """
     params, model, shown = _prepared(networks, params), networks.tokenizer, []
-    with _on(params.decoder_mesh):
-        values, noise, image = _moved((values, noise, image), params.decoder_mesh)
-        decoding = begin_decoding(model, params.decoder, settings, noise, image, values)
-        for index in range(flow.steps_ready(settings.num_steps, model.config)[settings.num_groups]):
-            if index >= settings.start_step:
-                decoding = _denoise(model, params.decoder, settings, decoding, jnp.int32(index))
+    with params.on_decoder():
+        values, seeds, image, observed, noise = params.to_decoder((values, seeds, image, observed, noise))
+        decoding = begin_decoding(networks, params.decoder, settings, seeds, image, observed, noise)
+        decoding = condition_values(model, params.decoder, values, decoding, jnp.int32(0))
+        for step in range(schedule(networks, settings.num_steps).ready[settings.num_groups]):
+            if step >= settings.start_step:
+                decoding = denoise(networks, params.decoder, settings, decoding, jnp.int32(step))
             if previews:
-                shown.append(_finish(model, decoding.preview))
+                shown.append(finish(model, decoding.preview))
         tokens = jnp.zeros((len(values), 0), jnp.int32)
-        return Samples(tokens, _finish(model, decoding.preview), jnp.stack(shown) if previews else None)
+        return Samples(tokens, finish(model, decoding.preview), jnp.stack(shown) if previews else None)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def lookup_codes(networks: Networks, params: dict, codes: Array) -> Array:
-    """codes [B, n] int32 -> the codebook's rows [B, n, E] float32."""
+    """codes [B, n] int32 -> what the quantizer looks up for them, [B, n, E] float32."""
     return networks.tokenizer.apply({"params": params["tokenizer"]}, codes, method="lookup")
 
 
-# --- the pieces ------------------------------------------------------------------------------------------------------------
-
-
-def _groups(networks, params, settings, labels, seeds, prefix, num_given, image) -> Iterator[SamplerState]:
-    """The state after each group."""
-    state = begin(networks, params, settings, labels, seeds, prefix, num_given, image)
+def _groups(networks, params, settings, *start) -> Iterator[SamplerState]:
+    """The state after each group; `start` are the further arguments of `begin`."""
+    state = begin(networks, params, settings, *start)
     for _ in range(settings.num_groups):
         state = advance(networks, params, settings, state)
         yield state
@@ -199,17 +203,7 @@ def _prepared(networks: Networks, params: dict | SamplerParams) -> SamplerParams
     return params if isinstance(params, SamplerParams) else prepare(networks, params)
 
 
-def _on(mesh: Mesh | None) -> contextlib.AbstractContextManager:
-    """Enters the mesh, if there is one."""
-    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
-
-
-def _moved(batch: Any, mesh: Mesh | None) -> Any:
-    """A batch, or a tree of them, on the mesh, if there is one."""
-    return batch if mesh is None else jax.device_put(batch, batch_sharding(mesh))
-
-
 def _snapshot(networks: Networks, params: SamplerParams, state: SamplerState) -> Samples:
     tokens = state.prediction.tokens[:, : state.group * networks.tokenizer.config.tokens_per_group]
-    with _on(params.decoder_mesh):
-        return Samples(tokens, _finish(networks.tokenizer, state.decoding.preview), None)
+    with params.on_decoder():
+        return Samples(tokens, finish(networks.tokenizer, state.decoding.preview), None)

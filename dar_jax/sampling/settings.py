@@ -1,30 +1,77 @@
-"""What a sampling run is: the networks, and what `SamplingConfig` means for them."""
+"""What a sampling run is: the networks, the replaceable parts of the method, and what `SamplingConfig` means for them.
+
+Shapes: B batch, T tokens, V vocabulary, S denoising steps.
+"""
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
+from flax.core import FrozenDict
 from jax import Array
 
 from dar_jax.config import SamplingConfig, TokenizerConfig, checked
 from dar_jax.errors import InputError
+from dar_jax.models import flow
 from dar_jax.models.tokenizer import Tokenizer
 from dar_jax.models.transformer import Llama
-from dar_jax.sampling.logits import linear_guidance
+from dar_jax.sampling import solvers
+from dar_jax.sampling.logits import draw_token, linear_guidance
+from dar_jax.sampling.predict import Predictor, token_by_token
+from dar_jax.sampling.solvers import Solver
 
-GuidanceSchedule = Callable[[int, float, float], Array | np.ndarray]  # (T, first, last) -> scale of each token [T]
+
+def normal_noise(keys: Array, shape: tuple[int, ...]) -> Array:
+    """Standard normal [B, *shape] float32, sample i from its own key [B] alone."""
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), shape))(keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """The parts of sampling that an experiment may replace: plain functions, static under jit. See docs/forking.md.
+
+    guidance: (T, first, last) -> the scale of every token [T].
+    draw: (logits [B, V], keys [B], position, tokens [B, T], settings) -> tokens [B] int32; `position` is a scalar or [B].
+    predict: a `Predictor`, how the tokens of a group are found.
+    solver: a `Solver` of the denoising steps; None: the one that the setting `solver` names.
+    times: (S, tokenizer config) -> times of the steps before the shift, float32 [S], rising from 0; the group of each follows.
+    steer: (velocity, x, t', observation) -> velocity at x, where `velocity(x, t')` is the network's; None: nothing is observed.
+    noise: (keys [B], shape) -> what denoising starts from, [B, *shape] float32.
+
+    Whatever is random comes from a sample's own key, `fold_in(key, purpose)`: 0 noise, 1 tokens, 2 solver; others from 3 on.
+    """
+
+    guidance: Callable[[int, float, float], Array | np.ndarray] = linear_guidance
+    draw: Callable[..., Array] = draw_token
+    predict: Predictor = token_by_token
+    solver: Solver | None = None
+    times: Callable[[int, TokenizerConfig], np.ndarray] = flow.uniform_times
+    steer: Callable[[Callable, Array, Array, Any], Array] | None = None
+    noise: Callable[[Array, tuple[int, ...]], Array] = normal_noise
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """Names of the parts that are not the library's."""
+        return tuple(f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not f.default)
 
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-    """The modules of both stages; `llama` is None where codes are given. Their parameters go beside them as a dict
-    {"tokenizer": ..., "llama": ...}."""
+    """The modules of both stages and how they are sampled from; static under jit.
+
+    `transformer` is None where codes are given. `others` are an experiment's further networks by name. Their parameters go
+    beside them as a dict {"tokenizer": ..., "transformer": ..., "others": {name: ...}}.
+    """
 
     tokenizer: Tokenizer
-    llama: Llama | None = None
+    transformer: Llama | None = None
+    method: Method = Method()
+    others: Mapping[str, nn.Module] = FrozenDict()
 
 
 @functools.partial(
@@ -46,16 +93,16 @@ class Settings:
     temperature: Array | None
     top_k: Array | None
     top_p: Array | None
-    solver: str
+    solver: Solver
     num_steps: int
     start_step: int
     num_groups: int
 
 
-def make_settings(config: SamplingConfig, tokenizer: TokenizerConfig, guidance: GuidanceSchedule = linear_guidance) -> Settings:
+def make_settings(config: SamplingConfig, tokenizer: TokenizerConfig, method: Method = Method()) -> Settings:  # noqa: B008
     """Checks a `SamplingConfig` against the tokenizer and makes the sampler's settings of it.
 
-    Raises: InputError for values out of range.
+    Raises: InputError for values out of range, and for settings that a replaced part of the method makes void.
     """
     checked(SamplingConfig, config)
     num_steps = config.num_denoising_steps or tokenizer.num_denoising_steps
@@ -63,11 +110,19 @@ def make_settings(config: SamplingConfig, tokenizer: TokenizerConfig, guidance: 
     checks = [
         (num_groups <= tokenizer.num_groups, f"num_groups is {num_groups}, it should be 1 .. {tokenizer.num_groups}"),
         (config.start_step < num_steps, f"start_step is {config.start_step}, it should be 0 .. {num_steps - 1}"),
+        (
+            method.solver is None or config.solver == SamplingConfig.solver,
+            f"solver is {config.solver}, but the experiment replaces the solver; leave it at {SamplingConfig.solver}",
+        ),
     ]
     for holds, message in checks:
         if not holds:
             raise InputError(message)
-    scales = np.asarray(guidance(tokenizer.num_tokens, *config.guidance), np.float32)
+    try:
+        flow.schedule(method.times(num_steps, tokenizer), tokenizer)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    scales = np.asarray(method.guidance(tokenizer.num_tokens, *config.guidance), np.float32)
     if config.cfg_interval >= 0:
         scales = np.where(np.arange(tokenizer.num_tokens) > config.cfg_interval + 1, 1, scales).astype(np.float32)
     return Settings(
@@ -76,7 +131,7 @@ def make_settings(config: SamplingConfig, tokenizer: TokenizerConfig, guidance: 
         temperature=jnp.float32(config.temperature) if config.temperature > 0 else None,
         top_k=jnp.int32(config.top_k) if config.top_k > 0 else None,
         top_p=jnp.float32(config.top_p) if config.top_p < 1 else None,
-        solver=config.solver,
+        solver=method.solver or solvers.BY_NAME[config.solver],
         num_steps=num_steps,
         start_step=config.start_step,
         num_groups=num_groups,

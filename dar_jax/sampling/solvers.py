@@ -1,18 +1,58 @@
-"""Solvers of the ODE from noise to image (paper section 3.4)."""
+"""Solvers of dx/dt' = velocity, from noise to data (paper section 3.4): pairs of functions, as optimizers are in optax.
+
+Shapes: B batch; x is [B, ...] float32.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
+Velocity = Callable[[Array, Array], Array]  # (x, t') -> velocity, of the condition tokens of the step at hand
 
-def solver_step(x: Array, velocity: Array, previous: Array, step_size: Array, first: Array, solver: str) -> Array:
-    """One step of the ODE dx/dt' = velocity.
 
-    Args:
-      x, velocity, previous: [B, H, W, C] float32; `previous` is the velocity of the step before.
-      step_size: t'_{i+1} - t'_i; with 1 - t'_i instead, the result is the jump estimate of the clean image.
-      first: whether no step was taken before (bool scalar): then the step is Euler's.
-      solver: "adams2" (two-step Adams-Bashforth with constant-step weights) or "euler".
+class Solver(NamedTuple):
+    """How x is carried from one time to the next.
+
+    init: x -> what the solver remembers, a tree of arrays with the batch first.
+    step: (velocity, x, carry, t', t'_next, keys [B]) -> (x, preview, carry), where the preview is the jump to t' = 1. The keys
+      are the samples' own for this step.
     """
-    if solver == "adams2":
-        velocity = jnp.where(first, velocity, 1.5 * velocity - 0.5 * previous)
-    return x + step_size * velocity
+
+    init: Callable[[Array], Any]
+    step: Callable[[Velocity, Array, Any, Array, Array, Array], tuple[Array, Array, Any]]
+
+
+def _euler_step(velocity: Velocity, x: Array, carry: None, t: Array, t_next: Array, keys: Array) -> tuple[Array, Array, None]:
+    v = velocity(x, t)
+    return x + (t_next - t) * v, x + (1 - t) * v, None
+
+
+def _adams2_init(x: Array) -> tuple[Array, Array]:
+    return jnp.zeros_like(x), jnp.zeros(len(x), bool)
+
+
+def _adams2_step(velocity: Velocity, x: Array, carry: tuple[Array, Array], t: Array, t_next: Array, keys: Array):
+    previous, begun = carry
+    v = velocity(x, t)
+    combined = jnp.where(begun.reshape(-1, *[1] * (x.ndim - 1)), 1.5 * v - 0.5 * previous, v)
+    return x + (t_next - t) * combined, x + (1 - t) * combined, (v, jnp.ones_like(begun))
+
+
+euler = Solver(lambda x: None, _euler_step)
+adams2 = Solver(_adams2_init, _adams2_step)  # two-step Adams-Bashforth with constant-step weights; the first step is Euler's
+
+BY_NAME = {"adams2": adams2, "euler": euler}
+
+
+def substeps(solver: Solver, count: int) -> Solver:
+    """The same solver with every step made in `count` equal parts, all with the condition tokens of the step."""
+
+    def step(velocity: Velocity, x: Array, carry: Any, t: Array, t_next: Array, keys: Array) -> tuple[Array, Array, Any]:
+        for part in range(count):
+            start, end = (t + (t_next - t) * (part + offset) / count for offset in (0, 1))
+            x, preview, carry = solver.step(velocity, x, carry, start, end, keys)
+        return x, preview, carry
+
+    return Solver(solver.init, step)

@@ -38,10 +38,10 @@ from dar_jax.errors import InputError
 from dar_jax.experiment import Experiment
 from dar_jax.files import is_remote, size_of
 from dar_jax.parallel import hosts
-from dar_jax.training.state import Params, TrainState, without_discriminator
+from dar_jax.training.state import Params, TrainState
 
 PathLike = str | os.PathLike
-INFERENCE_HOOKS = ("model", "guidance")  # replaced parts without which a checkpoint cannot be used
+INFERENCE_HOOKS = re.compile(r"model|condition|others|method\.\w+")  # replaced parts without which no checkpoint can be used
 FORMAT = 1  # of what is written beside the arrays; 0, which has no number, lists sizes without checksums
 METADATA = "_CHECKPOINT_METADATA"  # Orbax's name of the file with `_about`
 MOST_JSON = 64 * 2**20  # bytes that are read of a JSON file
@@ -300,14 +300,14 @@ def load(
 
     Args:
       path: a WORKDIR (its newest checkpoint) or WORKDIR/checkpoints/STEP.
-      experiment: needed if the run had replaced its model or its guidance; its own settings are not used.
+      experiment: needed if the run had replaced its model or parts of sampling; its own settings are not used.
       mesh: where the weights go, cut by `parallel.RULES`; None: the first device.
 
     Raises InputError where there is no checkpoint, it is damaged, lacks these weights, or needs its experiment.
     """
     info = inspect(path)
     given = () if experiment is None else experiment.hooks
-    if missing := [hook for hook in INFERENCE_HOOKS if hook in info.hooks and hook not in given]:
+    if missing := [hook for hook in info.hooks if INFERENCE_HOOKS.fullmatch(hook) and hook not in given]:
         raise InputError(f"{info.path} was trained with its own {' and '.join(missing)}; pass --experiment FILE")
     experiment = (experiment or Experiment(info.config)).with_config(info.config)
     if not (info.path / weights).is_dir():
@@ -490,7 +490,7 @@ def _require_settings(info: Info, part: str, experiment: Experiment) -> None:
         expected = jax.eval_shape(lambda: experiment.init_params(experiment.build_model()))
     except Exception as error:  # whatever a model raises whose sizes do not fit together
         raise InputError(f"the settings in {info.path} describe no model: {_short(error)}") from error
-    if differing := _differing(without_discriminator(stored_shapes(info.path, part)), expected):
+    if differing := _differing(stored_shapes(info.path, part), expected):
         raise InputError(f"the settings in {info.path} are not those of its weights: {differing}")
 
 

@@ -25,7 +25,6 @@ from dar_jax.training import checkpoint
 from dar_jax.training.lock import only_run
 from dar_jax.training.logs import Log
 from dar_jax.training.meter import Reader, Window, work_of_step
-from dar_jax.training.optimizer import make_optimizer
 from dar_jax.training.profile import Profile
 from dar_jax.training.stages import Stage, tokenizer_stage, transformer_stage
 from dar_jax.training.start import Start, start_from
@@ -102,8 +101,8 @@ def _train(experiment: Experiment, folder: epath.Path, resume: bool, pictures, s
             stage = tokenizer_stage(experiment, mesh)
         else:
             stage = transformer_stage(experiment, folder, mesh, before)
-        optimizer = make_optimizer(config.optimizer, config.train.steps)
-        abstract = abstract_state(stage.init_params, optimizer, mesh, experiment.rules)
+        optimizer = stage.described.make_optimizer()
+        abstract = abstract_state(stage.described.init_params, optimizer, mesh, experiment.rules)
         notes = checkpoint.require_same_run(before, stage.experiment, stage.class_names) if before else []
         if found is not None:
             state = checkpoint.restore(folder / "checkpoints" / str(found), abstract)
@@ -115,12 +114,12 @@ def _train(experiment: Experiment, folder: epath.Path, resume: bool, pictures, s
             if found >= config.train.steps:
                 notes.append("nothing is left to do; to go on, raise train.steps")
         else:
-            state = init_state(stage.init_params, optimizer, mesh, experiment.rules)
+            state = init_state(stage.described.init_params, optimizer, mesh, experiment.rules)
             if weights is not None:
                 state, notes = start_from(weights, state)
         if config.train.evaluate_every and hasattr(evaluate, "open"):
             notes += evaluate.open(stage)
-        train_step = make_train_step(stage.loss_fn, optimizer, config, abstract, mesh)
+        train_step = make_train_step(stage.described.loss_fn, optimizer, config, abstract, mesh)
         with (
             Log(folder, config.train.steps, found or 0, active=hosts.first()) as log,
             Profile(config.train.profile, folder, log) as profile,

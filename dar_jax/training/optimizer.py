@@ -1,6 +1,5 @@
 """AdamW, clipping and the learning-rate schedule."""
 
-import functools
 import re
 from typing import Any
 
@@ -10,7 +9,7 @@ import optax
 
 from dar_jax import parallel
 from dar_jax.config import OptimizerConfig
-from dar_jax.training.state import Params, without_discriminator
+from dar_jax.training.state import Params
 
 DECAYED = re.compile(r"(^|/)(kernel|output|codebook|\w+_table)$")
 
@@ -18,8 +17,8 @@ DECAYED = re.compile(r"(^|/)(kernel|output|codebook|\w+_table)$")
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """The learning rate of step 0 .. steps - 1.
 
-    It rises linearly and is full at step `warmup_steps - 1`; with a linear or cosine schedule it then falls from `decay_start`
-    (the end of the warm-up at the earliest) to `final_learning_rate` at the last step.
+    Linear warm-up reaches the full rate at step `warmup_steps - 1`; with a linear or cosine schedule it then falls from
+    `decay_start` (the end of the warm-up at the earliest) to `final_learning_rate` at the last step.
     """
     start = max(config.decay_start, config.warmup_steps)
     length = max(1, steps - 1 - start)
@@ -43,8 +42,8 @@ def decay_mask(params: Params) -> Any:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW (eps 1e-8), for a run of `steps` steps. A discriminator's norm is its own."""
-    clip = optax.identity() if config.clip_norm is None else optax.stateless(functools.partial(_clip, config.clip_norm))
+    """Clipping by the global norm, then AdamW (eps 1e-8), for a run of `steps` steps: the default of `Experiment.optimizer`."""
+    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     adamw = optax.adamw(
         learning_rate(config, steps),
         b1=config.beta1,
@@ -54,9 +53,3 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         mask=decay_mask,
     )
     return optax.chain(clip, adamw)
-
-
-def _clip(norm: float, gradients: Params, _: Params) -> Params:
-    clip, model = optax.clip_by_global_norm(norm), without_discriminator(gradients)
-    others = {name: part for name, part in gradients.items() if name not in model}
-    return {**clip.update(model, optax.EmptyState())[0], **clip.update(others, optax.EmptyState())[0]}

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from etils import epath
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -17,92 +18,97 @@ from dar_jax.config import TokenizerTraining, TransformerTraining
 from dar_jax.data.codes import CodesSource, fingerprint
 from dar_jax.data.sources import open_source
 from dar_jax.errors import InputError
-from dar_jax.experiment import Experiment
-from dar_jax.features.dinov2 import Dinov2Config
+from dar_jax.experiment import Experiment, LossFn
+from dar_jax.features.dinov2 import Dinov2, Dinov2Config
 from dar_jax.features.load import load_dinov2, load_lpips
-from dar_jax.features.vgg_lpips import SMALLEST
-from dar_jax.models.discriminator import Discriminator
+from dar_jax.features.vgg_lpips import SMALLEST, Lpips
 from dar_jax.models.pixels import to_float
-from dar_jax.models.tokenizer import Tokenizer
 from dar_jax.training.checkpoint import Info, Loaded, load, save_for_inference
-from dar_jax.training.losses import adversarial_terms, feature_terms, next_token_loss, tokenizer_loss
-from dar_jax.training.state import DISCRIMINATOR, Params, without_discriminator
-from dar_jax.training.step import LossFn
+from dar_jax.training.losses import next_token_loss, tokenizer_loss
+from dar_jax.training.optimizer import make_optimizer
+from dar_jax.training.state import Params
 from dar_jax.weights.published import resolve
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One stage, ready to train.
+class Description:
+    """One stage without its data and weights: what training compiles, and what a plan needs.
 
     init_params: makes the parameters; they depend on the seed only.
     loss_fn: as `make_train_step` takes it, on batches as the data gives them.
-    frozen: parameters that loss_fn uses and does not train.
-    tokenizer: of a transformer; its weights with all that is needed to decode samples.
+    frozen: shapes of the parameters, by name, that loss_fn uses and does not train.
     """
 
     experiment: Experiment
     model: nn.Module
-    source: Any
-    class_names: tuple[str, ...]
     init_params: Callable[[], Params]
     loss_fn: LossFn
-    frozen: Params
+    frozen: dict[str, Any]
+
+    def make_optimizer(self) -> optax.GradientTransformation:
+        """The experiment's optimizer, or the library's."""
+        config = self.experiment.config
+        return (self.experiment.optimizer or make_optimizer)(config.optimizer, config.train.steps)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage, ready to train. `frozen`: arrays on the mesh; `tokenizer`: a transformer's, with all that decoding needs."""
+
+    described: Description
+    source: Any
+    class_names: tuple[str, ...]
+    frozen: dict[str, Any]
     tokenizer: Loaded | None
+
+    @property
+    def experiment(self) -> Experiment:
+        return self.described.experiment
+
+    @property
+    def model(self) -> nn.Module:
+        return self.described.model
+
+
+def describe(experiment: Experiment, dtype: jnp.dtype, encoder: nn.Module | None = None) -> Description:
+    """A stage of either kind, with matrix products in `dtype`.
+
+    Args: encoder, of a transformer, the tokenizer that computes its codes within the step; None: the data are codes.
+    Raises InputError where a setting does not go with the experiment's parts.
+    """
+    experiment.check()
+    config = experiment.config
+    model = experiment.build_model(dtype, config.train.remat)
+    frozen = {}
+    if isinstance(config, TokenizerTraining):
+        _check_terms(config)
+        frozen = _feature_shapes(config)
+    elif encoder is not None:
+        frozen = {"tokenizer": jax.eval_shape(encoder.init, jax.random.key(0), jnp.zeros((1, *encoder.data_shape)))["params"]}
+    if experiment.frozen is not None:
+        frozen |= jax.eval_shape(lambda: experiment.frozen(config))
+    default = tokenizer_loss if isinstance(config, TokenizerTraining) else next_token_loss
+    loss = (experiment.loss or default)(config, model)
+
+    def loss_fn(params: Params, batch: dict, key: jax.Array, frozen: dict, step: jax.Array):
+        if "image" in batch:
+            batch = {**batch, "image": to_float(batch["image"])}
+        if encoder is not None:
+            batch["codes"] = encoder.apply({"params": frozen["tokenizer"]}, batch["image"], method="codes")
+        if not isinstance(config, TokenizerTraining):
+            batch = {**batch, "condition": experiment.condition(batch)}
+        return loss(params, batch, key, frozen, step)
+
+    return Description(experiment, model, functools.partial(experiment.init_params, model), loss_fn, frozen)
 
 
 def tokenizer_stage(experiment: Experiment, mesh: Mesh) -> Stage:
     """Stage 1. Raises InputError where the data or the networks of a loss term cannot be opened."""
     config = experiment.config
-    check_terms(experiment)
-    model = experiment.build_model(matmul_dtype(config.train.dtype), config.train.remat)
+    described = describe(experiment, matmul_dtype(config.train.dtype))
     source = (experiment.source or open_source)(config.data)
-    frozen = {} if experiment.loss else _feature_networks(config, mesh)
-    init_params, loss_fn = functools.partial(tokenizer_params, experiment, model), tokenizer_loss_fn(experiment, model)
-    return Stage(experiment, model, source, tuple(source.class_names), init_params, loss_fn, frozen, None)
-
-
-def check_terms(experiment: Experiment) -> None:
-    """Raises InputError where a term of the tokenizer's loss does not go with the experiment."""
-    loss, model = experiment.config.loss, experiment.config.model
-    if experiment.loss is not None:
-        if loss.gan != 0:
-            raise InputError("loss.gan is a part of the library's loss, which this experiment replaces; set it to 0")
-        return
-    if loss.lpips != 0 and model.image_size < SMALLEST:
-        raise InputError(f"loss.lpips needs images of at least {SMALLEST} pixels; set it to 0")
-    if loss.repa != 0 and model.velocity.repa_width != Dinov2Config().width:
-        width = model.velocity.repa_width
-        raise InputError(f"model.velocity.repa_width is {width}, but DINOv2's features have {Dinov2Config().width} numbers")
-
-
-def tokenizer_params(experiment: Experiment, model: nn.Module) -> Params:
-    """What stage 1 trains: the tokenizer and, for a GAN, its discriminator; from the settings only."""
-    config, params = experiment.config, experiment.init_params(model)
-    if config.loss.gan == 0:
-        return params
-    images = jnp.zeros((1, config.model.image_size, config.model.image_size, config.model.channels))
-    key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
-    return {**params, DISCRIMINATOR: _discriminator(config, jnp.float32).init(key, images)["params"]}
-
-
-def tokenizer_loss_fn(experiment: Experiment, model: nn.Module) -> LossFn:
-    """The loss of stage 1 on batches of uint8 images; the frozen parameters are those of `objectives.feature_terms`."""
-    config = experiment.config
-
-    def loss_fn(params: Params, batch: dict, key: jax.Array, frozen: Params, step: jax.Array):
-        images = to_float(batch["image"])
-        if experiment.loss is not None:
-            return experiment.loss(model, params, {**batch, "image": images}, key, config)
-        features = [experiment.features] if experiment.features else []
-        if frozen:
-            features.append(feature_terms(frozen, config.loss, model.dtype))
-        if config.loss.gan != 0:
-            opponent = _discriminator(config, model.dtype)
-            features.append(adversarial_terms(opponent, params[DISCRIMINATOR], config.loss, step))
-        return tokenizer_loss(model, without_discriminator(params), images, key, config.loss, features)
-
-    return loss_fn
+    frozen = _on_mesh(_feature_networks(config) | _own_frozen(experiment), mesh, experiment.rules)
+    return Stage(described, source, tuple(source.class_names), frozen, None)
 
 
 def transformer_stage(experiment: Experiment, workdir: epath.Path, mesh: Mesh, before: Info | None) -> Stage:
@@ -129,12 +135,10 @@ def transformer_stage(experiment: Experiment, workdir: epath.Path, mesh: Mesh, b
     if tokenizer.workdir.resolve() != own_copy.resolve():
         save_for_inference(own_copy, tokenizer.config, tokenizer.params, tokenizer.step, tokenizer.class_names, tokenizer.hooks)
 
-    dtype = matmul_dtype(config.train.dtype)
-    model = experiment.build_model(dtype, config.train.remat)
-    encoder = tokenizer.experiment.build_model(dtype)
-    init_params, loss_fn = functools.partial(experiment.init_params, model), transformer_loss_fn(experiment, model, encoder)
-    frozen = {} if isinstance(source, CodesSource) else tokenizer.params
-    return Stage(experiment, model, source, tuple(source.class_names), init_params, loss_fn, frozen, tokenizer)
+    dtype, stored = matmul_dtype(config.train.dtype), isinstance(source, CodesSource)
+    described = describe(experiment, dtype, None if stored else tokenizer.experiment.build_model(dtype))
+    frozen = _on_mesh(_own_frozen(experiment), mesh, experiment.rules) | ({} if stored else {"tokenizer": tokenizer.params})
+    return Stage(described, source, tuple(source.class_names), frozen, tokenizer)
 
 
 def _with_own_tokenizer(experiment: Experiment, before: Info, tokenizer: Loaded, mesh: Mesh) -> Experiment:
@@ -149,19 +153,6 @@ def _with_own_tokenizer(experiment: Experiment, before: Info, tokenizer: Loaded,
     return experiment
 
 
-def transformer_loss_fn(experiment: Experiment, model: nn.Module, encoder: Tokenizer | None = None) -> LossFn:
-    """The loss of stage 2 on batches of codes, or of uint8 images, whose codes come from `encoder` with frozen parameters."""
-    loss = experiment.loss or _transformer_loss
-
-    def loss_fn(params: Params, batch: dict, key: jax.Array, frozen: Params, step: jax.Array):
-        if "image" in batch:
-            codes = encoder.apply({"params": frozen}, to_float(batch["image"]), method="codes")
-            batch = {"codes": codes, "label": batch["label"]}
-        return loss(model, params, batch, key, experiment.config)
-
-    return loss_fn
-
-
 def matmul_dtype(name: str) -> jnp.dtype:
     """The dtype of matrix products that `train.dtype` names; auto: bfloat16 on accelerators, float32 on CPU."""
     if name == "auto":
@@ -169,22 +160,41 @@ def matmul_dtype(name: str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def _feature_networks(config: TokenizerTraining, mesh: Mesh) -> Params:
-    """The frozen networks of the loss terms that have a weight, on the mesh."""
+def _check_terms(config: TokenizerTraining) -> None:
+    loss, model = config.loss, config.model
+    if loss.lpips != 0 and model.image_size < SMALLEST:
+        raise InputError(f"loss.lpips needs images of at least {SMALLEST} pixels; set it to 0")
+    if loss.repa != 0 and model.velocity.repa_width != Dinov2Config().width:
+        width = model.velocity.repa_width
+        raise InputError(f"model.velocity.repa_width is {width}, but DINOv2's features have {Dinov2Config().width} numbers")
+
+
+def _feature_networks(config: TokenizerTraining) -> dict[str, Any]:
+    """The parameters of the frozen networks of the loss terms that have a weight."""
     loss, networks = config.loss, {}
     if loss.lpips != 0:
         networks["lpips"] = load_lpips(*resolve("lpips_vgg16", loss.lpips_weights).files)
     if loss.repa != 0:
         networks["dinov2"] = load_dinov2(*resolve("dinov2_vitb14", loss.dinov2_weights).files, Dinov2Config())
-    return parallel.put(networks, parallel.shardings(networks, mesh))
+    return networks
 
 
-def _discriminator(config: TokenizerTraining, dtype: jnp.dtype) -> Discriminator:
-    return Discriminator(config.loss.gan_width, config.loss.gan_halvings, dtype)
+def _feature_shapes(config: TokenizerTraining) -> dict[str, Any]:
+    """The same as shapes, without any file."""
+    images, key, shapes = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32), jax.random.key(0), {}
+    if config.loss.lpips != 0:
+        shapes["lpips"] = jax.eval_shape(Lpips().init, key, images, images)["params"]
+    if config.loss.repa != 0:
+        shapes["dinov2"] = jax.eval_shape(Dinov2(Dinov2Config()).init, key, images)["params"]
+    return shapes
 
 
-def _transformer_loss(model: nn.Module, params: Params, batch: dict, key: jax.Array, config: TransformerTraining):
-    return next_token_loss(model, params, batch["codes"], batch["label"], key)
+def _own_frozen(experiment: Experiment) -> dict[str, Any]:
+    return {} if experiment.frozen is None else experiment.frozen(experiment.config)
+
+
+def _on_mesh(networks: dict[str, Any], mesh: Mesh, rules: parallel.Rules) -> dict[str, Any]:
+    return parallel.put(networks, parallel.shardings(networks, mesh, rules))
 
 
 def _check_fit(config: TransformerTraining, tokenizer: Loaded, source: Any) -> None:

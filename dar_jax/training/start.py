@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from dar_jax import parallel
-from dar_jax.training.state import Params, TrainState, without_discriminator
+from dar_jax.training.state import Params, TrainState
 
 # Tables whose rows keep their meaning when there are more or fewer of them: layers of a stack, and positions.
 BY_ROW = re.compile(r"(^|/)(blocks/.*|query_table|position_table)$")
@@ -56,7 +56,7 @@ def start_from(start: Start, state: TrainState) -> tuple[TrainState, list[str]]:
 
     params = jax.tree_util.tree_map_with_path(replace, state.params)
     rows += [Row("skipped", name, other.shape, None, "not in this model") for name, other in theirs.items()]
-    ema = jax.tree.map(lambda new: new.copy(), without_discriminator(params))
+    ema = jax.tree.map(lambda new: new.copy()(params))
     return dataclasses.replace(state, params=params, ema=ema), table(start.name, rows)
 
 

@@ -14,16 +14,14 @@ from dar_jax import parallel
 
 Params = Any
 
-DISCRIMINATOR = "discriminator"  # what a GAN's opponent is called among the parameters
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
     """All that changes in training. Randomness and data follow from `step`, so no key and no iterator is kept.
 
-    step: int32 scalar, the number of steps done. params, ema: trees of float32 arrays; a discriminator is trained with the
-    others, but not averaged. opt_state: of `make_optimizer`.
+    step: int32 scalar, the number of steps done. params, ema: trees of float32 arrays. opt_state: of the
+    experiment's optimizer.
     """
 
     step: jax.Array
@@ -32,15 +30,10 @@ class TrainState:
     opt_state: optax.OptState
 
 
-def without_discriminator(params: Params) -> Params:
-    """The parameters of the model alone."""
-    return {name: part for name, part in params.items() if name != DISCRIMINATOR}
-
-
 def _initializer(init_params: Callable[[], Params], optimizer: optax.GradientTransformation) -> Callable[[], TrainState]:
     def init() -> TrainState:
         params = init_params()
-        ema = jax.tree.map(jnp.copy, without_discriminator(params))
+        ema = jax.tree.map(jnp.copy, params)
         return TrainState(jnp.int32(0), params, ema, optimizer.init(params))
 
     return init

@@ -11,12 +11,12 @@ from jax.sharding import PartitionSpec as P
 
 from dar_jax import parallel
 from dar_jax.config import TokenizerTraining, TransformerTraining
+from dar_jax.experiment import LossFn
 from dar_jax.training.optimizer import learning_rate
-from dar_jax.training.state import Params, TrainState, without_discriminator
+from dar_jax.training.state import Params, TrainState
 
 Batch = Any  # a tree of arrays, the batch first
 Metrics = dict[str, jax.Array]
-LossFn = Callable[[Params, Batch, jax.Array, Any, jax.Array], tuple[jax.Array, Metrics]]
 TrainStep = Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]
 
 
@@ -66,8 +66,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(params))
-        averaged = without_discriminator(params)
-        ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, averaged)
+        ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
         new, old = (params, ema, opt_state), (state.params, state.ema, state.opt_state)
         params, ema, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 

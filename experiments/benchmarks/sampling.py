@@ -147,7 +147,7 @@ def make_networks(size: str | None, dtype: str) -> tuple[Networks, dict[str, Any
         return Networks(tokenizer), params
     llama = Llama(LlamaConfig(**LLAMA_SIZES[size]), jnp.dtype(dtype))
     inputs = (jnp.zeros(1, jnp.int32), jnp.zeros((1, llama.config.num_tokens), jnp.int32))
-    params["llama"] = random_params(jax.eval_shape(llama.init, jax.random.key(0), *inputs)["params"])
+    params["transformer"] = random_params(jax.eval_shape(llama.init, jax.random.key(0), *inputs)["params"])
     return Networks(tokenizer, llama), params
 
 
@@ -203,8 +203,11 @@ def measure(size: str, dtype: str, batch: int, repeats: int, decoder_device: boo
         "peak_gib": peak_memory(),
     }
     made = dataclasses.replace(made, params=dataclasses.replace(made.params, decoder_mesh=None))  # to be traced as one program
-    llama, rows = made.networks.llama.config, 2 * batch
-    matrices = sum(leaf.nbytes for leaf in jax.tree.leaves(made.params.llama.layers)) + made.params.llama.rest["output"].nbytes
+    llama, rows = made.networks.transformer.config, 2 * batch
+    matrices = (
+        sum(leaf.nbytes for leaf in jax.tree.leaves(made.params.transformer.layers))
+        + made.params.transformer.rest["output"].nbytes
+    )
     entry = 2 * llama.layers * (llama.kv_heads or llama.heads) * llama.width // llama.heads * jnp.dtype(dtype).itemsize
     cache = rows * entry * llama.num_tokens * (llama.num_tokens + 1) / 2
     velocity = sum(leaf.nbytes for leaf in jax.tree.leaves(made.params.decoder.rest["velocity"]))
