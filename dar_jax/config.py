@@ -35,6 +35,7 @@ FINITE = Range(-1.7e308, 1.7e308)
 MOST_TEXT = 4096  # characters of a setting
 MOST_PATCHES = 16384  # of one image
 INT32 = 2**31 - 1
+PLAIN = (bool, int, float, str)  # what a fork's own settings may be
 
 Count = Annotated[int, Range(1, INT32)]  # of steps or images
 Step = Annotated[int, Range(0, INT32)]  # or 0: never
@@ -197,7 +198,7 @@ class DataConfig:
     verify: bool = False  # compare every file of stored codes with its SHA-256 first
     image_size: Pixels = 256
     channels: Annotated[int, Range(1, 3)] = 3  # 1: grey, 3: RGB
-    crop: Literal["random", "center", "ten_crop"] = "random"  # ADM random crop, ADM centre crop, one of ten crops
+    crop: Literal["random", "center", "ten_crop", "none"] = "random"  # ADM random or centre crop, one of ten crops, as it is
     crop_fraction: tuple[CropFraction, CropFraction] = (0.8, 1.0)  # of the random crop
     ten_crop_scale: Annotated[float, Range(1, 4)] = 1.1  # ten crops are cut from a centre crop of this times image_size
     flip: bool = True  # mirror half of the images
@@ -283,6 +284,7 @@ class TokenizerTraining:
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(warmup_steps=500))
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    fork: dict[str, bool | int | float | str] = field(default_factory=dict)  # settings of an experiment's own parts, by name
 
 
 @dataclass(frozen=True)
@@ -301,6 +303,7 @@ class TransformerTraining:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=360_000))
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    fork: dict[str, bool | int | float | str] = field(default_factory=dict)  # settings of an experiment's own parts, by name
 
 
 RETIRED = ("gan", "gan_start_step", "gan_width", "gan_halvings")  # settings that checkpoints may still have
@@ -352,6 +355,10 @@ def checked(kind: Any, value: Any, name: str = "", limits: Range = FINITE) -> An
             kinds = arguments[:1] * len(value) if arguments[-1] is ... else arguments
             if len(kinds) == len(value):
                 return tuple(checked(each, item, name, limits) for each, item in zip(kinds, value))
+    elif origin is dict:
+        expected = "a table of names with a bool, int, float or str each"
+        if isinstance(value, dict) and all(type(item) in PLAIN for item in value.values()):
+            return {checked(str, each, name): checked(type(item), item, f"{name}.{each}") for each, item in value.items()}
     elif origin is Literal:
         expected = f"one of {', '.join(arguments)}"
         if isinstance(value, str) and value in arguments:

@@ -63,7 +63,8 @@ def test_tokenizer_inference(tokenizer_case):
         if name not in case.expected:
             continue
         settings = make_settings(SamplingConfig(solver=solver), config)
-        samples = decode(networks, {"tokenizer": params}, settings, quantized.values, noise, previews=True)
+        seeds = jnp.arange(len(noise))
+        samples = decode(networks, {"tokenizer": params}, settings, quantized.values, seeds, noise=noise, previews=True)
         case.check(name, nchw(samples.images))
         if solver == "adams2":
             for step in range(1, config.num_denoising_steps):

@@ -53,8 +53,8 @@ def batches(
 
     def augment(element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         if "codes" in element:
-            return _element("codes", element["codes"][rng.integers(len(element["codes"]))], element)
-        return _element("image", _augment(element["image"], config, rng), element)
+            return _with(element, "codes", element["codes"][rng.integers(len(element["codes"]))])
+        return _with(element, "image", _augment(element["image"], config, rng))
 
     dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(augment)
     dataset = dataset.batch(batch_size // hosts)[start_step * hosts + host :: hosts]
@@ -94,13 +94,16 @@ def elements(
     if batch_size < 1:
         raise InputError(f"the batch size {batch_size} should be at least 1")
     _check(source, config)
-    crop = crop or (lambda image: transforms.center_crop(image, config.image_size))
+    if crop is None:
+        crop = (
+            (lambda image: image) if config.crop == "none" else lambda image: transforms.center_crop(image, config.image_size)
+        )
     read = getattr(source, "read", source.__getitem__)
 
     def prepare(element: dict[str, Any]) -> dict[str, Any]:
         if "codes" in element:
-            return _element("codes", element["codes"][0], element)
-        return _element("image", crop(element["image"]), element)
+            return _with(element, "codes", element["codes"][0])
+        return _with(element, "image", crop(element["image"]))
 
     blank = {name: np.zeros_like(value) for name, value in prepare(source[0]).items()} | {"valid": np.bool_(False)}
     padded = np.full(-(-len(indices) // batch_size) * batch_size, -1)
@@ -127,13 +130,14 @@ def _augment(image: np.ndarray, config: DataConfig, rng: np.random.Generator) ->
         image = transforms.random_crop(image, config.image_size, config.crop_fraction, rng)
     elif config.crop == "ten_crop":
         image = transforms.one_of_ten(image, config.image_size, config.ten_crop_scale, rng)
-    else:
+    elif config.crop == "center":
         image = transforms.center_crop(image, config.image_size)
     return transforms.flip(image) if config.flip and rng.random() < 0.5 else image
 
 
-def _element(name: str, value: np.ndarray, element: dict[str, Any]) -> dict[str, Any]:
-    return {name: value, "label": np.int32(element["label"])}
+def _with(element: dict[str, Any], name: str, value: np.ndarray) -> dict[str, Any]:
+    """The element with one value replaced. Whatever else a source gives stays, an array of one shape for all elements."""
+    return {**element, name: value, "label": np.int32(element["label"])}
 
 
 def _iterate(dataset: grain.MapDataset, workers: int) -> Iterator[Batch]:
