@@ -1,6 +1,7 @@
 """Batches over the devices of a mesh, and which rows each host holds."""
 
 import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -87,3 +88,40 @@ def to_host(array: jax.Array) -> np.ndarray:
     if array.is_fully_addressable:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def over_batches(
+    function: Callable[..., Any], batches: Iterable[tuple[np.ndarray, ...]], size: int, *meshes: Mesh
+) -> Iterator[tuple[int, Any]]:
+    """Runs a function on the devices over batches from the host, and gives its results on the host, one batch behind.
+
+    So the devices work on a batch while the caller handles the one before and the next one is read.
+
+    Args:
+      function: takes arrays [B, ...] sharded over the first mesh, returns a tree of arrays with the batch first.
+      batches: tuples of host arrays of up to `size` rows; shorter ones are padded, so that one compilation serves.
+      size: rows at a time, rounded up to a multiple of the devices that share a batch, on each of the meshes.
+
+    Yields (rows, results): how many rows the batch had, and NumPy arrays of so many. Every one of several hosts gives the same
+    batches and gets all results.
+    """
+    size, waiting = full_batch(size, *meshes), None
+
+    def finished(rows: int, results: Any) -> tuple[int, Any]:
+        return rows, jax.tree.map(lambda leaf: to_host(leaf)[:rows], results)
+
+    for batch in batches:
+        rows = len(batch[0])
+        with jax.set_mesh(meshes[0]):
+            results = function(*put_batch(tuple(pad(array, size) for array in batch), meshes[0]))
+        if waiting is not None:
+            yield finished(*waiting)
+        waiting = rows, results
+    if waiting is not None:
+        yield finished(*waiting)
+
+
+def split_rows(size: int, *arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    """Arrays [N, ...] as batches of `size` rows, the last one perhaps of fewer."""
+    for start in range(0, len(arrays[0]), size):
+        yield tuple(array[start : start + size] for array in arrays)

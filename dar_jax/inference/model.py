@@ -1,0 +1,142 @@
+"""A checkpoint as one object for notebooks and scripts: `dar_jax.load`.
+
+Shapes: N samples or images, T tokens, G groups, H W pixels, C channels.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dar_jax.config import SamplingConfig
+from dar_jax.errors import InputError
+from dar_jax.evaluation.likelihood import score
+from dar_jax.experiment import load_experiment
+from dar_jax.inference.reconstruct import encode
+from dar_jax.inference.samples import class_number, pair, sample
+from dar_jax.inference.trained import Trained, Weights, find, load_sampler, load_tokenizer
+from dar_jax.models.pixels import to_uint8
+from dar_jax.parallel.batches import over_batches, split_rows
+from dar_jax.sampling.sampler import decode, lookup_codes
+from dar_jax.sampling.settings import make_settings
+
+
+class Model:
+    """A trained tokenizer, or a transformer with its tokenizer, on this machine's devices.
+
+    Images are uint8 [N, H, W, C], codes int32 [N, T]. Whatever is drawn follows from its seed alone: the same label, seed and
+    settings give the same image in any batch and on any devices. Every method raises InputError, in one line, for what does
+    not fit the model.
+    """
+
+    def __init__(self, trained: Trained, batch_size: int = 64):
+        self.trained, self.batch_size = trained, batch_size
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes; labels may be given by name or by number."""
+        return self.trained.class_names
+
+    def sample(self, labels: Sequence[int | str], seeds: Sequence[int] = (0,), **settings: Any) -> np.ndarray:
+        """Images of these classes: uint8 [N, H, W, C].
+
+        Args:
+          labels, seeds: one label goes with many seeds, one seed with many labels, equally many pair up.
+          settings: fields of `SamplingConfig` that differ from the run's, such as `guidance=(1.1, 8.0)` or `temperature=0.9`;
+            `prefix`, int32 [k] or [N, k], fixes the first k tokens.
+        """
+        *_, images = self._drawn(labels, seeds, settings, previews=False)
+        return images
+
+    def stream(self, labels: Sequence[int | str], seeds: Sequence[int] = (0,), **settings: Any) -> Iterator[np.ndarray]:
+        """Yields the previews uint8 [N, H, W, C] after each of the G groups, the last of which are the images. As `sample`."""
+        return self._drawn(labels, seeds, settings, previews=True)
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """The codes int32 [N, T] of images uint8 [N, H, W, C] of the tokenizer's size."""
+        config = self.trained.config
+        if images.dtype != np.uint8 or images.shape[1:] != (config.image_size, config.image_size, config.channels):
+            shape = f"uint8 [N, {config.image_size}, {config.image_size}, {config.channels}]"
+            raise InputError(f"images are {images.dtype} {list(images.shape)}, the tokenizer takes {shape}")
+        return encode(self.trained, images, self.batch_size)
+
+    def decode(self, codes: np.ndarray, seeds: Sequence[int] | None = None) -> np.ndarray:
+        """Images uint8 [N, H, W, C] of codes int32 [N, T], denoised from the noise of these seeds (default: 0 .. N - 1)."""
+        codes = self._codes(codes)
+        seeds = np.asarray(np.arange(len(codes)) if seeds is None else seeds, np.uint32)
+        trained = self.trained
+        settings = make_settings(SamplingConfig(), trained.config, trained.networks.method)
+
+        def images(codes: jax.Array, seeds: jax.Array) -> jax.Array:
+            values = lookup_codes(trained.networks, trained.params, codes)
+            return decode(trained.networks, trained.sampler_params, settings, values, seeds).images
+
+        batches = over_batches(images, split_rows(self.batch_size, codes, seeds), self.batch_size, trained.mesh)
+        return np.concatenate([to_uint8(part) for _, part in batches])
+
+    def score(self, images: np.ndarray, labels: Sequence[int | str]) -> np.ndarray:
+        """The bits float32 [N, T] that each code of these images takes, given their classes and the codes before it."""
+        networks, params = self._transformer().networks, self.trained.params["transformer"]
+        numbers = np.asarray([self._number(label) for label in labels], np.int32)
+        if len(numbers) != len(images):
+            raise InputError(f"{len(images)} images and {len(numbers)} labels do not pair up")
+        batches = split_rows(self.batch_size, self.encode(images), numbers)
+        bits = over_batches(
+            lambda codes, labels: score(networks.transformer, params, codes, labels)[0],
+            batches,
+            self.batch_size,
+            self.trained.mesh,
+        )
+        return np.concatenate([part for _, part in bits])
+
+    def _drawn(self, labels: Sequence[int | str], seeds: Sequence[int], settings: dict[str, Any], previews: bool):
+        base = self._transformer().found.transformer.config.sampling
+        prefix = settings.pop("prefix", None)
+        if unknown := sorted(set(settings) - {field.name for field in dataclasses.fields(base)}):
+            raise InputError(f"there is no setting {unknown[0]!r}; settings are {', '.join(vars(base))}")
+        numbers, seeds = pair([self._number(label) for label in labels], seeds)
+        sampling = dataclasses.replace(base, **settings)
+        batches = sample(self.trained, numbers, seeds, sampling, min(self.batch_size, len(numbers)), prefix, previews=previews)
+        finished: dict[int, list[np.ndarray]] = {}  # of each group, those of the batches so far
+        for batch in batches:
+            parts = finished.setdefault(batch.groups, [])
+            parts.append(batch.images)
+            if batch.rows.stop == len(numbers):
+                yield np.concatenate(parts)
+
+    def _transformer(self) -> Trained:
+        if self.trained.networks.transformer is None:
+            raise InputError("this is a tokenizer; sampling and scoring need the folder of a transformer's run")
+        return self.trained
+
+    def _number(self, label: int | str) -> int:
+        return class_number(str(label), self.class_names)
+
+    def _codes(self, codes: np.ndarray) -> np.ndarray:
+        codes, config = np.asarray(codes, np.int32), self.trained.config
+        if codes.ndim != 2 or codes.shape[1] != config.num_tokens or not len(codes):
+            raise InputError(f"codes are {list(codes.shape)}, the tokenizer takes [N, {config.num_tokens}]")
+        if codes.min() < 0 or codes.max() >= config.codebook_size:
+            raise InputError(f"codes are {codes.min()} .. {codes.max()}, the tokenizer has 0 .. {config.codebook_size - 1}")
+        return codes
+
+
+def load(
+    path: str | os.PathLike, experiment: str | os.PathLike | None = None, weights: Weights = "ema", batch_size: int = 64
+) -> Model:
+    """Opens a checkpoint for use.
+
+    Args:
+      path: a run's folder, of a transformer or a tokenizer, or one of its checkpoints/STEP.
+      experiment: the run's experiment file, needed if that replaced the model or parts of sampling.
+      weights: the moving average, or the weights of the last step.
+      batch_size: samples or images at a time.
+
+    Raises InputError, in one line, where there is no checkpoint, it is damaged, or needs its experiment.
+    """
+    parts = None if experiment is None else load_experiment(experiment)
+    open_checkpoint = load_tokenizer if find(path).transformer is None else load_sampler
+    return Model(open_checkpoint(path, parts, weights), batch_size)
