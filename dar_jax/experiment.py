@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import os
 import sys
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,11 +128,23 @@ def _differing(config: Config) -> list[tuple[str, Any, Any]]:
 
 
 def load_experiment(path: str | os.PathLike) -> Experiment:
-    """Runs an experiment file and returns its `experiment`.
+    """Runs an experiment file and returns its `experiment`, or of FILE:NAME the experiment called NAME.
 
-    Raises InputError where the file is missing, fails, or has no `experiment` of the right kind.
+    Raises InputError where the file is missing, fails, or has no such experiment.
     """
-    path = Path(path)
+    file, name = os.fspath(path), "experiment"
+    if not os.path.exists(file) and ":" in file:
+        file, name = file.rsplit(":", 1)
+    module = _run(Path(file))
+    experiment = getattr(module, name, None)
+    if not isinstance(experiment, Experiment):
+        names = [f"{file}:{other}" for other, value in vars(module).items() if isinstance(value, Experiment)]
+        hint = f"give one of {', '.join(names)}" if names else "it should be a dar_jax.experiment.Experiment"
+        raise InputError(f"{file} defines no `{name}`; {hint}")
+    return experiment
+
+
+def _run(path: Path) -> types.ModuleType:
     if not path.is_file():
         raise InputError(f"there is no experiment file {path}")
     spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
@@ -146,7 +159,4 @@ def load_experiment(path: str | os.PathLike) -> Experiment:
     except Exception as error:  # whatever a user's file may raise
         line = " ".join(str(error).split())
         raise InputError(f"{path} cannot be run: {type(error).__name__}: {line}") from error
-    experiment = getattr(module, "experiment", None)
-    if not isinstance(experiment, Experiment):
-        raise InputError(f"{path} defines no `experiment` (a dar_jax.experiment.Experiment)")
-    return experiment
+    return module

@@ -16,9 +16,9 @@ FOLDER = Path(__file__).parent.parent / "experiments"
 PARAMETERS = {
     "cifar10_ar": 45_107_200,
     "cifar10_tokenizer": 48_771_888,
-    "imagenet256_ar_l": 342_910_976,
-    "imagenet256_ar_xl": 774_699_520,
-    "imagenet256_ar_xxl": 1_410_972_672,
+    "imagenet256_ar:l": 342_910_976,
+    "imagenet256_ar:xl": 774_699_520,
+    "imagenet256_ar:xxl": 1_410_972_672,
     "imagenet256_tokenizer": 307_444_672,
 }
 DIGITS = ["digits_ar", "digits_tokenizer", "forkme"]  # of the quickstart's sizes
@@ -27,7 +27,8 @@ PAPER = [name for name in PARAMETERS if name.startswith("imagenet256")]
 
 
 def load(name):
-    return load_experiment(FOLDER / f"{name}.py")
+    file, colon, value = name.partition(":")
+    return load_experiment(f"{FOLDER / file}.py{colon}{value}")
 
 
 def parameters(experiment):
@@ -40,7 +41,7 @@ def parameters(experiment):
 
 
 def test_every_file_is_listed():
-    assert sorted(path.stem for path in FOLDER.glob("*.py")) == sorted(EXPERIMENTS)
+    assert sorted(path.stem for path in FOLDER.glob("*.py")) == sorted({name.split(":")[0] for name in EXPERIMENTS})
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -55,11 +56,11 @@ def test_experiment(name):
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_docstring_says_how_to_run_it(name):
-    text = (FOLDER / f"{name}.py").read_text()
-    assert f"dar-jax train experiments/{name}.py --workdir" in text
+    text = (FOLDER / f"{name.split(':')[0]}.py").read_text()
+    assert f"dar-jax train experiments/{name.split(':')[0]}.py" in text
     assert "\nTime: " in text and "\nResult: " in text
     if name in PAPER:
-        assert f"{PARAMETERS[name]:,} parameters" in text.splitlines()[0]
+        assert f"{PARAMETERS[name]:,} parameters" in text
 
 
 @pytest.mark.parametrize("stage", ["digits", "cifar10", "imagenet256"])
@@ -80,7 +81,7 @@ def test_paper_recipes():
     assert (tokenizer.train.steps, tokenizer.train.batch_size) == (210_000, 1024)
     assert (tokenizer.optimizer.learning_rate, tokenizer.optimizer.warmup_steps) == (2e-4, 500)
     for size, last in (("l", 8.0), ("xl", 10.0), ("xxl", 10.0)):
-        config = load(f"imagenet256_ar_{size}").config
+        config = load(f"imagenet256_ar:{size}").config
         assert (config.train.steps, config.train.batch_size) == (360_000, 1024)
         assert (config.optimizer.learning_rate, config.optimizer.final_learning_rate) == (4e-4, 1e-5)
         assert (config.optimizer.decay_start, config.optimizer.weight_decay) == (300_000, 0.05)
@@ -90,9 +91,9 @@ def test_paper_recipes():
 
 def test_forked_parts_are_used():
     experiment = load("forkme")
-    assert experiment.hooks == ("model", "guidance")
+    assert experiment.hooks == ("model", "method.guidance")
     model = experiment.build_model()
     assert model.block.__name__ == "ParallelBlock" and isinstance(model.config, LlamaConfig)
-    scales = experiment.guidance(9, 1.0, 5.0)
+    scales = experiment.method.guidance(9, 1.0, 5.0)
     np.testing.assert_allclose(scales[[0, 4, 8]], [1, 3, 5])
     assert scales[1] < np.linspace(1, 5, 9)[1] and scales[7] > np.linspace(1, 5, 9)[7]

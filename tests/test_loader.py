@@ -32,7 +32,7 @@ def test_it_says_what_is_fed(images, tmp_path, monkeypatch, capsys):
 
 def test_operations_of_the_published_size():
     """A step of training takes three passes; sampling with guidance takes two, published as 0.36 TFLOP an image for size L."""
-    flops = loader.step_flops(load_experiment(EXPERIMENTS / "imagenet256_ar_l.py"))
+    flops = loader.step_flops(load_experiment(EXPERIMENTS / "imagenet256_ar.py:l"))
     assert flops == pytest.approx(0.36e12 / 2 * 3, rel=0.05)
 
 

@@ -11,7 +11,7 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR
 . "$(dirname "$0")/common.sh"
 
-[[ $# -gt 0 ]] || die "which experiment? For example experiments/imagenet256_ar_l.py --workdir gs://BUCKET/ar_l"
+[[ $# -gt 0 ]] || die "which experiment? For example experiments/imagenet256_ar.py:l --workdir gs://BUCKET/ar_l"
 [[ " $* " == *" --workdir"[\ =]"gs://"* ]] || die "--workdir gs://BUCKET/FOLDER is missing: the slice's own disks go with it"
 
 start() { # ARGUMENT...: on a worker

@@ -92,7 +92,7 @@ class Plan(Generic[Settings]):
     transformer whose --tokenizer names an experiment file or a checkpoint computes the codes of its images within the step;
     else it learns from stored codes. The sampler's mesh is that of `dar-jax generate`: --mesh.tensor, the rest along data.
 
-    Example: dar-jax plan experiments/imagenet256_ar_l.py --topology v5e:8x8 --mesh.fsdp 8
+    Example: dar-jax plan experiments/imagenet256_ar.py:l --topology v5e:8x8 --mesh.fsdp 8
     """
 
     experiment: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="EXPERIMENT")]  # its file; comes first
