@@ -18,7 +18,9 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter
 
 from dar_jax.console import printable_lines
+from dar_jax.errors import InputError
 from dar_jax.files import is_remote, replacing
+from dar_jax.parallel import hosts
 
 logger = logging.getLogger("dar_jax.training")
 
@@ -84,6 +86,17 @@ class Log:
         """A line of its own."""
         if self.active:
             self._write(("\r\033[K" if self.live else "") + printable_lines(text) + "\n")
+
+    @contextlib.contextmanager
+    def failures(self, step: int, outcome: str) -> Iterator[None]:
+        """Around what training can do without: one line where it fails. With many hosts, which may be waiting, it ends the run."""
+        try:
+            yield
+        except Exception as error:
+            if hosts.many():
+                raise
+            kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+            self.say(f"step {step}: {outcome} ({kind}{' '.join(str(error).split())[:300]})")
 
     def close(self) -> None:
         if self.active:

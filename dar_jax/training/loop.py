@@ -3,20 +3,15 @@
 import contextlib
 import os
 import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dar_jax import parallel
-from dar_jax.config import TokenizerTraining, validate
-from dar_jax.data.pipeline import batches
 from dar_jax.errors import InputError
 from dar_jax.experiment import Experiment
 from dar_jax.files import check_writable
@@ -26,10 +21,11 @@ from dar_jax.training.lock import only_run
 from dar_jax.training.logs import Log
 from dar_jax.training.meter import Reader, Window, work_of_step
 from dar_jax.training.profile import Profile
-from dar_jax.training.stages import Stage, tokenizer_stage, transformer_stage
-from dar_jax.training.start import Start, start_from
-from dar_jax.training.state import Params, abstract_state, init_state, with_new_optimizer
+from dar_jax.training.stages import Stage, device_batches, open_stage
+from dar_jax.training.start import UNREAD, Start, first_state, opening
+from dar_jax.training.state import Params, abstract_state
 from dar_jax.training.step import make_train_step
+from dar_jax.training.stopping import stop_signals
 
 # (stage, EMA parameters, batch on the devices) -> pictures by name, uint8 [H, W, 3]
 Pictures = Callable[[Stage, Params, Mapping[str, jax.Array]], dict[str, np.ndarray]]
@@ -73,12 +69,9 @@ def train(
     Raises InputError where the settings, the data or WORKDIR are unfit, or another run is in WORKDIR; TrainingDiverged where
     training is.
     """
-    config = experiment.config
-    validate(config)
-    if config.train.sample_every and pictures is None:
-        raise InputError("train.sample_every is set, but this run was given nothing that makes pictures; set it to 0")
-    if config.train.evaluate_every and evaluate is None:
-        raise InputError("train.evaluate_every is set, but this run was given nothing that evaluates; set it to 0")
+    for setting, made_by in (("sample_every", pictures), ("evaluate_every", evaluate)):
+        if getattr(experiment.config.train, setting) and made_by is None:
+            raise InputError(f"train.{setting} is set, but this run was given nothing that does it; set it to 0")
     folder = checkpoint.absolute(workdir)
     check_writable(folder)
     checkpoint.require_shared(folder)
@@ -94,29 +87,13 @@ def _train(experiment: Experiment, folder: epath.Path, resume: bool, pictures, s
     mesh = parallel.make_mesh(config.mesh)
     parallel.check_batch(config.train.batch_size, config.train.accumulate, mesh)
     before = None if found is None else checkpoint.inspect(folder / "checkpoints" / str(found))
-    weights = start() if start is not None and found is None else None
+    start = start and (start() if before is None else UNREAD)
 
     with hosts.ending_together(), jax.set_mesh(mesh):
-        if isinstance(config, TokenizerTraining):
-            stage = tokenizer_stage(experiment, mesh)
-        else:
-            stage = transformer_stage(experiment, folder, mesh, before)
+        stage = open_stage(experiment, folder, mesh, before)
         optimizer = stage.described.make_optimizer()
         abstract = abstract_state(stage.described.init_params, optimizer, mesh, experiment.rules)
-        notes = checkpoint.require_same_run(before, stage.experiment, stage.class_names) if before else []
-        if found is not None:
-            state = checkpoint.restore(folder / "checkpoints" / str(found), abstract)
-            if state.opt_state is None:
-                state = with_new_optimizer(state, optimizer, abstract)
-                notes.append("the checkpoint holds no optimizer, a new one starts here")
-            if start is not None:
-                notes.append("the weights to start from are not read again")
-            if found >= config.train.steps:
-                notes.append("nothing is left to do; to go on, raise train.steps")
-        else:
-            state = init_state(stage.described.init_params, optimizer, mesh, experiment.rules)
-            if weights is not None:
-                state, notes = start_from(weights, state)
+        state, notes = first_state(stage, optimizer, abstract, mesh, before, start)
         if config.train.evaluate_every and hasattr(evaluate, "open"):
             notes += evaluate.open(stage)
         train_step = make_train_step(stage.described.loss_fn, optimizer, config, abstract, mesh)
@@ -124,10 +101,10 @@ def _train(experiment: Experiment, folder: epath.Path, resume: bool, pictures, s
             Log(folder, config.train.steps, found or 0, active=hosts.first()) as log,
             Profile(config.train.profile, folder, log) as profile,
             checkpoint.open_checkpoints(folder, config.train) as checkpoints,
-            _stop_signals(log) as asked_to_stop,
+            stop_signals(log) as asked_to_stop,
             hosts.ending_together(),  # once more, before a checkpoint that is being written waits for a lost host
         ):
-            log.say("\n".join([_opening(stage, state.params, mesh, found, resume), *notes]))
+            log.say("\n".join([opening(stage, state.params, mesh, found, resume), *notes]))
             return _run(stage, state, train_step, mesh, log, profile, checkpoints, asked_to_stop, pictures, evaluate)
 
 
@@ -137,7 +114,7 @@ def _run(
     train = stage.experiment.config.train
     step, stopping = int(state.step), None
     reader, window = Reader(train.steps, log, checkpoints), Window()
-    with contextlib.closing(_device_batches(stage, mesh, start_step=step)) as data:
+    with contextlib.closing(device_batches(stage, mesh, start_step=step)) as data:
         while step < train.steps and stopping is None:
             if profile.begins(step + 1):
                 with reader.pause(step):
@@ -163,91 +140,12 @@ def _run(
                 reader.drain()
                 checkpoint.save(checkpoints, state, stage.experiment, stage.class_names)
             if train.sample_every and step % train.sample_every == 0:
-                with reader.pause(step), _logged_failure(log, step, "no pictures"):
+                with reader.pause(step), log.failures(step, "no pictures"):
                     log.pictures(step, pictures(stage, state.ema, batch))
             if evaluates:
-                with reader.pause(step), _logged_failure(log, step, "not evaluated"):
+                with reader.pause(step), log.failures(step, "not evaluated"):
                     log.record(step, evaluate(stage, state.ema), None)
     checkpoints.wait()
     if step < train.steps:
         log.say(f"stopped at step {step}, which is saved; go on with --resume")
     return Summary(step, stopping if step < train.steps else None, reader.record)
-
-
-@contextlib.contextmanager
-def _logged_failure(log: Log, step: int, outcome: str) -> Iterator[None]:
-    """Around what training can do without: one line where it fails. Of many hosts the others may be waiting, and all end."""
-    try:
-        yield
-    except Exception as error:
-        if hosts.many():
-            raise
-        reason = " ".join(str(error).split())[:300]
-        log.say(f"step {step}: {outcome} ({reason if isinstance(error, InputError) else f'{type(error).__name__}: {reason}'})")
-
-
-def _device_batches(stage: Stage, mesh: Mesh, start_step: int) -> Iterator[dict[str, jax.Array]]:
-    """Batches as global arrays, of which every host reads the rows that its devices hold."""
-    config = stage.experiment.config
-    settings = {"batch_size": config.train.batch_size, "seed": config.train.seed, "start_step": start_step}
-    own, parts = parallel.batch_parts(mesh)
-    with contextlib.ExitStack() as open_parts:
-        readers = [batches(stage.source, config.data, **settings, host=part, hosts=parts) for part in own]
-        for reader in readers:
-            open_parts.enter_context(contextlib.closing(reader))
-        for read in zip(*readers):
-            rows = read[0] if len(read) == 1 else {name: np.concatenate([part[name] for part in read]) for name in read[0]}
-            yield parallel.global_batch(rows, mesh)
-
-
-@contextlib.contextmanager
-def _stop_signals(log: Log) -> Iterator[Callable[[int], signal.Signals | None]]:
-    """Yields `asked(step)`: the signal because of which the run should end after that step, if there was one. A second Ctrl-C
-    ends it at once.
-
-    Of several hosts each may get SIGTERM at another step, or none; JAX, which catches it (see `hosts.join`), makes them agree
-    on one step. What else asks one of them to stop is handed over as SIGTERM.
-
-    A console that nobody reads any more counts as SIGPIPE; a SIGHUP that is ignored (nohup) stays so.
-    """
-    many = hosts.many()
-    got: list[signal.Signals] = []
-
-    def handle(number: int, frame: Any) -> None:
-        got.append(signal.Signals(number))
-        if caught:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        with contextlib.suppress(OSError):  # print is not safe here
-            os.write(2, b"\nstopping after this step, with a checkpoint (Ctrl-C again: at once)\n")
-        if many:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def asked(step: int) -> signal.Signals | None:
-        if log.reader_gone and not got:
-            handle(signal.SIGPIPE, None)
-        if many and not multihost_utils.reached_preemption_sync_point(step):
-            return None
-        return got[0] if got else signal.SIGTERM if many else None
-
-    caught = [signal.SIGINT] if many else [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        caught.append(signal.SIGHUP)
-    if threading.current_thread() is not threading.main_thread():
-        caught = []  # Python lets no other thread handle signals
-    before = {number: signal.signal(number, handle) for number in caught}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _opening(stage: Stage, params: Params, mesh: Mesh, found: int | None, resume: bool) -> str:
-    config = stage.experiment.config
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    if found is not None:
-        where = f"from step {found}"
-    else:
-        where = "from the beginning" + (" (no checkpoint to resume from)" if resume else "")
-    return f"{config.name}: {count:,} parameters, {config.train.steps} steps {where}, {mesh.size} devices ({sizes})"

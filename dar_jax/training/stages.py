@@ -1,13 +1,15 @@
 """The two stages of training: what to initialise, which loss to minimise on which batch, with which frozen networks."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from etils import epath
 from flax import linen as nn
@@ -16,6 +18,7 @@ from jax.sharding import Mesh
 from dar_jax import parallel
 from dar_jax.config import TokenizerTraining, TransformerTraining
 from dar_jax.data.codes import CodesSource, fingerprint
+from dar_jax.data.pipeline import batches
 from dar_jax.data.sources import open_source
 from dar_jax.errors import InputError
 from dar_jax.experiment import Experiment, LossFn
@@ -102,6 +105,13 @@ def describe(experiment: Experiment, dtype: jnp.dtype, encoder: nn.Module | None
     return Description(experiment, model, functools.partial(experiment.init_params, model), loss_fn, frozen)
 
 
+def open_stage(experiment: Experiment, workdir: epath.Path, mesh: Mesh, before: Info | None) -> Stage:
+    """Either stage with its data and weights on the mesh; `before` is the checkpoint that a run goes on from."""
+    if isinstance(experiment.config, TokenizerTraining):
+        return tokenizer_stage(experiment, mesh)
+    return transformer_stage(experiment, workdir, mesh, before)
+
+
 def tokenizer_stage(experiment: Experiment, mesh: Mesh) -> Stage:
     """Stage 1. Raises InputError where the data or the networks of a loss term cannot be opened."""
     config = experiment.config
@@ -151,6 +161,20 @@ def _with_own_tokenizer(experiment: Experiment, before: Info, tokenizer: Loaded,
         if fingerprint(other.params) != fingerprint(tokenizer.params):
             raise InputError(f"the run in {before.workdir} has another tokenizer than {named}; leave out --tokenizer")
     return experiment
+
+
+def device_batches(stage: Stage, mesh: Mesh, start_step: int) -> Iterator[dict[str, jax.Array]]:
+    """Batches as global arrays, of which every host reads the rows that its devices hold."""
+    config = stage.experiment.config
+    settings = {"batch_size": config.train.batch_size, "seed": config.train.seed, "start_step": start_step}
+    own, parts = parallel.batch_parts(mesh)
+    with contextlib.ExitStack() as open_parts:
+        readers = [batches(stage.source, config.data, **settings, host=part, hosts=parts) for part in own]
+        for reader in readers:
+            open_parts.enter_context(contextlib.closing(reader))
+        for read in zip(*readers):
+            rows = read[0] if len(read) == 1 else {name: np.concatenate([part[name] for part in read]) for name in read[0]}
+            yield parallel.global_batch(rows, mesh)
 
 
 def matmul_dtype(name: str) -> jnp.dtype:

@@ -9,9 +9,13 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
+from jax.sharding import Mesh
 
 from dar_jax import parallel
-from dar_jax.training.state import Params, TrainState
+from dar_jax.training import checkpoint
+from dar_jax.training.stages import Stage
+from dar_jax.training.state import Params, TrainState, init_state, with_new_optimizer
 
 # Tables whose rows keep their meaning when there are more or fewer of them: layers of a stack, and positions.
 BY_ROW = re.compile(r"(^|/)(blocks/.*|query_table|position_table)$")
@@ -35,6 +39,49 @@ class Row:
     there: tuple[int, ...] | None
     here: tuple[int, ...] | None
     note: str = ""
+
+
+UNREAD = Start("", {})  # stands for weights that a resumed run does not read again
+
+
+def first_state(
+    stage: Stage,
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+    mesh: Mesh,
+    before: checkpoint.Info | None,
+    start: Start | None,
+) -> tuple[TrainState, list[str]]:
+    """The state that a run begins with, and lines that say what is remarkable about it.
+
+    Args: before, the checkpoint to resume from; start, weights to start from where there is none.
+    Raises InputError where the checkpoint is damaged or is of another run.
+    """
+    if before is None:
+        state = init_state(stage.described.init_params, optimizer, mesh, stage.experiment.rules)
+        return (state, []) if start is None else start_from(start, state)
+    notes = checkpoint.require_same_run(before, stage.experiment, stage.class_names)
+    state = checkpoint.restore(before.path, abstract)
+    if state.opt_state is None:
+        state = with_new_optimizer(state, optimizer, abstract)
+        notes.append("the checkpoint holds no optimizer, a new one starts here")
+    if start is not None:
+        notes.append("the weights to start from are not read again")
+    if before.step >= stage.experiment.config.train.steps:
+        notes.append("nothing is left to do; to go on, raise train.steps")
+    return state, notes
+
+
+def opening(stage: Stage, params: Params, mesh: Mesh, found: int | None, resume: bool) -> str:
+    """The first line of a run: its size, its steps and its devices."""
+    config = stage.experiment.config
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    if found is not None:
+        where = f"from step {found}"
+    else:
+        where = "from the beginning" + (" (no checkpoint to resume from)" if resume else "")
+    return f"{config.name}: {count:,} parameters, {config.train.steps} steps {where}, {mesh.size} devices ({sizes})"
 
 
 def start_from(start: Start, state: TrainState) -> tuple[TrainState, list[str]]:
