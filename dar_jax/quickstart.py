@@ -29,7 +29,6 @@ from dar_jax.config import (
 from dar_jax.console import Progress
 from dar_jax.data.sources import open_source
 from dar_jax.errors import InputError
-from dar_jax.evaluation.likelihood import score
 from dar_jax.experiment import Experiment
 from dar_jax.files import write_json
 from dar_jax.inference import pictures
@@ -37,6 +36,7 @@ from dar_jax.inference.reconstruct import codebook_usage, encode, reconstruct
 from dar_jax.inference.samples import sample
 from dar_jax.inference.tokenize import tokenize
 from dar_jax.inference.trained import Trained, load_sampler, load_tokenizer
+from dar_jax.models.transformer import score
 from dar_jax.parallel.batches import to_host
 from dar_jax.training import checkpoint
 from dar_jax.training.loop import train
@@ -143,7 +143,7 @@ def _evaluate(workdir: Path) -> dict[str, float]:
     (images, labels), (held_out, held_out_labels) = (
         _all_of(dataclasses.replace(DIGITS, split=split)) for split in ("train", "test")
     )
-    sampling = trained.found.transformer.config.sampling
+    sampling = trained.info.config.sampling
     result = reconstruct(trained, held_out, np.arange(len(held_out)), sampling, len(held_out))
     pictures.save_png(workdir / "reconstructions.png", pictures.beside(held_out[:32], result.images[:32]))
 
@@ -232,4 +232,4 @@ def _classifier(images: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray]
 def _bits(trained: Trained, codes: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """What the transformer takes to write down each of the codes [N, T] of images of these labels [N], given the label."""
     with jax.set_mesh(trained.mesh):
-        return to_host(score(trained.networks.transformer, trained.params["transformer"], codes, labels.astype(np.int32))[0])
+        return to_host(score(trained.networks.transformer, trained.params["transformer"], labels.astype(np.int32), codes)[0])

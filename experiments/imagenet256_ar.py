@@ -65,4 +65,6 @@ def recipe(size: str, last_guidance: float) -> Experiment:
     )
 
 
-l, xl, xxl = recipe("L", 8.0), recipe("XL", 10.0), recipe("XXL", 10.0)
+l = recipe("L", 8.0)  # noqa: E741 (as the paper calls it)
+xl = recipe("XL", 10.0)
+xxl = recipe("XXL", 10.0)

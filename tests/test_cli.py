@@ -176,7 +176,9 @@ def test_help_of_an_experiment_and_of_a_tokenizer_lists_its_settings(runs, capsy
 
 
 def test_help_does_not_wait_for_jax():
-    code = "import sys; from dar_jax.cli import main as cli; cli.parse(['sample', 'a', '--labels', '1', '--seeds', '1', '--out', 'b'])"
+    code = (
+        "import sys; from dar_jax.cli.main import parse; parse(['sample', 'a', '--labels', '1', '--seeds', '1', '--out', 'b'])"
+    )
     assert subprocess.run([sys.executable, "-c", f"{code}; sys.exit('jax' in sys.modules)"], cwd=ROOT).returncode == 0
 
 

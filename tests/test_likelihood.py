@@ -20,7 +20,7 @@ from dar_jax.training.checkpoint import save_for_inference
 
 @pytest.fixture(scope="module")
 def digits(tiny_run):
-    data = dataclasses.replace(load_sampler(tiny_run).found.transformer.config.data, split="test")
+    data = dataclasses.replace(load_sampler(tiny_run).info.config.data, split="test")
     return open_source(data), data
 
 
@@ -63,8 +63,8 @@ def test_classes_are_those_of_the_same_name(tiny_run, digits):
 def test_no_code_sees_itself(tiny_run):
     trained = load_sampler(tiny_run)
     codes, labels = jnp.zeros((1, 16), jnp.int32), jnp.zeros(1, jnp.int32)
-    before, _ = score(trained.networks.transformer, trained.params["transformer"], codes, labels)
-    after, _ = score(trained.networks.transformer, trained.params["transformer"], codes.at[0, 9].set(5), labels)
+    before, _ = score(trained.networks.transformer, trained.params["transformer"], labels, codes)
+    after, _ = score(trained.networks.transformer, trained.params["transformer"], labels, codes.at[0, 9].set(5))
     np.testing.assert_array_equal(before[0, :9], after[0, :9])
     assert (before[0, 9:] != after[0, 9:]).any()
 
@@ -93,5 +93,5 @@ def test_unfit_data_are_refused(tiny_run, digits, tmp_path):
 
     with pytest.raises(InputError, match="classes that the run does not know: a, b"):
         evaluate_transformer(trained, Other(), data)
-    save_for_inference(tmp_path, trained.found.tokenizer.config, trained.params["tokenizer"], 1, source.class_names)
+    save_for_inference(tmp_path, trained.info.tokenizer.config, trained.params["tokenizer"], 1, source.class_names)
     assert main(["evaluate-ar", str(tmp_path), "--out", str(tmp_path / "out")]) == 2

@@ -113,7 +113,7 @@ def test_what_evaluates_is_logged_at_its_steps(tmp_path):
 
     train(with_train(evaluate_every=3), tmp_path, evaluate=evaluate)
     assert [record["step"] for record in read_records(tmp_path) if "eval_mean" in record] == [3, 6]
-    with pytest.raises(InputError, match="given nothing that evaluates"):
+    with pytest.raises(InputError, match="evaluate_every"):
         train(with_train(evaluate_every=3), tmp_path / "other")
 
 

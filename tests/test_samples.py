@@ -13,10 +13,11 @@ from dar_jax.errors import InputError
 from dar_jax.experiment import Experiment
 from dar_jax.inference.reconstruct import encode, reconstruct
 from dar_jax.inference.samples import class_number, make_request, pair, sample
-from dar_jax.inference.trained import find, find_transformer, load_sampler, load_tokenizer, run_mesh
+from dar_jax.inference.trained import inspect_transformer, load_sampler, load_tokenizer, run_mesh
 from dar_jax.models.pixels import psnr, to_uint8
 from dar_jax.parallel import make_mesh
 from dar_jax.sampling.settings import Method
+from dar_jax.training.checkpoint import inspect
 
 NAMES = tuple("0123456789")
 DIGITS = DataConfig(source="digits", image_size=8, channels=1, crop="center", flip=False)
@@ -106,14 +107,14 @@ def test_guidance_of_an_experiment_is_used(tiny_run):
 
 
 def test_higher_resolution(tiny_run, trained):
-    request = make_request(find(tiny_run), ["3"], [1], SAMPLING, resolution=16, output_resolution=12)
+    request = make_request(inspect(tiny_run), ["3"], [1], SAMPLING, resolution=16, output_resolution=12)
     tokens, images = draw(trained.with_tokenizer(request.tokenizer), [3], [1], batch_size=8)
     np.testing.assert_array_equal(tokens, draw(trained, [3], [1], batch_size=8)[0])
     assert images.shape[1:] == (1, 12, 12, 1)
 
 
 def test_request(tiny_run):
-    found = find_transformer(tiny_run)
+    found = inspect_transformer(tiny_run)
     request = make_request(found, ["3", "7"], [1], SAMPLING, prefix_tokens=[5, 6, 7], prefix_length=2)
     assert (request.labels, request.seeds) == ((3, 7), (1, 1))
     np.testing.assert_array_equal(request.prefix, [5, 6])
@@ -138,12 +139,12 @@ def test_request(tiny_run):
 )
 def test_request_that_does_not_fit(tiny_run, message, given):
     with pytest.raises(InputError, match=message):
-        make_request(find(tiny_run), ["3"], [1], SAMPLING, **given)
+        make_request(inspect(tiny_run), ["3"], [1], SAMPLING, **given)
 
 
 def test_start_step_without_an_image(tiny_run):
     with pytest.raises(InputError, match="start_step is 2"):
-        make_request(find(tiny_run), ["3"], [1], SamplingConfig(start_step=2))
+        make_request(inspect(tiny_run), ["3"], [1], SamplingConfig(start_step=2))
 
 
 def test_class_number():
@@ -167,10 +168,9 @@ def test_pair():
 
 
 def test_kinds_of_checkpoints(tiny_run):
-    assert find(tiny_run).transformer.config.name == "tiny"
-    assert find(tiny_run / "tokenizer").transformer is None
+    assert inspect(tiny_run).config.name == "tiny" and inspect(tiny_run / "tokenizer").is_tokenizer
     with pytest.raises(InputError, match="holds a tokenizer"):
-        find_transformer(tiny_run / "tokenizer")
+        inspect_transformer(tiny_run / "tokenizer")
     assert load_tokenizer(tiny_run).config == load_tokenizer(tiny_run / "tokenizer").config
 
 

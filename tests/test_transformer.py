@@ -52,7 +52,7 @@ def test_dropout_differs_by_key_and_layer(params):
 
 def test_labels_are_dropped_to_the_null_class(params):
     labels = jnp.arange(10_000) % 5
-    dropped = drop_condition(Llama(TINY), params, labels, jax.random.key(0))
+    dropped = drop_condition(Llama(TINY), labels, jax.random.key(0))
     assert float((dropped == 5).mean()) == pytest.approx(0.1, abs=0.01)
     np.testing.assert_array_equal(dropped[dropped != 5], labels[dropped != 5])
 

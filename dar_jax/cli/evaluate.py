@@ -18,6 +18,7 @@ from dar_jax.cli.options import (
     Words,
     _check_file,
     _check_folder,
+    _check_sampling,
     _experiment,
     _first,
     _given,
@@ -95,22 +96,22 @@ class EvaluateTokenizer(Generic[Settings]):
     def with_defaults(cls, checkpoint: str) -> tuple[Any, "EvaluateTokenizer"]:
         """The type to parse and the values of what is not given."""
         from dar_jax.data.sources import held_out
-        from dar_jax.inference.trained import find
+        from dar_jax.training.checkpoint import inspect
 
-        return cls[DataConfig], cls(checkpoint, held_out(find(checkpoint).tokenizer.config.data))
+        return cls[DataConfig], cls(checkpoint, held_out(inspect(checkpoint).tokenizer.config.data))
 
     def run(self) -> None:
         from dar_jax.data.sources import open_source
         from dar_jax.evaluation.extractor import open_extractor
         from dar_jax.evaluation.tokenizer import evaluate_tokenizer, open_lpips, table
-        from dar_jax.inference.trained import find, load_tokenizer, unless_missing
-        from dar_jax.sampling.settings import make_settings
+        from dar_jax.inference.trained import load_tokenizer, unless_missing
+        from dar_jax.training.checkpoint import inspect
 
         _check_file(self.json)
-        experiment, model = _experiment(self.experiment), find(self.checkpoint).tokenizer.config.model
+        experiment, model = _experiment(self.experiment), inspect(self.checkpoint).tokenizer.config.model
         given = {"solver": self.solver, "num_denoising_steps": self.num_denoising_steps}
         sampling = dataclasses.replace(SamplingConfig(), **_given(given))
-        make_settings(sampling, model)
+        _check_sampling(sampling, model, experiment)
         source = ((experiment and experiment.source) or open_source)(self.data)
         mesh = _mesh(self.mesh)
         extractor = unless_missing(lambda: open_extractor(self.inception, self.resize, self.batch_size, mesh), self.inception)
@@ -148,9 +149,9 @@ class EvaluateAr(Generic[Settings]):
     def with_defaults(cls, checkpoint: str) -> tuple[Any, "EvaluateAr"]:
         """The type to parse and the values of what is not given."""
         from dar_jax.data.sources import held_out
-        from dar_jax.inference.trained import find_transformer
+        from dar_jax.inference.trained import inspect_transformer
 
-        return cls[DataConfig], cls(checkpoint, tyro.MISSING, held_out(find_transformer(checkpoint).transformer.config.data))
+        return cls[DataConfig], cls(checkpoint, tyro.MISSING, held_out(inspect_transformer(checkpoint).config.data))
 
     def run(self) -> None:
         from dar_jax.data.sources import open_source
@@ -197,10 +198,10 @@ class Sweep:
     def run(self) -> None:
         from dar_jax.evaluation.extractor import open_extractor
         from dar_jax.evaluation.sweep import sweep, table, variants, write_report
-        from dar_jax.inference.trained import find_transformer, load_sampler
+        from dar_jax.inference.trained import inspect_transformer, load_sampler
 
-        found, experiment = find_transformer(self.checkpoint), _experiment(self.experiment)
-        base = found.transformer.config.sampling
+        info, experiment = inspect_transformer(self.checkpoint), _experiment(self.experiment)
+        base = info.config.sampling
         pairs = [_pair(text) for text in self.guidance or ()]
         configs = variants(base, pairs, self.temperature or (), self.top_k or (), self.top_p or ())
         _check_folder(self.out)
@@ -209,7 +210,7 @@ class Sweep:
         trained = load_sampler(self.checkpoint, experiment, self.weights, mesh)
         rows = sweep(trained, extractor, self.reference, configs, self.groups, self.num, self.batch_size, self.seed)
         about = {
-            "checkpoint": str(found.transformer.path),
+            "checkpoint": str(info.path),
             "reference": self.reference,
             "samples": self.num,
             "seed": self.seed,

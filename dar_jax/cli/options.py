@@ -20,6 +20,7 @@ from dar_jax.config import (
     SamplingConfig,
     Share,
     Temperature,
+    TokenizerConfig,
     Tokens,
     TopK,
     checked,
@@ -205,6 +206,13 @@ def _two_meshes(sizes: tuple[int, ...] | None, decoder_sizes: tuple[int, ...] | 
         )
     others = devices[:-count]
     return _mesh(sizes, others) if sizes else run_mesh(of_run, others), _mesh(decoder_sizes, devices[-count:])
+
+
+def _check_sampling(sampling: SamplingConfig, tokenizer: TokenizerConfig, experiment: Any) -> None:
+    """Raises InputError where the settings do not fit the tokenizer, or an experiment's parts make one void."""
+    from dar_jax.sampling.settings import Method, make_settings
+
+    make_settings(sampling, tokenizer, experiment.method if experiment else Method())
 
 
 def _experiment(path: str | None) -> Any:

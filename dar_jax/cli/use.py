@@ -21,6 +21,7 @@ from dar_jax.cli.options import (
     Settings,
     Token,
     Words,
+    _check_sampling,
     _experiment,
     _given,
     _mesh,
@@ -66,14 +67,14 @@ class Sample(SamplingOptions):
     def run(self) -> None:
         from dar_jax.files import check_writable
         from dar_jax.inference.samples import make_request, write_samples
-        from dar_jax.inference.trained import find_transformer, load_sampler
+        from dar_jax.inference.trained import inspect_transformer, load_sampler
 
-        found, experiment = find_transformer(self.checkpoint), _experiment(self.experiment)
+        info, experiment = inspect_transformer(self.checkpoint), _experiment(self.experiment)
         request = make_request(
-            found,
+            info,
             self.labels,
             self.seeds,
-            self.sampling(found.transformer.config.sampling, start_step=self.start_step),
+            self.sampling(info.config.sampling, start_step=self.start_step),
             prefix_image=self.prefix_image,
             prefix_tokens=self.prefix_tokens,
             prefix_length=self.prefix_length,
@@ -82,7 +83,7 @@ class Sample(SamplingOptions):
             output_resolution=self.output_resolution,
         )
         check_writable(self.out)
-        meshes = _two_meshes(self.mesh, self.decoder_mesh, found.transformer.config.mesh)
+        meshes = _two_meshes(self.mesh, self.decoder_mesh, info.config.mesh)
         trained = load_sampler(self.checkpoint, experiment, self.weights, *meshes)
         written = write_samples(trained, request, self.out, self.batch_size, self.previews, self.animate)
         show("\n".join(map(str, written)))
@@ -111,12 +112,11 @@ class Generate(SamplingOptions):
     def run(self) -> None:
         from dar_jax.files import check_file_writable
         from dar_jax.inference.bulk import generate_npz
-        from dar_jax.inference.trained import find_transformer, load_sampler
-        from dar_jax.sampling.settings import make_settings
+        from dar_jax.inference.trained import inspect_transformer, load_sampler
 
-        found, experiment = find_transformer(self.checkpoint), _experiment(self.experiment)
-        sampling = self.sampling(found.transformer.config.sampling)
-        make_settings(sampling, found.tokenizer.config.model)
+        info, experiment = inspect_transformer(self.checkpoint), _experiment(self.experiment)
+        sampling = self.sampling(info.config.sampling)
+        _check_sampling(sampling, info.tokenizer.config.model, experiment)
         check_file_writable(self.out)
         trained = load_sampler(self.checkpoint, experiment, self.weights, _mesh(self.mesh))
         show(generate_npz(trained, self.out, self.num, self.labels, sampling, self.batch_size, self.seed))
@@ -146,16 +146,16 @@ class Reconstruct:
     def run(self) -> None:
         from dar_jax.files import check_writable
         from dar_jax.inference.reconstruct import open_images, reconstruct_folder
-        from dar_jax.inference.trained import find, load_tokenizer
-        from dar_jax.sampling.settings import make_settings
+        from dar_jax.inference.trained import load_tokenizer
+        from dar_jax.training.checkpoint import inspect
 
-        found, experiment = find(self.checkpoint), _experiment(self.experiment)
-        config = found.tokenizer.config.model
-        of_run = found.transformer.config.sampling if found.transformer else SamplingConfig()
+        info, experiment = inspect(self.checkpoint), _experiment(self.experiment)
+        config = info.tokenizer.config.model
+        of_run = SamplingConfig() if info.is_tokenizer else info.config.sampling
         given = {"solver": self.solver, "num_denoising_steps": self.num_denoising_steps}
         sampling = SamplingConfig(solver=of_run.solver, num_denoising_steps=of_run.num_denoising_steps)
         sampling = dataclasses.replace(sampling, **_given(given))
-        make_settings(sampling, config)
+        _check_sampling(sampling, config, experiment)
         source = open_images(self.images, self.split, config)
         check_writable(self.out)
         trained = load_tokenizer(self.checkpoint, experiment, self.weights, _mesh(self.mesh))
@@ -191,9 +191,9 @@ class Tokenize(Generic[Settings]):
     @classmethod
     def with_defaults(cls, checkpoint: str) -> tuple[Any, "Tokenize"]:
         """The type to parse and the values of what is not given."""
-        from dar_jax.inference.trained import find
+        from dar_jax.training.checkpoint import inspect
 
-        data = find(checkpoint).tokenizer.config.data
+        data = inspect(checkpoint).tokenizer.config.data
         if data.crop == "random":
             data = dataclasses.replace(data, crop="ten_crop", flip=False)
         return cls[DataConfig], cls(checkpoint, tyro.MISSING, data)
@@ -204,9 +204,10 @@ class Tokenize(Generic[Settings]):
         from dar_jax.data.sources import open_source
         from dar_jax.files import check_writable
         from dar_jax.inference.tokenize import check_data, tokenize
-        from dar_jax.inference.trained import find, load_tokenizer
+        from dar_jax.inference.trained import load_tokenizer
+        from dar_jax.training.checkpoint import inspect
 
-        experiment, model = _experiment(self.experiment), find(self.checkpoint).tokenizer.config.model
+        experiment, model = _experiment(self.experiment), inspect(self.checkpoint).tokenizer.config.model
         check_data(model, self.data)
         source = ((experiment and experiment.source) or open_source)(self.data)
         check_writable(self.out)

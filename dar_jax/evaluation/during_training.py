@@ -57,7 +57,8 @@ def _samples(stage: Stage, ema: Params) -> np.ndarray:
     params = {"tokenizer": stage.tokenizer.params, "transformer": ema}
     settings = make_settings(stage.experiment.config.sampling, tokenizer.config, networks.method)
     labels = np.arange(COUNT, dtype=np.int32) % len(stage.class_names)
-    images = generate(networks, params, settings, labels, np.arange(COUNT, dtype=np.uint32)).images
+    condition = stage.experiment.condition({"label": labels})
+    images = generate(networks, params, settings, condition, np.arange(COUNT, dtype=np.uint32)).images
     return pictures.sheet(to_uint8(to_host(images)), [stage.class_names[label] for label in labels])
 
 
@@ -105,7 +106,7 @@ class Evaluation:
             tokenizer = stage.tokenizer.experiment.build_model(stage.model.dtype)
             networks = Networks(tokenizer, stage.model, stage.experiment.method)
             params = {"tokenizer": stage.tokenizer.params, "transformer": ema}
-            trained = Trained(None, networks, params, mesh)
+            trained = Trained(None, networks, params, mesh, condition=stage.experiment.condition)
             report = evaluate_transformer(trained, source, data, size, count, stage.class_names)
             if extractor is not None and data.source != "codes":
                 report["fid"] = self._fid(stage, trained, extractor, count, size)

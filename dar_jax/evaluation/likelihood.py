@@ -3,7 +3,6 @@
 Shapes: B images, T tokens, V codes.
 """
 
-import functools
 import math
 import os
 from collections.abc import Sequence
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dar_jax.config import DataConfig
@@ -22,18 +20,9 @@ from dar_jax.errors import InputError
 from dar_jax.files import replacing, write_json
 from dar_jax.inference.reconstruct import quantize
 from dar_jax.inference.trained import Trained
-from dar_jax.models.transformer import Llama
+from dar_jax.models.transformer import null_condition, score
 from dar_jax.parallel.batches import full_batch, put_batch, to_host
 from dar_jax.training.checkpoint import class_numbers
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def score(model: Llama, params: dict, codes: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Codes int32 [B, T] of images of these classes [B] -> bits that each takes given those before it, and whether it was the
-    most probable one: float32 and bool, both [B, T]. The class `num_classes` stands for no class."""
-    log_probabilities = jax.nn.log_softmax(model.apply({"params": params}, labels, codes))  # [B, T, V]
-    bits = -jnp.take_along_axis(log_probabilities, codes[..., None], axis=-1)[..., 0] / math.log(2)
-    return bits, log_probabilities.argmax(-1) == codes
 
 
 def evaluate_transformer(
@@ -69,9 +58,11 @@ def evaluate_transformer(
                 codes = quantize(trained.networks, trained.params, put_batch(batch["image"], trained.mesh)).codes
             if codes.shape[1] != model.config.num_tokens:
                 raise InputError(f"the data have {codes.shape[1]} codes per image, the transformer {model.config.num_tokens}")
-            classes = numbers[batch["label"]]
-            for row, labels in enumerate((classes, np.full_like(classes, model.config.num_classes))):
-                bits, right = score(model, trained.params["transformer"], codes, put_batch(labels, trained.mesh))
+            further = {name: put_batch(value, trained.mesh) for name, value in batch.items() if name not in ("label", "valid")}
+            labels = put_batch(numbers[batch["label"]], trained.mesh)
+            condition = trained.condition({**further, "label": labels})
+            for row, given in enumerate((condition, null_condition(model, condition))):
+                bits, right = score(model, trained.params["transformer"], given, codes)
                 sums["bits"][row] += to_host(bits)[batch["valid"]].sum(axis=0, dtype=np.float64)
                 sums["accuracy"][row] += to_host(right)[batch["valid"]].sum(axis=0)
             images += int(batch["valid"].sum())

@@ -60,7 +60,7 @@ def generate_npz(
     if out.exists() and not parts.folder.exists():
         raise InputError(f"{out} exists already; choose another file")
     seeds = seeds_from(seed, num)
-    settings = make_settings(sampling, trained.config, trained.guidance)
+    settings = make_settings(sampling, trained.config, trained.networks.method)
     size = full_batch(min(batch_size, num), trained.mesh)
     classes = class_labels(labels, num, len(trained.class_names), seed)
     require_shared(parts.folder)
@@ -88,9 +88,12 @@ def _draw(trained: Trained, settings: Settings, classes: np.ndarray, seeds: np.n
     with Progress("generated", parts.num) as progress:
         progress.skip(parts.num - sum(rows.stop - rows.start for rows in missing))
         for rows in missing:
-            arguments = put_batch((pad(classes[rows].astype(np.int32), size), pad(seeds[rows], size)), trained.mesh)
+            batch_labels, batch_seeds = put_batch(
+                (pad(classes[rows].astype(np.int32), size), pad(seeds[rows], size)), trained.mesh
+            )
             with jax.set_mesh(trained.mesh):
-                images = generate(trained.networks, trained.sampler_params, settings, *arguments).images
+                condition = trained.condition({"label": batch_labels})
+                images = generate(trained.networks, trained.sampler_params, settings, condition, batch_seeds).images
             if waiting:
                 parts.write(*waiting)
                 progress.add(waiting[0].stop - waiting[0].start)

@@ -41,7 +41,7 @@ def of_model(trained: Trained) -> dict[str, Any]:
 
     Where parameters are cut over several processes, all of them have to call it.
     """
-    weights = {name: fingerprint(params) for name, params in trained.params.items()}
+    weights = {name: fingerprint(params) for name, params in trained.params.items() if params}
     class_names = list(trained.class_names)
     return {"weights": weights, "networks": describe(trained.networks), "class_names": class_names, "dar_jax": __version__}
 

@@ -13,15 +13,16 @@ import numpy as np
 
 from dar_jax.config import SamplingConfig
 from dar_jax.errors import InputError
-from dar_jax.evaluation.likelihood import score
 from dar_jax.experiment import load_experiment
 from dar_jax.inference.reconstruct import encode
 from dar_jax.inference.samples import class_number, pair, sample
-from dar_jax.inference.trained import Trained, Weights, find, load_sampler, load_tokenizer
+from dar_jax.inference.trained import Trained, Weights, load_sampler, load_tokenizer
 from dar_jax.models.pixels import to_uint8
+from dar_jax.models.transformer import score
 from dar_jax.parallel.batches import over_batches, split_rows
 from dar_jax.sampling.sampler import decode, lookup_codes
 from dar_jax.sampling.settings import make_settings
+from dar_jax.training.checkpoint import inspect
 
 
 class Model:
@@ -85,7 +86,7 @@ class Model:
             raise InputError(f"{len(images)} images and {len(numbers)} labels do not pair up")
         batches = split_rows(self.batch_size, self.encode(images), numbers)
         bits = over_batches(
-            lambda codes, labels: score(networks.transformer, params, codes, labels)[0],
+            lambda codes, labels: score(networks.transformer, params, self.trained.condition({"label": labels}), codes)[0],
             batches,
             self.batch_size,
             self.trained.mesh,
@@ -93,7 +94,7 @@ class Model:
         return np.concatenate([part for _, part in bits])
 
     def _drawn(self, labels: Sequence[int | str], seeds: Sequence[int], settings: dict[str, Any], previews: bool):
-        base = self._transformer().found.transformer.config.sampling
+        base = self._transformer().info.config.sampling
         prefix = settings.pop("prefix", None)
         if unknown := sorted(set(settings) - {field.name for field in dataclasses.fields(base)}):
             raise InputError(f"there is no setting {unknown[0]!r}; settings are {', '.join(vars(base))}")
@@ -138,5 +139,5 @@ def load(
     Raises InputError, in one line, where there is no checkpoint, it is damaged, or needs its experiment.
     """
     parts = None if experiment is None else load_experiment(experiment)
-    open_checkpoint = load_tokenizer if find(path).transformer is None else load_sampler
+    open_checkpoint = load_tokenizer if inspect(path).is_tokenizer else load_sampler
     return Model(open_checkpoint(path, parts, weights), batch_size)

@@ -20,11 +20,12 @@ from dar_jax.console import Progress
 from dar_jax.errors import InputError
 from dar_jax.inference import pictures
 from dar_jax.inference.reconstruct import encode, open_image
-from dar_jax.inference.trained import Found, Trained
+from dar_jax.inference.trained import Trained
 from dar_jax.models.pixels import to_float, to_uint8
 from dar_jax.parallel.batches import full_batch, pad, put_batch, to_host
 from dar_jax.sampling.sampler import generate, stream
 from dar_jax.sampling.settings import Settings, make_settings
+from dar_jax.training.checkpoint import Info
 
 NAME_LENGTH = 50  # characters of the run's name in names of files, of which systems take 255 bytes
 
@@ -78,7 +79,8 @@ def sample(
         rows = slice(start, min(start + size, len(labels)))
         if prefix is not None:
             given["prefix"] = put_batch(pad(prefix[rows], size), mesh)
-        arguments = (networks, params, settings, *put_batch((pad(labels[rows], size), pad(seeds[rows], size)), mesh))
+        batch_labels, batch_seeds = put_batch((pad(labels[rows], size), pad(seeds[rows], size)), mesh)
+        arguments = (networks, params, settings, trained.condition({"label": batch_labels}), batch_seeds)
         steps = stream(*arguments, **given) if previews else (generate(*arguments, **given) for _ in range(1))
         while True:
             with jax.set_mesh(mesh):
@@ -106,7 +108,7 @@ class Request:
 
 
 def make_request(
-    found: Found,
+    info: Info,
     labels: Sequence[str],
     seeds: Sequence[int],
     sampling: SamplingConfig,
@@ -120,7 +122,7 @@ def make_request(
     """Checks everything that can be wrong with a request before any weights are read.
 
     Args:
-      found: what the checkpoint is, of `find_transformer`.
+      info: the transformer's checkpoint, of `inspect_transformer`.
       labels: names or numbers of classes. One label goes with many seeds, one seed with many labels, equally many pair up.
       prefix_image, prefix_tokens: where the first `prefix_length` tokens come from (default: all of `prefix_tokens`).
       start_image: to start from at `sampling.start_step`.
@@ -128,10 +130,10 @@ def make_request(
 
     Raises InputError in one line where labels, seeds, settings, tokens or images do not fit.
     """
-    model = found.transformer.config.model
-    tokenizer = _at_resolution(found.tokenizer.config.model, resolution, output_resolution)
+    model = info.config.model
+    tokenizer = _at_resolution(info.tokenizer.config.model, resolution, output_resolution)
     make_settings(sampling, tokenizer)
-    numbers, seeds = pair([class_number(label, found.transformer.class_names) for label in labels], seeds)
+    numbers, seeds = pair([class_number(label, info.class_names) for label in labels], seeds)
     if (start_image is None) != (sampling.start_step == 0):
         raise InputError(
             f"start_step is {sampling.start_step}: an image to start from needs a step from 1 on, and the other way round"
@@ -208,7 +210,7 @@ def write_samples(
     """
     trained, out = trained.with_tokenizer(request.tokenizer), Path(out)
     names, total = trained.class_names, len(request.labels)
-    run = re.sub(r"[^\w.-]+", "_", trained.found.transformer.config.name)[:NAME_LENGTH]
+    run = re.sub(r"[^\w.-]+", "_", trained.info.config.name)[:NAME_LENGTH]
     stems = [f"{run}_label{label}_seed{seed}" for label, seed in zip(request.labels, request.seeds)]
     captions = [f"{names[label]} #{seed}" for label, seed in zip(request.labels, request.seeds)]
     num_groups = request.sampling.num_groups or trained.config.num_groups

@@ -7,18 +7,19 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
+from flax.core import FrozenDict
 from jax.sharding import Mesh
 
 from dar_jax import parallel
 from dar_jax.config import MeshConfig, TokenizerConfig, TokenizerTraining
 from dar_jax.errors import InputError
-from dar_jax.experiment import Experiment
+from dar_jax.experiment import Experiment, label_of
 from dar_jax.sampling.prepare import SamplerParams, prepare, separate
 from dar_jax.sampling.settings import Method, Networks
 from dar_jax.training import checkpoint
@@ -31,22 +32,19 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a checkpoint consists of, before any weights are read; `transformer` is None for a tokenizer's."""
-
-    tokenizer: checkpoint.Info
-    transformer: checkpoint.Info | None
-
-
-@dataclass(frozen=True)
 class Trained:
-    """Networks with their weights on a mesh; the parameters are {"tokenizer": ..., "transformer": ...}."""
+    """A checkpoint in use: networks with their weights on a mesh, as the sampler takes them.
 
-    found: Found
+    info: of the run, None for one that is still training. params: {"tokenizer": ..., "transformer": ..., "others": ...}.
+    decoder_mesh: devices of their own for denoising samples, see `prepare.separate`. condition: as of `Experiment`.
+    """
+
+    info: checkpoint.Info | None
     networks: Networks
     params: dict[str, Any]
     mesh: Mesh
-    decoder_mesh: Mesh | None = None  # devices of their own for denoising samples, see `sampler.separate`
+    decoder_mesh: Mesh | None = None
+    condition: Callable[[Mapping[str, Any]], Any] = label_of
 
     @property
     def config(self) -> TokenizerConfig:
@@ -55,7 +53,7 @@ class Trained:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        return (self.found.transformer or self.found.tokenizer).class_names
+        return self.info.class_names
 
     @functools.cached_property
     def sampler_params(self) -> SamplerParams:
@@ -70,26 +68,13 @@ class Trained:
         return dataclasses.replace(self, networks=dataclasses.replace(self.networks, tokenizer=tokenizer))
 
 
-def find(path: str | os.PathLike) -> Found:
-    """Looks at a checkpoint (a run's folder or its checkpoints/STEP) of either stage.
-
-    Raises InputError where there is none, it is damaged, or a transformer's lacks its tokenizer.
-    """
+def inspect_transformer(path: str | os.PathLike) -> checkpoint.Info:
+    """`checkpoint.inspect` for what needs a transformer and its tokenizer. Raises InputError for a tokenizer alone."""
     info = checkpoint.inspect(path)
-    if isinstance(info.config, TokenizerTraining):
-        return Found(info, None)
-    folder = info.workdir / "tokenizer"
-    if not folder.is_dir():
-        raise InputError(f"{info.workdir} lacks its tokenizer; put one there with: dar-jax import FILE --workdir {folder}")
-    return Found(checkpoint.inspect(folder), info)
-
-
-def find_transformer(path: str | os.PathLike) -> Found:
-    """`find` for what needs a transformer. Raises InputError for a tokenizer."""
-    found = find(path)
-    if found.transformer is None:
+    if info.is_tokenizer:
         raise InputError(f"{path} holds a tokenizer; sampling needs the folder of a transformer's run")
-    return found
+    info.tokenizer  # noqa: B018 (it may be missing)
+    return info
 
 
 def load_tokenizer(
@@ -104,12 +89,11 @@ def load_tokenizer(
 
     Raises InputError where the checkpoint is missing, damaged, or needs its experiment.
     """
-    found = find(path)
-    if found.transformer is not None:
-        weights = "ema"
-    mesh = mesh or run_mesh(found.tokenizer.config.mesh)
-    network, params = _load(found.tokenizer, _tokenizer_part(experiment), weights, mesh)
-    return Trained(found, Networks(network), {"tokenizer": params}, mesh)
+    info = checkpoint.inspect(path)
+    weights = weights if info.is_tokenizer else "ema"
+    mesh = mesh or run_mesh(info.tokenizer.config.mesh)
+    network, params = _load(info.tokenizer.path, _tokenizer_part(experiment), weights, mesh)
+    return Trained(info, Networks(network, method=_method(experiment)), {"tokenizer": params}, mesh)
 
 
 def load_sampler(
@@ -125,13 +109,17 @@ def load_sampler(
 
     Raises InputError where the checkpoint is missing, damaged, a tokenizer's, or needs its experiment.
     """
-    found = find_transformer(path)
-    mesh = mesh or run_mesh(found.transformer.config.mesh)
-    transformer, transformer_params = _load(found.transformer, experiment, weights, mesh)
-    tokenizer, tokenizer_params = _load(found.tokenizer, _tokenizer_part(experiment), "ema", mesh)
-    networks = Networks(tokenizer, transformer, experiment.method if experiment else Method())
+    info = inspect_transformer(path)
+    mesh = mesh or run_mesh(info.config.mesh)
+    transformer, transformer_params = _load(info.path, experiment, weights, mesh)
+    tokenizer, tokenizer_params = _load(info.tokenizer.path, _tokenizer_part(experiment), "ema", mesh)
+    others = {name: _load(folder, None, "ema", mesh) for name, folder in (experiment.others if experiment else {}).items()}
+    networks = Networks(
+        tokenizer, transformer, _method(experiment), FrozenDict({name: network for name, (network, _) in others.items()})
+    )
     params = {"tokenizer": tokenizer_params, "transformer": transformer_params}
-    return Trained(found, networks, params, mesh, decoder_mesh)
+    params["others"] = {name: of_other for name, (_, of_other) in others.items()}
+    return Trained(info, networks, params, mesh, decoder_mesh, experiment.condition if experiment else label_of)
 
 
 def unless_missing(load: Callable[[], T], given: str | None = None) -> T | None:
@@ -165,9 +153,13 @@ def seeds_from(first: int, count: int) -> np.ndarray:
     return np.arange(first, first + count).astype(np.uint32)
 
 
-def _load(info: checkpoint.Info, experiment: Experiment | None, weights: Weights, mesh: Mesh) -> tuple[Any, Any]:
-    loaded = checkpoint.load(info.path, experiment, weights, mesh)
-    return loaded.experiment.build_model(matmul_dtype(info.config.train.dtype)), loaded.params
+def _load(path: str | os.PathLike, experiment: Experiment | None, weights: Weights, mesh: Mesh) -> tuple[Any, Any]:
+    loaded = checkpoint.load(path, experiment, weights, mesh)
+    return loaded.experiment.build_model(matmul_dtype(loaded.config.train.dtype)), loaded.params
+
+
+def _method(experiment: Experiment | None) -> Method:
+    return experiment.method if experiment else Method()
 
 
 def _tokenizer_part(experiment: Experiment | None) -> Experiment | None:

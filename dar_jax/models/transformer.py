@@ -5,6 +5,7 @@ L layers.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -179,3 +180,17 @@ class Llama(nn.Module):
     def _logits(self, x: Array) -> Array:
         x, head = self.norm(x).astype(self.dtype), self.output.astype(self.dtype)
         return constrain(jnp.einsum("btd,dv->btv", x, head, preferred_element_type=jnp.float32), "logits")
+
+
+def null_condition(model: Llama, condition: Any) -> Any:
+    """The condition of the same form that says nothing; it may not depend on parameters."""
+    return model.bind({}).null(condition)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def score(model: Llama, params: Params, condition: Any, codes: Array) -> tuple[Array, Array]:
+    """The bits that each of the codes [B, T] int32 takes given the condition and those before it, and whether it was the most
+    probable one: float32 and bool, both [B, T]."""
+    log_probabilities = jax.nn.log_softmax(model.apply({"params": params}, condition, codes))  # [B, T, V]
+    bits = -jnp.take_along_axis(log_probabilities, codes[..., None], axis=-1)[..., 0] / math.log(2)
+    return bits, log_probabilities.argmax(-1) == codes

@@ -12,6 +12,7 @@ system's cache for the reading that follows. Of many hosts each compares its sha
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import logging
@@ -57,7 +58,7 @@ TRAINING_ONLY = re.compile(r"model\.(\w+_dropout|init_std|gate_init)")
 
 @dataclass(frozen=True)
 class Info:
-    """What a checkpoint says about itself; no arrays are read."""
+    """A checkpoint that is looked at: what it says about itself. No arrays are read."""
 
     path: epath.Path  # of this step
     workdir: epath.Path
@@ -66,18 +67,27 @@ class Info:
     class_names: tuple[str, ...]
     hooks: tuple[str, ...]
 
+    @property
+    def is_tokenizer(self) -> bool:
+        return isinstance(self.config, TokenizerTraining)
+
+    @functools.cached_property
+    def tokenizer(self) -> "Info":
+        """The tokenizer's checkpoint: this one, or that in a transformer's sub-folder. Raises InputError where it lacks one."""
+        if self.is_tokenizer:
+            return self
+        folder = self.workdir / "tokenizer"
+        if not folder.is_dir():
+            raise InputError(f"{self.workdir} lacks its tokenizer; put one there with: dar-jax import FILE --workdir {folder}")
+        return inspect(folder)
+
 
 @dataclass(frozen=True)
-class Loaded:
-    """A checkpoint's weights with all that is needed to use them."""
+class Loaded(Info):
+    """The same with its weights; `experiment` has this checkpoint's settings, its `build_model` makes the model."""
 
-    config: TokenizerTraining | TransformerTraining
     params: Params
-    step: int
-    class_names: tuple[str, ...]
-    hooks: tuple[str, ...]
-    workdir: epath.Path
-    experiment: Experiment  # with this checkpoint's settings; its `build_model` makes the model
+    experiment: Experiment
 
 
 def absolute(path: PathLike) -> epath.Path:
@@ -314,7 +324,7 @@ def load(
         raise InputError(f"{info.path} was made for inference and holds no {weights}, only ema")
     _require_settings(info, weights, experiment)
     params = load_part(info, weights, mesh, experiment.rules)
-    return Loaded(info.config, params, info.step, info.class_names, info.hooks, info.workdir, experiment)
+    return Loaded(**{f.name: getattr(info, f.name) for f in dataclasses.fields(info)}, params=params, experiment=experiment)
 
 
 def load_part(info: Info, part: str, mesh: Mesh | None = None, rules: parallel.Rules = ()) -> Any:

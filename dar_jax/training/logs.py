@@ -89,7 +89,7 @@ class Log:
 
     @contextlib.contextmanager
     def failures(self, step: int, outcome: str) -> Iterator[None]:
-        """Around what training can do without: one line where it fails. With many hosts, which may be waiting, it ends the run."""
+        """Around what training can do without: one line where it fails. With many hosts, which may wait, the run ends."""
         try:
             yield
         except Exception as error:

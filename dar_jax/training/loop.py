@@ -88,7 +88,6 @@ def _train(experiment: Experiment, folder: epath.Path, resume: bool, pictures, s
     parallel.check_batch(config.train.batch_size, config.train.accumulate, mesh)
     before = None if found is None else checkpoint.inspect(folder / "checkpoints" / str(found))
     start = start and (start() if before is None else UNREAD)
-
     with hosts.ending_together(), jax.set_mesh(mesh):
         stage = open_stage(experiment, folder, mesh, before)
         optimizer = stage.described.make_optimizer()

@@ -19,7 +19,7 @@ from dar_jax.features.dinov2 import Dinov2, Dinov2Config, preprocess
 from dar_jax.features.vgg_lpips import Lpips
 from dar_jax.models.flow import over_batch
 from dar_jax.models.tokenizer import Tokenizer, TokenizerOutput
-from dar_jax.models.transformer import Llama
+from dar_jax.models.transformer import Llama, null_condition
 
 Metrics = dict[str, Array]
 Params = Any
@@ -102,15 +102,15 @@ def next_token_loss(config: TransformerTraining, model: Llama) -> LossFn:
 
     def loss_fn(params: Params, batch: dict[str, Any], key: Array, frozen: dict, step: Array) -> tuple[Array, Metrics]:
         drop_key, dropout_key = jax.random.split(key)
-        condition = drop_condition(model, params, batch["condition"], drop_key)
+        condition = drop_condition(model, batch["condition"], drop_key)
         return cross_entropy(model.apply({"params": params}, condition, batch["codes"], dropout_key), batch["codes"])
 
     return loss_fn
 
 
-def drop_condition(model: Llama, params: Params, condition: Any, key: Array) -> Any:
+def drop_condition(model: Llama, condition: Any, key: Array) -> Any:
     """The condition [B, ...] with that of some samples replaced by the null one, with probability `class_dropout`."""
-    null = model.bind({"params": params}).null(condition)
+    null = null_condition(model, condition)
     drop = jax.random.bernoulli(key, model.config.class_dropout, (len(jax.tree.leaves(condition)[0]),))
     return jax.tree.map(lambda kept, nothing: jnp.where(over_batch(drop, kept), nothing, kept), condition, null)
 

@@ -11,8 +11,8 @@ Result:   a table, and the same as JSON. Weights and data are random, which chan
 
 The step is that of `dar-jax train`, on all devices of this machine: the tokenizer's with LPIPS and REPA, the transformers' on
 stored codes. Several steps are handed over in a row, as in training, and the fastest of some such rows counts. MFU is the
-model's operations (`dar_jax.training.flops.model_flops`: nothing twice, frozen networks too) by time and by the devices' bfloat16 peak:
-`--peak-flops`, else that of `dar_jax.training.flops.PEAKS`, else the rate of one large product measured here.
+model's operations (`dar_jax.training.flops.model_flops`: nothing twice, frozen networks too) by time and by the devices'
+bfloat16 peak: `--peak-flops`, else that of `dar_jax.training.flops.PEAKS`, else the rate of one large product measured here.
 """
 
 import dataclasses
@@ -104,7 +104,7 @@ def describe_machine(options: Options) -> Machine:
 def experiment_of(options: Options, model: str, batch: int, remat: str) -> Experiment:
     """The paper's recipe of this model, changed as the options have it."""
     tokenizer = model == "tokenizer"
-    experiment = load_experiment(EXPERIMENTS / f"imagenet256_{'tokenizer' if tokenizer else 'ar_l'}.py")
+    experiment = load_experiment(EXPERIMENTS / ("imagenet256_tokenizer.py" if tokenizer else "imagenet256_ar.py:l"))
     config = experiment.config
     train = dataclasses.replace(config.train, batch_size=batch, accumulate=1, remat=remat, dtype=options.dtype)
     changes = {"train": train, "mesh": options.mesh}
