@@ -81,7 +81,7 @@ def test_layout_over_fsdp_and_tensor():
 def test_caches_are_cut_by_batch_and_heads():
     mesh = parallel.make_mesh(MeshConfig(2, 2, 2))
     for batch, axes in ((8, ("data", "fsdp")), (1, None)):
-        caches = jax.eval_shape(lambda batch=batch: Llama(LlamaConfig()).bind({}).empty_caches(batch, 8))
+        caches = jax.eval_shape(lambda batch=batch: Llama(LlamaConfig()).empty_caches(batch, 8))
         assert parallel.shardings(caches, mesh)[0].keys.spec == P(axes, "tensor", None, None)
 
 

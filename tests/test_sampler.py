@@ -72,7 +72,7 @@ def test_cached_slots_give_the_logits_of_the_complete_sequence(networks, sizes):
     )
     layers = unstack(params["params"]["blocks"], model.config.layers)
     extend = jax.jit(functools.partial(model.apply, params, method="extend"))
-    caches, position = model.bind(params).empty_caches(3, 20), 0
+    caches, position = model.empty_caches(3, 20), 0
     for size in sizes:
         logits, caches = extend(layers, x[:, position : position + size], caches, jnp.int32(position))
         np.testing.assert_allclose(logits, expected[:, position : position + size], atol=1e-5)

@@ -41,7 +41,7 @@ def test_condition_step_is_condition(tiny_tokenizer):
     apply = functools.partial(model.apply, {"params": params})
     values = jax.random.normal(jax.random.key(0), (2, 16, 8))
     whole = apply(values, method="condition")
-    caches, pieces = model.bind({"params": params}).empty_caches(2), []
+    caches, pieces = model.empty_caches(2), []
     layers = unstack(params["token_decoder"]["blocks"], model.config.decoder_layers)
     for start, stop in ((0, 4), (4, 5), (5, 16)):
         piece, caches = apply(layers, values[:, start:stop], caches, start, method="condition_step")

@@ -20,7 +20,7 @@ from dar_jax.errors import InputError
 from dar_jax.files import replacing, write_json
 from dar_jax.inference.reconstruct import quantize
 from dar_jax.inference.trained import Trained
-from dar_jax.models.transformer import null_condition, score
+from dar_jax.models.transformer import score
 from dar_jax.parallel.batches import full_batch, put_batch, to_host
 from dar_jax.training.checkpoint import class_numbers
 
@@ -61,7 +61,7 @@ def evaluate_transformer(
             further = {name: put_batch(value, trained.mesh) for name, value in batch.items() if name not in ("label", "valid")}
             labels = put_batch(numbers[batch["label"]], trained.mesh)
             condition = trained.condition({**further, "label": labels})
-            for row, given in enumerate((condition, null_condition(model, condition))):
+            for row, given in enumerate((condition, model.null(condition))):
                 bits, right = score(model, trained.params["transformer"], given, codes)
                 sums["bits"][row] += to_host(bits)[batch["valid"]].sum(axis=0, dtype=np.float64)
                 sums["accuracy"][row] += to_host(right)[batch["valid"]].sum(axis=0)

@@ -133,6 +133,7 @@ class Tokenizer(nn.Module):
         """The same for n tokens from `position` on: [B, n, E] -> [B, n, D], and the new caches. See `TokenDecoder.step`."""
         return self.token_decoder.step(layers, values, caches, position)
 
+    @nn.nowrap
     def empty_caches(self, batch: int) -> tuple[Cache, ...]:
         """The caches of `condition_step` for the tokens of `batch` images."""
         return empty_caches(self.config, batch, self.dtype)

@@ -117,8 +117,9 @@ class Llama(nn.Module):
         """The condition as inputs [B, n, D]; here labels [B] int32, of which num_classes is the null class, and n = 1."""
         return constrain(self.class_table.astype(self.dtype), "table")[condition][:, None]
 
+    @nn.nowrap
     def null(self, condition: Any) -> Any:
-        """The condition of the same form that says nothing, for guidance and for dropping conditions in training."""
+        """The condition of the same form that says nothing, for guidance and for dropping conditions; reads no parameters."""
         return jnp.full_like(condition, self.config.num_classes)
 
     def embed(self, tokens: Array) -> Array:
@@ -167,6 +168,7 @@ class Llama(nn.Module):
         x, caches = run_cached(block, layers, caches, constrain(x, "stream"), *shared)
         return self._logits(x), caches
 
+    @nn.nowrap
     def empty_caches(self, batch: int, length: int) -> tuple[Cache, ...]:
         """The caches of all layers for `extend` over `batch` sequences, with room for `length` slots."""
         config = self.config
@@ -180,11 +182,6 @@ class Llama(nn.Module):
     def _logits(self, x: Array) -> Array:
         x, head = self.norm(x).astype(self.dtype), self.output.astype(self.dtype)
         return constrain(jnp.einsum("btd,dv->btv", x, head, preferred_element_type=jnp.float32), "logits")
-
-
-def null_condition(model: Llama, condition: Any) -> Any:
-    """The condition of the same form that says nothing; it may not depend on parameters."""
-    return model.bind({}).null(condition)
 
 
 @functools.partial(jax.jit, static_argnames="model")

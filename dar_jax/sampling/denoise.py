@@ -62,7 +62,7 @@ def begin_decoding(
         start = jnp.float32(schedule(networks, settings.num_steps).times[settings.start_step])
         x, preview = model.path.at(x, model.config.velocity.data_std * image, start), image
     x = constrain(x, "images")
-    caches = model.bind({"params": params.rest}).empty_caches(batch)
+    caches = model.empty_caches(batch)
     return Decoding(
         caches=jax.tree.map(lambda leaf: constrain(leaf, "cache"), caches),
         condition=constrain(jnp.zeros((batch, model.config.num_tokens, model.config.decoder_width), jnp.float32), "stream"),

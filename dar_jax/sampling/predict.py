@@ -15,7 +15,6 @@ from jax import Array
 
 from dar_jax.config import TokenizerConfig
 from dar_jax.models.attention import Cache
-from dar_jax.models.transformer import null_condition
 from dar_jax.parallel.sharding import constrain
 from dar_jax.sampling.logits import guide, token_keys
 from dar_jax.sampling.prepare import SamplerParams
@@ -91,7 +90,7 @@ token_by_token = Predictor(begin_prediction, predict_group)
 
 def with_null(model: Any, condition: Any) -> Any:
     """Each sample's condition and the null one, interleaved, so that on several devices both rows of a sample stay together."""
-    pairs = jax.tree.map(lambda a, b: jnp.stack([a, b], axis=1), condition, null_condition(model, condition))
+    pairs = jax.tree.map(lambda a, b: jnp.stack([a, b], axis=1), condition, model.null(condition))
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), pairs)
 
 
@@ -145,7 +144,7 @@ def _begin(
     else:
         x, last = x[:, :-1], x[:, -1:]
     last = x[:, slots - 1 : slots] if done else last
-    caches = model.bind({}).empty_caches(len(x), x.shape[1])
+    caches = model.empty_caches(len(x), x.shape[1])
     if x.shape[1]:
         _, caches = model.apply(weights, params.transformer.layers, x, caches, jnp.int32(0), method="extend")
     return Prediction(condition, keys, tokens, given, last, caches, slots - 1, done)

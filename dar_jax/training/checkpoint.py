@@ -201,7 +201,8 @@ def inspect(path: PathLike) -> Info:
         folder = folder / "checkpoints" / str(step)
     with _reading(folder):
         about = _read_json(folder / METADATA)["custom_metadata"]
-        if _read_json(folder / "files.json").get("", _crc32_of(about)) != _crc32_of(about):
+        checksum = about.pop("crc32", None)  # format 0 has none
+        if checksum is not None and checksum != _crc32_of(about):
             raise ValueError(f"{METADATA} is not what was written")
         number = about.get("format", 0)
         if type(number) is not int or number < 0:
@@ -341,7 +342,8 @@ def load_part(info: Info, part: str, mesh: Mesh | None = None, rules: parallel.R
 
 
 def _about(config: TokenizerTraining | TransformerTraining, class_names: Sequence[str], hooks: Sequence[str]) -> dict[str, Any]:
-    return {"format": FORMAT, "config": to_dict(config), "class_names": list(class_names), "hooks": list(hooks)}
+    about = {"format": FORMAT, "config": to_dict(config), "class_names": list(class_names), "hooks": list(hooks)}
+    return about | {"crc32": _crc32_of(about)}  # Orbax writes its file whenever it likes, with times of its own
 
 
 def stored_shapes(path: epath.Path, part: str) -> Any:
@@ -372,7 +374,7 @@ def _write_files(folder: epath.Path) -> None:
     """Adds files.json to the checkpoint at hand, which does not count as finished yet."""
     for path in folder.iterdir() if hosts.first() else ():
         if not (path / "files.json").exists():
-            listed: dict[str, Any] = {"": _crc32_of(_read_json(path / METADATA)["custom_metadata"])}  # Orbax adds times later
+            listed: dict[str, Any] = {}
             for part in [part for part in path.iterdir() if part.is_dir()]:
                 sizes = _sizes(part)
                 checksums = _checksums(part, list(sizes))

@@ -19,7 +19,7 @@ from dar_jax.features.dinov2 import Dinov2, Dinov2Config, preprocess
 from dar_jax.features.vgg_lpips import Lpips
 from dar_jax.models.flow import over_batch
 from dar_jax.models.tokenizer import Tokenizer, TokenizerOutput
-from dar_jax.models.transformer import Llama, null_condition
+from dar_jax.models.transformer import Llama
 
 Metrics = dict[str, Array]
 Params = Any
@@ -110,7 +110,7 @@ def next_token_loss(config: TransformerTraining, model: Llama) -> LossFn:
 
 def drop_condition(model: Llama, condition: Any, key: Array) -> Any:
     """The condition [B, ...] with that of some samples replaced by the null one, with probability `class_dropout`."""
-    null = null_condition(model, condition)
+    null = model.null(condition)
     drop = jax.random.bernoulli(key, model.config.class_dropout, (len(jax.tree.leaves(condition)[0]),))
     return jax.tree.map(lambda kept, nothing: jnp.where(over_batch(drop, kept), nothing, kept), condition, null)
 
