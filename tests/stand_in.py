@@ -24,15 +24,21 @@ class Model(nn.Module):
         x = images.reshape(len(images), -1)
         return nn.Dense(x.shape[-1], name="out")(nn.silu(nn.Dense(32, name="in")(x))).reshape(images.shape)
 
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        return 8, 8, 1
+
     def codes(self, images: jax.Array) -> jax.Array:
         return jnp.argmax(self(images).reshape(len(images), 4, 16), axis=-1)
 
 
-def loss(model: Model, params: Any, batch: dict, key: jax.Array, config: TokenizerTraining):
-    images = batch["image"]
-    out = model.apply({"params": params}, images + 0.1 * jax.random.normal(key, images.shape))
-    value = jnp.square(out - images).mean()
-    return value, {"code_counts": jnp.bincount(batch["label"], length=16)}
+def loss(config: TokenizerTraining, model: Model):
+    def loss_fn(params: Any, batch: dict, key: jax.Array, frozen: dict, step: jax.Array):
+        images = batch["image"]
+        out = model.apply({"params": params}, images + 0.1 * jax.random.normal(key, images.shape))
+        return jnp.square(out - images).mean(), {"code_counts": jnp.bincount(batch["label"], length=16)}
+
+    return loss_fn
 
 
 class Source:
