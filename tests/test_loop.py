@@ -29,7 +29,7 @@ from dar_jax.training.optimizer import learning_rate
 
 TRAIN = """
 import dataclasses, sys
-from dar_jax.training.experiment import load_experiment
+from dar_jax.experiment import load_experiment
 from dar_jax.training.loop import train
 experiment = load_experiment(sys.argv[1])
 source = type(experiment.source(None))(float(sys.argv[4]))

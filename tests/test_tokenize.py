@@ -135,7 +135,7 @@ import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from dar_jax.config import TokenizerTraining
 from dar_jax.data.codes import fingerprint
-from dar_jax.training.experiment import Experiment
+from dar_jax.experiment import Experiment
 mesh, numbers = jax.make_mesh((2,), ("x",)), np.arange(8, dtype=np.float32)
 cut, whole = (
     jax.make_array_from_callback((8,), NamedSharding(mesh, spec), lambda part: numbers[part])
