@@ -151,7 +151,10 @@ def _iterate(dataset: grain.MapDataset, workers: int) -> Iterator[Batch]:
         ahead = dataset.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=THREADS))
     iterator = iter(ahead)
     try:
-        yield from iterator
+        for batch in iterator:
+            # Workers send shared memory, which is left behind if an array of it, or a JAX array that aliases it, lives to the end.
+            yield {name: np.array(value) for name, value in batch.items()} if workers else batch
+            del batch
     finally:
         iterator.close()
 

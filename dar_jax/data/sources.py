@@ -1,18 +1,24 @@
 """Random access to labelled images: the embedded digits, a folder of images, CIFAR-10's files, TFDS, stored codes."""
 
+import csv
 import dataclasses
 import io
 import logging
+import math
 import os
+import re
+import stat
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from dar_jax.config import DataConfig
 from dar_jax.data.codes import open_codes
+from dar_jax.data.images import ImageError, read_image
 from dar_jax.errors import InputError
 from dar_jax.files import is_remote
 
@@ -20,6 +26,7 @@ log = logging.getLogger("dar_jax.data")
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SPLITS = ("train", "val", "test")
+MAX_LABELS = 1 << 30  # bytes of a file of labels
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 _report_lock = threading.Lock()
@@ -59,7 +66,7 @@ def open_source(config: DataConfig) -> Source:
     if config.source == "tfds":
         if not config.dataset:
             raise InputError("data.dataset is not given; the source tfds needs the name of a data set, such as imagenet2012")
-        return TfdsSource(config.dataset, config.path, config.split, config.channels, config.image_size)
+        return TfdsSource(config.dataset, config.path, config.split, config.channels, _largest_side(config))
     if not config.path:
         raise InputError(f"data.path is not given; the source {config.source} needs the folder of its files")
     if config.source == "codes":
@@ -70,8 +77,22 @@ def open_source(config: DataConfig) -> Source:
     if not path.is_dir():
         raise InputError(f"data.path {path} is not a folder" if path.exists() else f"data.path {path} does not exist")
     if config.source == "folder":
-        return FolderSource(path, config.split, config.channels, config.image_size, config.labels)
+        return FolderSource(path, config.split, config.channels, _largest_side(config), config.labels)
     return Cifar10Source(path, config.split, config.channels)
+
+
+def describe(source: Source) -> str:
+    """How many images of which classes a source has, one line."""
+    names = [name if len(name) <= 30 else name[:27] + "..." for name in source.class_names[:10]]
+    more = [f"and {len(source.class_names) - 10:,} more"] if len(source.class_names) > 10 else []
+    return f"{len(source):,} images of {len(source.class_names):,} classes: {', '.join(names + more)} ({source.description})"
+
+
+def _largest_side(config: DataConfig) -> int:
+    """Pixels that the smaller side of an image is scaled to at most before it is cropped."""
+    if config.crop == "random":
+        return math.ceil(config.image_size / config.crop_fraction[0])
+    return math.ceil(config.image_size * config.ten_crop_scale) if config.crop == "ten_crop" else config.image_size
 
 
 class DigitsSource:
@@ -100,17 +121,16 @@ class DigitsSource:
 
 
 class EncodedImages:
-    """Images that lie encoded as PNG, JPEG or WebP and are decoded when asked for; what all sources of such have in common.
+    """Images that lie encoded as PNG, JPEG or WebP and are decoded by `read_image` when asked for.
 
-    Transparent images are laid on white, images are turned as their EXIF tag says, and 16-bit grey is rounded to 8 bits. One
-    that cannot be read is logged once by name and counted in `unreadable` (by each process for itself), and its neighbour
-    takes its place. So is one with more pixels than Pillow considers safe, or with more once scaled up to `image_size`.
+    One that cannot be read, or would have too many pixels once its smaller side is scaled up to `smaller_side`, is logged once
+    by name and counted in `unreadable` (by each process for itself), and its neighbour takes its place.
 
     A subclass has `__len__`, `encoded(index)`, the image (a path or an open file) and its label, and `name(index)`.
     """
 
-    def __init__(self, channels: int, image_size: int):
-        self._channels, self._image_size = channels, image_size
+    def __init__(self, channels: int, smaller_side: int):
+        self._channels, self._smaller_side = channels, smaller_side
         self._unreadable: set[int] = set()
 
     @property
@@ -130,53 +150,59 @@ class EncodedImages:
             return None
         try:
             file, label = self.encoded(index)
-            image = read_image(file, self._channels, self._image_size)
-        except Exception as error:  # what decoders raise on damaged files is of many kinds
+            image = read_image(file, self._channels, self._smaller_side, self.name(index))
+        except Exception as error:  # what the libraries of data sets raise on damaged records is of many kinds
+            reason = error if isinstance(error, ImageError) else f"the image {self.name(index)} cannot be read: {error}"
             with _report_lock:
                 if index not in self._unreadable:
                     self._unreadable.add(index)
-                    log.warning("skipped %s, which cannot be read: %s", self.name(index), error)
+                    log.warning("skipped: %s", reason)
             return None
         return {"image": image, "label": label}
 
 
 class FolderSource(EncodedImages):
-    """Images in a folder: each sub-folder, whatever lies deeper included, is a class; without images in them, all is one class.
+    """Images in a folder: each sub-folder with images, whatever lies deeper included, is a class; without such, all is one.
 
-    If the folder has a sub-folder named like `split`, that one is read. Files ending in .png, .jpg, .jpeg or .webp count;
-    names that begin with a dot do not. See EncodedImages for how they are read.
+    If the folder has a sub-folder named like `split`, that one is read. Files ending in .png, .jpg, .jpeg or .webp count.
+    Files and folders whose names begin with a dot do not, at any depth. Linked folders are followed, each one once in a class.
 
-    labels: a file that names the classes of a split without class folders, such as ImageNet's validation images. A line is an
-    image's name, with or without its ending, and its class, with a comma or spaces between; what follows on the line does not
-    count, nor do lines of other images. The classes are those of the folder `train` beside the split, or else of its images.
+    labels: a file that names the classes of images that lie in no class folders, such as ImageNet's validation images; see
+    `read_labels`. The classes are those of the folder `train` beside the split, or else of its images.
 
     `files` are the paths by index, all of them in `folder`.
 
-    Raises InputError if there are no images, the split is not there, or an image has no class among those that there are.
+    Raises InputError if there are no images or some lie beside class folders, the split is not there, or an image has no class
+    among those that there are.
     """
 
-    def __init__(self, path: Path, split: str, channels: int, image_size: int, labels: str | None = None):
-        super().__init__(channels, image_size)
+    def __init__(self, path: Path, split: str, channels: int, smaller_side: int, labels: str | None = None):
+        super().__init__(channels, smaller_side)
         folders, of_training = _subfolders(path), []
         if split in folders:
-            if "train" in folders:
-                of_training = _subfolders(path / "train")
+            if "train" in folders and labels is not None:
+                train = path / "train"
+                of_training = [name for name in _subfolders(train) if any(_image_files(train / name))]
             path = path / split
             folders = _subfolders(path)
         elif present := [name for name in SPLITS if name in folders]:
             raise InputError(f"{path} has {' and '.join(present)} but no {split}; give data.split as one that is there")
         self.folder = path
-        classes = {name: _image_files(path / name) for name in folders}
-        beside = [entry.path for entry in os.scandir(path) if _is_image(entry.name)]
-        if any(classes.values()):
-            if beside:
-                log.warning("%d images in %s lie beside the class folders and are not read", len(beside), path)
-        elif labels is None:
-            classes = {path.resolve().name: beside}
-        else:
-            classes = _by_class(sorted(beside), Path(labels), of_training)
+        classes = {name: sorted(_image_files(path / name)) for name in folders}
+        empty = [name for name, files in classes.items() if not files]
+        classes = {name: files for name, files in classes.items() if files}
+        beside = sorted(entry.path for entry in _entries(path) if _is_image(entry))
+        if classes and beside:
+            raise InputError(
+                f"{path} holds images ({len(beside)}) and folders with images ({', '.join(list(classes)[:3])}): give one of the "
+                "folders, or move the images away"
+            )
+        if classes and empty:
+            log.warning("%s of the folders in %s hold no images and are no classes, such as %s", len(empty), path, empty[0])
+        if not classes:
+            classes = {path.resolve().name: beside} if labels is None else _by_class(beside, Path(labels), of_training)
         self.class_names = tuple(classes)
-        self.files = [file for files in classes.values() for file in sorted(files)]
+        self.files = [file for files in classes.values() for file in files]
         self._labels = [label for label, files in enumerate(classes.values()) for _ in files]
         if not self.files:
             raise InputError(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)}), neither directly nor in sub-folders")
@@ -205,9 +231,9 @@ class TfdsSource(EncodedImages):
     Raises InputError if TFDS is not installed, the data set is not prepared, or has no such split, or no image or label.
     """
 
-    def __init__(self, dataset: str, path: str | None, split: str, channels: int, image_size: int):
-        super().__init__(channels, image_size)
-        self._arguments = (dataset, path, split, channels, image_size)
+    def __init__(self, dataset: str, path: str | None, split: str, channels: int, smaller_side: int):
+        super().__init__(channels, smaller_side)
+        self._arguments = (dataset, path, split, channels, smaller_side)
         try:
             import tensorflow_datasets as tfds
         except ImportError as error:
@@ -238,8 +264,8 @@ class TfdsSource(EncodedImages):
     def encoded(self, index: int) -> tuple[io.BytesIO, int]:
         record = self._records[index]
         label = int(record[self._label])
-        if label < 0:
-            raise ValueError("it has no label")
+        if not 0 <= label < len(self.class_names):
+            raise ValueError("it has no label" if label < 0 else f"its label is {label}, of {len(self.class_names)} classes")
         return io.BytesIO(record[self._image]), label
 
     def name(self, index: int) -> str:
@@ -281,58 +307,126 @@ class Cifar10Source:
         return {"image": image, "label": int(record[0])}
 
 
-def read_image(file: str | os.PathLike | BinaryIO, channels: int, image_size: int) -> np.ndarray:
-    """Decodes a PNG, JPEG or WebP file, whatever its mode, to uint8 [H, W, channels]; see EncodedImages for how.
-
-    Raises what Pillow raises on a damaged file, and Image.DecompressionBombError on one with more pixels than Pillow
-    considers safe, or that would have more once its smaller side is scaled up to `image_size`.
-    """
-    mode = "RGB" if channels == 3 else "L"
-    with Image.open(file, formats=("PNG", "JPEG", "WEBP")) as image:
-        scaled_pixels = image.width * image.height * max(1, image_size / min(image.size)) ** 2
-        if Image.MAX_IMAGE_PIXELS and scaled_pixels > Image.MAX_IMAGE_PIXELS:
-            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are too many or too narrow")
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):
-            image = Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).astype(np.uint8))
-        elif image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        pixels = np.asarray(image if image.mode == mode else image.convert(mode))
-    return pixels if channels == 3 else pixels[..., None]
+def _entries(folder: Path | str) -> list[os.DirEntry]:
+    """What a folder holds, less names that begin with a dot."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise InputError(f"cannot read the folder {folder}: {error.strerror}") from error
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _is_image(entry: os.DirEntry) -> bool:
+    """By its name: pipes and links into nowhere count among the images that cannot be read."""
+    return entry.name.lower().endswith(IMAGE_SUFFIXES) and not _is_folder(entry)
 
 
 def _subfolders(path: Path) -> list[str]:
+    return sorted(entry.name for entry in _entries(path) if _is_folder(entry))
+
+
+def _image_files(folder: Path) -> Iterator[str]:
+    """The images in a folder of a class, at any depth."""
+    pending, seen = [os.fspath(folder)], {_identity(folder.parent)}
+    while pending:
+        folder = pending.pop()
+        if (identity := _identity(folder)) in seen:
+            log.warning("%s is not read: it is a link to a folder that is read already", folder)
+            continue
+        seen.add(identity)
+        for entry in _entries(folder):
+            if _is_folder(entry):
+                pending.append(entry.path)
+            elif _is_image(entry):
+                yield entry.path
+
+
+def _identity(folder: Path | str) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def read_labels(path: Path) -> Iterator[tuple[int, str, str]]:
+    """The lines of a file of labels: the line's number, the name of an image and that of its class.
+
+    Where its first line has a comma, semicolon or tab outside of quotes, that one separates the columns of all lines, as in CSV
+    files: the image, its class, and others, which do not count. Else the last word of a line is the class, what is before it
+    the image. Empty lines do not count. Of Kaggle's files (ImageId,PredictionString) the first word of the second column is
+    the class.
+
+    Raises InputError if the file cannot be read or a line has no class.
+    """
     try:
-        return sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
-    except OSError as error:
-        raise InputError(f"cannot read the folder {path}: {error.strerror}") from error
-
-
-def _image_files(folder: Path) -> list[str]:
-    return [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names if _is_image(name)]
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_LABELS:
+            raise InputError(f"data.labels {path} cannot be read: it is no file, or has more than {MAX_LABELS:,} bytes")
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            first = next((line for line in file if line.strip()), "")
+            separator = re.match(r'\s*(?:"(?:[^"]|"")*"|[^",;\t]*)\s*([,;\t])', first.strip())
+            file.seek(0)
+            if separator:
+                rows = csv.reader(file, delimiter=separator[1], skipinitialspace=True, strict=True)
+                numbered = ((rows.line_num, row) for row in rows)
+            else:
+                numbered = ((number, line.rsplit(maxsplit=1)) for number, line in enumerate(file, 1))
+            kaggle = False
+            for number, row in numbered:
+                image, name, *_ = [*(field.strip() for field in row), "", ""]
+                if not image and not name:
+                    continue
+                if not image or not name:
+                    raise InputError(f"data.labels {path}, line {number}: an image and its class should be there")
+                yield number, image, name.split()[0] if kaggle else name
+                kaggle = kaggle or (image, name) == ("ImageId", "PredictionString")
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"data.labels {path} cannot be read: {error}") from error
 
 
 def _by_class(files: list[str], labels: Path, class_names: list[str]) -> dict[str, list[str]]:
-    """Image files by class, as the file `labels` has it."""
-    try:
-        lines = [line.replace(",", " ").split() for line in labels.read_text().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"data.labels {labels} cannot be read: {error}") from error
-    named = {words[0]: words[1] for words in lines if len(words) > 1}
-    found = [named.get(os.path.basename(file)) or named.get(Path(file).stem) for file in files]
-    if None in found:
-        file = files[found.index(None)]
-        raise InputError(f"data.labels {labels} names no class for {found.count(None)} of {len(files)} images, such as {file}")
-    classes: dict[str, list[str]] = {name: [] for name in class_names or sorted(set(found))}
-    if unknown := sorted(set(found) - set(classes)):
-        raise InputError(f"data.labels {labels} names the class {unknown[0]}, of which there is no folder of training images")
-    for file, name in zip(files, found):
-        classes[name].append(file)
+    """Image files of one folder by class, as the file `labels` has it.
+
+    An image goes by its name with or without ending, perhaps after the folders that it lies in. Lines of other images do not
+    count, but are reported; the first line may be one of titles.
+    """
+    by_name: dict[str, list[str]] = {}
+    for file in files:
+        by_name.setdefault(Path(file).stem, []).append(file)
+    by_name |= {os.path.basename(file): [file] for file in files}
+    above = Path(os.path.abspath(files[0])).parts[:-1] if files else ()
+    label_of: dict[str, tuple[str, int]] = {}
+    unknown: list[str] = []
+    lines = 0
+    for number, image, name in read_labels(labels):
+        lines += 1
+        *folders, last = [part for part in image.replace("\\", "/").split("/") if part != "."]
+        images = by_name.get(last, []) if tuple(folders) == above[len(above) - len(folders) :] else []
+        if not images and lines > 1:
+            unknown.append(f"line {number}: {image}")
+        for file in images:
+            if class_names and name not in class_names:
+                raise InputError(f"data.labels {labels}, line {number}: {image} has the class {name}, which training has not")
+            before, line = label_of.setdefault(file, (name, number))
+            if before != name:
+                raise InputError(
+                    f"data.labels {labels}, line {number}: {image} has the class {name}, but {before} in line {line}"
+                )
+    if missing := [file for file in files if file not in label_of]:
+        unknown_lines = f"; no image goes by {unknown[0]}" if unknown else ""
+        raise InputError(
+            f"data.labels {labels} names no class for {len(missing)} of {len(files)} images, such as {missing[0]}{unknown_lines}"
+        )
+    if unknown:
+        log.warning("data.labels %s has %d lines of images that are not there, such as %s", labels, len(unknown), unknown[0])
+    classes: dict[str, list[str]] = {name: [] for name in class_names or sorted({name for name, _ in label_of.values()})}
+    for file in files:
+        classes[label_of[file][0]].append(file)
     return classes
 
 

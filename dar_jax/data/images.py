@@ -1,0 +1,110 @@
+"""One image file, PNG, JPEG or WebP of any mode, to uint8 [H, W, C]: the only reader of such files.
+
+Whatever a file holds, reading it takes bounded memory, and all that can go wrong is one ImageError with the file's name.
+"""
+
+import contextlib
+import os
+import stat
+import warnings
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from dar_jax.errors import InputError
+
+MAX_PIXELS = 1 << 26  # 8192 x 8192; decoding takes up to 8 bytes for each
+MAX_BYTES = 1 << 29  # of a file, that many pixels of 8 bytes
+STRIP = 1 << 22  # pixels converted at a time
+
+# How the pixels are turned so that they stand upright, by the EXIF orientation.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata, in lines that do not name the file
+
+
+class ImageError(InputError):
+    """An image cannot be read. The message names it."""
+
+
+def read_image(
+    file: str | os.PathLike | BinaryIO, channels: int, smaller_side: int = 1, name: str | os.PathLike | None = None
+) -> np.ndarray:
+    """Decodes an image to uint8 [H, W, channels], upright as its EXIF orientation says, on white where it is transparent;
+    16-bit grey is rounded to 8 bits.
+
+    Args:
+      channels: 1 (grey) or 3 (RGB).
+      smaller_side: pixels that the smaller side may be scaled up to afterwards.
+      name: of the image in errors; None: that of the file.
+
+    Raises ImageError if it is damaged or no regular file, or if it has more than MAX_PIXELS, scaled up or not.
+    """
+    with _open(file, name) as image:
+        width, height = image.size
+        if width * height * max(1, smaller_side / min(width, height)) ** 2 > MAX_PIXELS:
+            raise ValueError(f"{width} x {height} pixels are too many or too narrow")
+        image.load()
+        image = _upright(image)
+        pixels = np.empty((image.height, image.width, channels), np.uint8)
+        rows = max(1, STRIP // image.width)
+        for top in range(0, image.height, rows):
+            strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+            pixels[top : top + rows] = _eight_bits(strip, channels).reshape(-1, image.width, channels)
+    return pixels
+
+
+def size_of_image(file: str | os.PathLike) -> tuple[int, int]:
+    """Width and height as stored, of which only the header is read. Raises ImageError if it is damaged."""
+    with _open(file) as image:
+        return image.size
+
+
+@contextlib.contextmanager
+def _open(file: str | os.PathLike | BinaryIO, name: str | os.PathLike | None = None) -> Iterator[Image.Image]:
+    """Opens an image; turns what its decoders raise, here and in the body, into ImageError."""
+    try:
+        if isinstance(file, (str, os.PathLike)):
+            name, status = name or file, os.stat(file)
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError("it is no regular file")
+            if status.st_size > MAX_BYTES:
+                raise ValueError(f"it has {status.st_size:,} bytes, {MAX_BYTES:,} are the most")
+        with Image.open(file, formats=("PNG", "JPEG", "WEBP")) as image:
+            yield image
+    except FileNotFoundError as error:
+        raise ImageError(f"there is no image {name}") from error
+    except Exception as error:  # of many kinds: SyntaxError, struct.error, zlib.error, MemoryError, DecompressionBombError ...
+        if isinstance(error, UnidentifiedImageError):
+            reason = "it is no PNG, JPEG or WebP"
+        else:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"the image {name} cannot be read: {reason}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # metadata may be odd in as many ways as images; the pixels are there
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def _eight_bits(image: Image.Image, channels: int) -> np.ndarray:
+    """uint8 [H, W] or [H, W, 3] of an image of any mode."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image.convert("RGB" if channels == 3 else "L"))
