@@ -387,6 +387,9 @@ def _checked_fields(kind: type, value: Any, name: str) -> Any:
     kinds = typing.get_type_hints(kind, include_extras=True)
     if unknown := [each for each in value if each not in kinds]:
         raise InputError(f"{name or 'the table of settings'} has unknown names: {', '.join(map(_shown, unknown[:3]))}")
+    needed = [each.name for each in dataclasses.fields(kind) if each.default is each.default_factory is dataclasses.MISSING]
+    if lacking := [each for each in needed if each not in value]:
+        raise InputError(f"{name or 'the table of settings'} lacks {', '.join(lacking)}")
     return kind(**{each: checked(kinds[each], item, f"{name}.{each}".lstrip(".")) for each, item in value.items()})
 
 

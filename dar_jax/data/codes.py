@@ -11,6 +11,7 @@ different shards of one folder. The folder may be in a bucket (`gs://...`).
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -18,28 +19,30 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 from grain.sources import ArrayRecordDataSource
 
+from dar_jax.config import INT32, Codes, Count, Range, Tokens, checked
 from dar_jax.errors import InputError
 from dar_jax.files import replacing, size_of
 
 VERSION = 2
+MAX_JSON = 1 << 24  # bytes of codes.json
 
 
 @dataclass(frozen=True)
 class CodesInfo:
     """What a folder of codes holds. Two tokenizing runs may share a folder only if all of this is equal."""
 
-    images: int  # of the data set, the unreadable ones included
-    shard_size: int  # images per shard
-    crops: int  # stored per image
-    tokens: int  # per crop
-    codebook_size: int
+    images: Count  # of the data set, the unreadable ones included
+    shard_size: Count  # images per shard
+    crops: Annotated[int, Range(1, 4096)]  # stored per image
+    tokens: Tokens  # per crop
+    codebook_size: Codes
     class_names: tuple[str, ...]
     tokenizer: str  # fingerprint of the tokenizer's parameters
     data: str  # the data set and how it was cropped, one line
@@ -48,7 +51,7 @@ class CodesInfo:
     def shards(self) -> int:
         return -(-self.images // self.shard_size)
 
-    @property
+    @functools.cached_property
     def record(self) -> np.dtype:
         """Layout of one image in a shard."""
         code = "<u2" if self.codebook_size <= 2**16 else "<u4"
@@ -63,8 +66,8 @@ class CodesInfo:
 class Shard:
     """What codes.json says of a finished shard."""
 
-    records: int
-    bytes: int
+    records: Annotated[int, Range(0, INT32)]
+    bytes: Annotated[int, Range(0, 2**62)]
     sha256: str
 
 
@@ -150,7 +153,8 @@ def finish(folder: str | os.PathLike) -> None:
 def open_codes(path: str | os.PathLike, split: str | None = None, verify: bool = False) -> "CodesSource":
     """Opens a finished folder of codes and compares the sizes of its shards with what was written.
 
-    Damage that leaves the size alone is found when a record is read, by ArrayRecord's checksum of each.
+    Damage that leaves the size alone is found when a record is read, by ArrayRecord's checksum of each, as are labels and codes
+    out of range; the first record of each shard is read here.
 
     Args:
       split: if the folder has a sub-folder of this name, that one is opened.
@@ -166,22 +170,25 @@ def open_codes(path: str | os.PathLike, split: str | None = None, verify: bool =
         raise InputError(f"{folder} is not complete; tokenize again with the same settings, it goes on where it stopped")
     for number, shard in enumerate(shards):
         file = _shard(folder, number)
-        if not file.exists():
+        if not file.is_file():
             raise InputError(f"{folder} is damaged: {file.name} is missing; tokenize again")
         if size_of(file) != shard.bytes or (verify and _sha256(file) != shard.sha256):
             raise _damaged(file, "it is not what was written")
-    return CodesSource(folder, info, [shard.records for shard in shards])
+    source = CodesSource(folder, info, [shard.records for shard in shards])
+    source.check()
+    return source
 
 
 class CodesSource:
     """Random access to stored codes: {"codes": int32 [crops, tokens], "label": int}.
 
-    Files are opened when a record of theirs is read first. Reading raises InputError for a damaged record.
+    Files are opened when a record of theirs is read first. Reading raises InputError for a damaged record, one of another size
+    than the folder's codes, and a label or a code that is out of range.
     """
 
     def __init__(self, folder: epath.Path, info: CodesInfo, records: Sequence[int]):
         self._arguments = (folder, info, records)
-        self.folder, self.info, self._record = folder, info, info.record
+        self.folder, self.info = folder, info
         self.class_names = info.class_names
         self._starts = [0, *accumulate(records)]
         if not len(self):
@@ -199,14 +206,30 @@ class CodesSource:
     def __len__(self) -> int:
         return self._starts[-1]
 
+    def check(self) -> None:
+        """Reads the first record of each shard. Raises InputError where one is damaged."""
+        for start in sorted({start for start in self._starts if start < len(self)}):
+            self[start]
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(f"{index} is not in [0, {len(self)})")
         try:
-            record = np.frombuffer(self._records[index], self._record)[0]
+            return _element(self._records[index], self.info)
         except (RuntimeError, ValueError, IndexError) as error:
             raise _damaged(_shard(self.folder, bisect_right(self._starts, index) - 1), str(error)) from error
-        return {"codes": record["codes"].astype(np.int32), "label": int(record["label"])}
+
+
+def _element(record: bytes, info: CodesInfo) -> dict[str, Any]:
+    """What CodesSource gives for a record. Raises ValueError where it is of other sizes, or a label or code is out of range."""
+    if len(record) != info.record.itemsize:
+        raise ValueError("its records are of other codes")
+    ((label, codes),) = np.frombuffer(record, info.record)
+    if not 0 <= label < len(info.class_names):
+        raise ValueError(f"it holds the label {label}, labels are 0 .. {len(info.class_names) - 1}")
+    if codes.max() >= info.codebook_size:
+        raise ValueError(f"it holds the code {codes.max()}, codes are 0 .. {info.codebook_size - 1}")
+    return {"codes": codes.astype(np.int32), "label": int(label)}
 
 
 @dataclass(frozen=True)
@@ -303,31 +326,41 @@ def _write_json(folder: epath.Path, info: CodesInfo, shards: list[Shard] | None)
         temporary.write_text(json.dumps({"version": VERSION, **dataclasses.asdict(info), "shards": files}, indent=1) + "\n")
 
 
-def _read_json(folder: epath.Path) -> tuple[CodesInfo, list[Shard] | None]:
+def _read_json(folder: epath.Path) -> tuple[CodesInfo, Sequence[Shard] | None]:
     """What the folder holds, and its shards once it is finished."""
     path = folder / "codes.json"
+    if not path.is_file():
+        raise InputError(f"{folder} holds no codes: there is no file {path.name}")
     try:
-        values = json.loads(path.read_text())
+        with path.open("rb") as file:
+            text = file.read(MAX_JSON + 1)
+        if len(text) > MAX_JSON:
+            raise ValueError(f"it has more than {MAX_JSON:,} bytes")
+        values = json.loads(text)
     except OSError as error:
         raise InputError(f"{folder} holds no codes: {error.strerror or error} ({path.name})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged: {error}") from error
     if not isinstance(values, dict) or values.get("version") != VERSION:
         raise InputError(f"{path} is not of version {VERSION}, the one this program reads; tokenize into another folder")
     try:
-        names = tuple(str(name) for name in values["class_names"])
-        numbers = {name: int(values[name]) for name in ("images", "shard_size", "crops", "tokens", "codebook_size")}
-        info = CodesInfo(**numbers, class_names=names, tokenizer=str(values["tokenizer"]), data=str(values["data"]))
-        shards = values["shards"]
-        if min(numbers.values()) < 1 or (shards is not None and len(shards) != info.shards):
-            raise ValueError("its numbers contradict each other")
+        shards = checked(tuple[Shard, ...] | None, values.get("shards"), "shards")
+        info = checked(CodesInfo, {name: value for name, value in values.items() if name not in ("version", "shards")})
         if shards is not None:
-            shards = [Shard(int(file["records"]), int(file["bytes"]), str(file["sha256"])) for file in shards]
-            if any(not 0 <= shard.records <= len(info.elements(number)) for number, shard in enumerate(shards)):
-                raise ValueError("its numbers contradict each other")
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is damaged: {error!r}") from error
+            _check_sizes(info, shards)
+    except InputError as error:
+        raise InputError(f"{path} is damaged: {error}") from error
     return info, shards
+
+
+def _check_sizes(info: CodesInfo, shards: Sequence[Shard]) -> None:
+    """Raises InputError where shards do not have the room for what they are said to hold."""
+    if len(shards) != info.shards:
+        raise InputError(f"it lists {len(shards)} shards of {info.shards}")
+    for number, shard in enumerate(shards):
+        most = min(len(info.elements(number)), shard.bytes // info.record.itemsize)
+        if shard.records > most:
+            raise InputError(f"its numbers contradict each other: {shard.records} records in shard {number} of at most {most}")
 
 
 def _short(value: Any) -> str:

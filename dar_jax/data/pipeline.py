@@ -152,7 +152,7 @@ def _iterate(dataset: grain.MapDataset, workers: int) -> Iterator[Batch]:
     iterator = iter(ahead)
     try:
         for batch in iterator:
-            # Workers send shared memory, which is left behind if an array of it, or a JAX array that aliases it, lives to the end.
+            # Workers send shared memory, which is left behind if an array of it, or a JAX array aliasing it, lives to the end.
             yield {name: np.array(value) for name, value in batch.items()} if workers else batch
             del batch
     finally:

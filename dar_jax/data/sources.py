@@ -11,7 +11,7 @@ import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -26,7 +26,8 @@ log = logging.getLogger("dar_jax.data")
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SPLITS = ("train", "val", "test")
-MAX_LABELS = 1 << 30  # bytes of a file of labels
+MAX_LABELS = 1 << 28  # bytes of a file of labels
+MAX_TITLE = 4096  # characters of its first line that tell how it separates its columns
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 _report_lock = threading.Lock()
@@ -183,8 +184,16 @@ class FolderSource(EncodedImages):
             if "train" in folders and labels is not None:
                 train = path / "train"
                 of_training = [name for name in _subfolders(train) if any(_image_files(train / name))]
+            if any(_is_image(entry) for entry in _entries(path)):
+                raise InputError(f"{path} holds both images and the split {split}; move the images away")
+            others = [name for name in folders if name not in (split, *SPLITS) and any(_image_files(path / name))]
             path = path / split
             folders = _subfolders(path)
+            if others and not any(any(_image_files(path / name)) for name in folders):
+                raise InputError(
+                    f"{path} may be a class like {others[0]} beside it, or the split {split}; "
+                    f"rename it, or give {path} itself as data.path"
+                )
         elif present := [name for name in SPLITS if name in folders]:
             raise InputError(f"{path} has {' and '.join(present)} but no {split}; give data.split as one that is there")
         self.folder = path
@@ -194,8 +203,8 @@ class FolderSource(EncodedImages):
         beside = sorted(entry.path for entry in _entries(path) if _is_image(entry))
         if classes and beside:
             raise InputError(
-                f"{path} holds images ({len(beside)}) and folders with images ({', '.join(list(classes)[:3])}): give one of the "
-                "folders, or move the images away"
+                f"{path} holds both images ({len(beside)}) and folders with images ({', '.join(list(classes)[:3])}); "
+                "give one of the folders, or move the images away"
             )
         if classes and empty:
             log.warning("%s of the folders in %s hold no images and are no classes, such as %s", len(empty), path, empty[0])
@@ -369,7 +378,7 @@ def read_labels(path: Path) -> Iterator[tuple[int, str, str]]:
             raise InputError(f"data.labels {path} cannot be read: it is no file, or has more than {MAX_LABELS:,} bytes")
         with path.open(encoding="utf-8-sig", newline="") as file:
             first = next((line for line in file if line.strip()), "")
-            separator = re.match(r'\s*(?:"(?:[^"]|"")*"|[^",;\t]*)\s*([,;\t])', first.strip())
+            separator = re.match(r'\s*(?:"(?:[^"]|"")*"|[^",;\t]*)\s*([,;\t])', first.strip()[:MAX_TITLE])
             file.seek(0)
             if separator:
                 rows = csv.reader(file, delimiter=separator[1], skipinitialspace=True, strict=True)
@@ -402,12 +411,10 @@ def _by_class(files: list[str], labels: Path, class_names: list[str]) -> dict[st
     above = Path(os.path.abspath(files[0])).parts[:-1] if files else ()
     label_of: dict[str, tuple[str, int]] = {}
     unknown: list[str] = []
-    lines = 0
-    for number, image, name in read_labels(labels):
-        lines += 1
-        *folders, last = [part for part in image.replace("\\", "/").split("/") if part != "."]
+    for place, (number, image, name) in enumerate(read_labels(labels)):
+        *folders, last = [part for part in image.replace("\\", "/").split("/") if part not in ("", ".")] or [""]
         images = by_name.get(last, []) if tuple(folders) == above[len(above) - len(folders) :] else []
-        if not images and lines > 1:
+        if not images and place > 0:
             unknown.append(f"line {number}: {image}")
         for file in images:
             if class_names and name not in class_names:
@@ -418,9 +425,9 @@ def _by_class(files: list[str], labels: Path, class_names: list[str]) -> dict[st
                     f"data.labels {labels}, line {number}: {image} has the class {name}, but {before} in line {line}"
                 )
     if missing := [file for file in files if file not in label_of]:
-        unknown_lines = f"; no image goes by {unknown[0]}" if unknown else ""
         raise InputError(
-            f"data.labels {labels} names no class for {len(missing)} of {len(files)} images, such as {missing[0]}{unknown_lines}"
+            f"data.labels {labels} names no class for {len(missing)} of {len(files)} images, such as {missing[0]}"
+            + (f"; no image goes by {unknown[0]}" if unknown else "")
         )
     if unknown:
         log.warning("data.labels %s has %d lines of images that are not there, such as %s", labels, len(unknown), unknown[0])

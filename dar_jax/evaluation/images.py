@@ -95,7 +95,7 @@ def open_images(what: str | os.PathLike | DataConfig) -> Images:
     if isinstance(what, DataConfig):
         return from_source(open_source(what), what.image_size)
     if Path(what).is_dir():
-        return from_source(open_source(DataConfig(path=str(what))))
+        return from_source(open_source(DataConfig(path=str(what), crop="none", image_size=1)))
     return from_npz(what)
 
 

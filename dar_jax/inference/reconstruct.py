@@ -3,6 +3,7 @@
 Shapes: N images, B images at a time, H W pixels, C channels, T tokens, E code dimension.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -14,12 +15,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
 
 from dar_jax.config import DataConfig, SamplingConfig, TokenizerConfig
 from dar_jax.console import Progress
+from dar_jax.data.images import ImageError, read_image, size_of_image
 from dar_jax.data.pipeline import epoch
-from dar_jax.data.sources import FolderSource, open_source, read_image
+from dar_jax.data.sources import FolderSource, open_source
 from dar_jax.data.transforms import center_crop
 from dar_jax.errors import InputError
 from dar_jax.files import write_json
@@ -107,12 +108,8 @@ def open_images(folder: str | os.PathLike, split: str, config: TokenizerConfig) 
         DataConfig(source="folder", path=os.fspath(folder), split=split, image_size=config.image_size, channels=config.channels)
     )
     for file in source.files:
-        try:
-            with Image.open(file) as image:
-                size = image.size
-        except OSError:
-            continue  # reported when it is read
-        check_size(file, size, config)
+        with contextlib.suppress(ImageError):  # reported when it is read
+            check_size(file, size_of_image(file), config)
     return source
 
 
@@ -121,12 +118,7 @@ def open_image(path: str | os.PathLike, config: TokenizerConfig, size: int) -> n
 
     Raises InputError if it cannot be read or is smaller than the tokenizer's patches.
     """
-    try:
-        image = read_image(path, config.channels, size)
-    except FileNotFoundError as error:
-        raise InputError(f"there is no image {path}") from error
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"the image {path} cannot be read: {error}") from error
+    image = read_image(path, config.channels, size)
     check_size(path, image.shape[1::-1], config)
     return center_crop(image, size)
 

@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from dar_jax import parallel
+from dar_jax.data.sources import describe
 from dar_jax.training import checkpoint
 from dar_jax.training.stages import Stage
 from dar_jax.training.state import Params, TrainState, init_state, with_new_optimizer
@@ -73,7 +74,7 @@ def first_state(
 
 
 def opening(stage: Stage, params: Params, mesh: Mesh, found: int | None, resume: bool) -> str:
-    """The first line of a run: its size, its steps and its devices."""
+    """The first lines of a run: its size, its steps and its devices, and what it learns from."""
     config = stage.experiment.config
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
@@ -81,7 +82,8 @@ def opening(stage: Stage, params: Params, mesh: Mesh, found: int | None, resume:
         where = f"from step {found}"
     else:
         where = "from the beginning" + (" (no checkpoint to resume from)" if resume else "")
-    return f"{config.name}: {count:,} parameters, {config.train.steps} steps {where}, {mesh.size} devices ({sizes})"
+    first = f"{config.name}: {count:,} parameters, {config.train.steps} steps {where}, {mesh.size} devices ({sizes})"
+    return f"{first}\n{describe(stage.source)}"
 
 
 def start_from(start: Start, state: TrainState) -> tuple[TrainState, list[str]]:
