@@ -1,16 +1,23 @@
+import contextlib
+import csv
 import io
 import json
+import os
 import pickle
 import shutil
 import sys
 
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from dar_jax.config import DataConfig
-from dar_jax.data.sources import CIFAR10_CLASSES, held_out, open_source, read_image
+from dar_jax.data import images, sources
+from dar_jax.data.images import read_image
+from dar_jax.data.sources import CIFAR10_CLASSES, describe, held_out, open_source, read_labels
 from dar_jax.errors import InputError
 
 
@@ -58,13 +65,18 @@ def test_folder_classes_order_and_split(tmp_path):
     write(tmp_path / "train" / "dog" / "a" / "z.webp", grey(2), lossless=True)
     write(tmp_path / "train" / "cat" / "c.Jpeg", grey(3))
     write(tmp_path / "train" / "dog" / ".hidden.png", grey(4))
+    write(tmp_path / "train" / "dog" / "a" / ".thumbnails" / "z.png", grey(4))
+    write(tmp_path / "elsewhere" / "d.png", grey(6))
+    (tmp_path / "train" / "dog" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "train" / "dog" / "a" / "up").symlink_to(tmp_path / "train" / "dog")
     (tmp_path / "train" / "cow").mkdir()
     (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
     write(tmp_path / "val" / "cat" / "a.png", grey(5))
     source = folder(tmp_path)
-    assert source.class_names == ("cat", "cow", "dog")
+    assert source.class_names == ("cat", "dog")
+    assert describe(source) == f"4 images of 2 classes: cat, dog (images in {tmp_path}/train: 4 in 2 classes)"
     elements = [source[i] for i in range(len(source))]
-    assert [(e["image"][0, 0, 0], e["label"]) for e in elements] == [(3, 0), (2, 2), (1, 2)]
+    assert [(e["image"][0, 0, 0], e["label"]) for e in elements] == [(3, 0), (2, 1), (1, 1), (6, 1)]
     assert folder(tmp_path, split="val")[0]["image"][0, 0, 0] == 5
     with pytest.raises(InputError, match="train and val but no test"):
         folder(tmp_path, split="test")
@@ -134,8 +146,8 @@ def test_unreadable_files_are_named_once_counted_and_skipped(tmp_path, caplog):
         assert [(source[i]["image"][0, 0, 0], source[i]["label"]) for i in range(4)] == [(7, 0), (8, 1), (8, 1), (8, 1)]
     assert [source.read(i) is None for i in range(4)] == [False, True, True, False]
     assert source.unreadable == 2
-    names = [record.getMessage().split()[1] for record in caplog.records]
-    assert names == [f"{tmp_path}/a/1.jpg,", f"{tmp_path}/a/2.png,"]
+    names = [record.getMessage().split()[3] for record in caplog.records]
+    assert names == [f"{tmp_path}/a/1.jpg", f"{tmp_path}/a/2.png"]
     assert {(record.name, record.levelname) for record in caplog.records} == {("dar_jax.data", "WARNING")}
     assert len(pickle.loads(pickle.dumps(source))) == 4
 
@@ -150,7 +162,7 @@ def test_reading_goes_on_at_the_beginning(tmp_path):
 
 
 def test_too_many_pixels(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    monkeypatch.setattr(images, "MAX_PIXELS", 1100)
     write(tmp_path / "0.png", grey(1, (60, 40)))
     write(tmp_path / "1.png", grey(2, (80, 1)))  # 4 x 320 pixels once its smaller side is image_size
     write(tmp_path / "2.png", grey(3, (60, 1)))
@@ -158,11 +170,21 @@ def test_too_many_pixels(tmp_path, monkeypatch):
     assert [source.read(i) is None for i in range(3)] == [True, True, False]
 
 
-def test_images_beside_the_classes_are_reported(tmp_path, caplog):
-    write(tmp_path / "a" / "0.png", grey(7))
-    write(tmp_path / "1.png", grey(8))
-    assert len(folder(tmp_path)) == 1
-    assert "1 images" in caplog.text
+@pytest.mark.parametrize(
+    "files,message",
+    [
+        (["1.png", "a/0.png"], r"holds both images \(1\) and folders with images \(a\)"),
+        (["1.png", "previews/deep/0.png"], r"holds both images \(1\) and folders with images \(previews\)"),
+        (["1.png", "train/a/0.png"], "holds both images and the split train"),
+        (["train/0.png", "bus/0.png"], "train may be a class like bus beside it, or the split train"),
+        ([".a/0.png", ".0.png", "a/0.txt"], "holds no images"),
+    ],
+)
+def test_folders_that_can_be_read_in_two_ways_are_refused(tmp_path, files, message):
+    for file in files:
+        write(tmp_path / file, grey(7), format="png")
+    with pytest.raises(InputError, match=message):
+        folder(tmp_path)
 
 
 def write_flat_split(path, labels, train=("n01", "n02", "n03")):
@@ -180,6 +202,8 @@ def write_flat_split(path, labels, train=("n01", "n02", "n03")):
     [
         "ImageId,PredictionString\nval_3,n01 5 6 7 8 \nval_1,n03 1 2 3 4 n03 5 6 7 8 \nval_2,n01 1 2 3 4 \n",  # Kaggle's file
         "val_1.JPEG n03\nval_2.JPEG\tn01\nval_3.JPEG n01\nval_4.JPEG n99\n\n",
+        '\ufefffile;class\r\n"val_1.JPEG";"n03"\r\nval/val_2.JPEG; n01\r\n./data/val/val_3;n01;an owl, asleep\r\n',
+        "val\\val_1.JPEG\tn03\nval_2\tn01\nval_2.JPEG\tn01\nval_3\tn01",
     ],
 )
 def test_labels_of_a_split_without_class_folders(tmp_path, labels):
@@ -196,8 +220,16 @@ def test_labels_of_a_split_without_class_folders(tmp_path, labels):
     "labels,message",
     [
         ("val_1 n01\nval_3 n01\n", "labels names no class for 1 of 3 images, such as .*val_2.JPEG"),
-        ("val_1 n01\nval_2\nval_3 n01\n", "labels names no class for 1 of 3 images"),
-        ("val_1 n01\nval_2 n07\nval_3 n01\n", "names the class n07, of which there is no folder"),
+        ("val_1 n01\nval_2\nval_3 n01\n", "labels, line 2: an image and its class should be there"),
+        ("val_1,n01\nval_2,\nval_3,n01\n", "labels, line 2: an image and its class should be there"),
+        ("val_1 n01\nval_2 n07\nval_3 n01\n", "line 2: val_2 has the class n07, which training has not"),
+        ("val_1,n01\nval_2,n01\nval_1.JPEG,n02\n", "line 3: val_1.JPEG has the class n02, but n01 in line 1"),
+        (
+            "val_1 n01\ntrain/val_2 n01\nval_3 n01\n",
+            "1 of 3 images, such as .*val_2.JPEG; no image goes by line 2: train/val_2",
+        ),
+        ('val_1,"n01\nval_2,n01\n', "labels cannot be read: unexpected end of data"),
+        ("val_1,n01\n,\n/,n01\n.,n01", "labels names no class for 2 of 3 images"),
         (b"\xff\xfe", "labels cannot be read"),
     ],
 )
@@ -209,6 +241,56 @@ def test_labels_that_do_not_fit(tmp_path, labels, message):
     (tmp_path / "labels").unlink()
     with pytest.raises(InputError, match="labels cannot be read"):
         open_source(held_out(config))
+
+
+def test_class_names_of_several_words(tmp_path):
+    for number in (0, 1, 2):
+        write(tmp_path / "images" / f"im {number}.png", grey(number))
+    labels = tmp_path / "labels.csv"
+    labels.write_text('im 0.png,sea lion\nim 1.png,"horse, ""sea"""\nim 2.png,sea lion\n')
+    assert folder(tmp_path / "images", labels=str(labels)).class_names == ('horse, "sea"', "sea lion")
+    labels.write_text("im 0.png lion\nim 1.png horse\nim 2.png lion\n")
+    assert folder(tmp_path / "images", labels=str(labels)).class_names == ("horse", "lion")
+
+
+@settings(max_examples=60, deadline=None)
+@given(content=st.text(st.sampled_from('ab .,;\t"\n\r/\0\ufeff'), max_size=40).map(str.encode) | st.binary(max_size=40))
+def test_a_file_of_labels_of_any_content_is_read_or_refused(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "labels of any content"
+    write(path / "images" / "a.png", grey(0))
+    (path / "labels").write_bytes(content)
+    with contextlib.suppress(InputError):
+        assert all(image and name for _, image, name in read_labels(path / "labels"))
+    with contextlib.suppress(InputError):
+        assert len(folder(path / "images", labels=str(path / "labels"))) == 1
+
+
+NAME = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zs", "Zl", "Zp"]), min_size=1, max_size=9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(st.tuples(NAME, NAME), min_size=1, max_size=5), delimiter=st.sampled_from(",;\t"))
+def test_what_csv_writes_is_read(tmp_path_factory, rows, delimiter):
+    path = tmp_path_factory.getbasetemp() / "labels.csv"
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file, delimiter=delimiter).writerows(rows)
+    assume(rows[0][0][0] != "\ufeff" and ("ImageId", "PredictionString") not in rows)
+    assert [row for _, *row in read_labels(path)] == [list(row) for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "too long"])
+def test_labels_that_are_no_file(tmp_path, monkeypatch, kind):
+    write(tmp_path / "images" / "a.png", grey(0))
+    labels = tmp_path / "labels"
+    if kind == "pipe":
+        os.mkfifo(labels)
+    elif kind == "folder":
+        labels.mkdir()
+    else:
+        monkeypatch.setattr(sources, "MAX_LABELS", 5)
+        labels.write_text("a.png x")
+    with pytest.raises(InputError, match="cannot be read"):
+        folder(tmp_path / "images", labels=str(labels))
 
 
 def jpeg(pixels, mode="RGB"):
@@ -265,7 +347,7 @@ def test_tfds(small_birds, caplog):
         np.testing.assert_array_equal(read[place]["image"], image)
         assert read[place]["label"] == label
     (record,) = caplog.records
-    assert "of small_birds/1.2.0 train, which cannot be read: cannot identify image" in record.getMessage()
+    assert "of small_birds/1.2.0 train cannot be read: it is no PNG, JPEG or WebP" in record.getMessage()
     assert source.unreadable == 1
     held = open_source(held_out(config))
     assert (len(held), sum(held.read(i) is None for i in range(6))) == (6, 2) and "it has no label" in caplog.text

@@ -75,7 +75,8 @@ def _open(file: str | os.PathLike | BinaryIO, name: str | os.PathLike | None = N
     """Opens an image; turns what its decoders raise, here and in the body, into ImageError."""
     try:
         if isinstance(file, (str, os.PathLike)):
-            name, status = name or file, os.stat(file)
+            name = name or file
+            status = os.stat(file)
             if not stat.S_ISREG(status.st_mode):
                 raise ValueError("it is no regular file")
             if status.st_size > MAX_BYTES:

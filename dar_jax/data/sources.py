@@ -86,7 +86,8 @@ def describe(source: Source) -> str:
     """How many images of which classes a source has, one line."""
     names = [name if len(name) <= 30 else name[:27] + "..." for name in source.class_names[:10]]
     more = [f"and {len(source.class_names) - 10:,} more"] if len(source.class_names) > 10 else []
-    return f"{len(source):,} images of {len(source.class_names):,} classes: {', '.join(names + more)} ({source.description})"
+    about = getattr(source, "description", type(source).__name__)  # an experiment's own may have none
+    return f"{len(source):,} images of {len(source.class_names):,} classes: {', '.join(names + more)} ({about})"
 
 
 def _largest_side(config: DataConfig) -> int:
