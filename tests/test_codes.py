@@ -7,6 +7,7 @@ import re
 import struct
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote
 
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from etils import epath
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from grain.sources import ArrayRecordDataSource
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dar_jax.config import DataConfig
 from dar_jax.data import codes
@@ -199,15 +202,103 @@ def test_damaged_codes_json(tmp_path):
     write_all(tmp_path)
     manifest = tmp_path / "codes.json"
     values = json.loads(manifest.read_text())
-    counts = [shard | {"records": shard["records"] + 1} for shard in values["shards"]]
-    changes = [{"version": codes.VERSION - 1}, {"tokens": "many"}, {"crops": 0}, {"shards": []}, {"shards": [{}] * 3}]
-    for text in (*(json.dumps(values | change) for change in [*changes, {"shards": counts}]), json.dumps(values)[:-5], "[]"):
+    texts = [json.dumps(values)[:-5], "[]", "", "[" * 100_000, '{"version": ' + "9" * 5000 + "}", " " * codes.MAX_JSON + "{}"]
+    texts += [json.dumps({name: value for name, value in values.items() if name != missing}) for missing in values]
+    for change in [
+        {"version": codes.VERSION - 1},
+        {"tokens": "many"},
+        {"tokens": 10**12},
+        {"tokens": 16384, "crops": 4096},  # more than is in the files
+        {"tokens": 4},
+        {"crops": 0},
+        {"images": 2.5},
+        {"images": True},
+        {"images": 2**31 - 1, "shard_size": 1},
+        {"codebook_size": 10**9},
+        {"class_names": [1, 2]},
+        {"class_names": "ab"},
+        {"surplus": 1},
+        {"shards": []},
+        {"shards": [{}] * 3},
+        {"shards": [shard | {"records": shard["records"] + 1} for shard in values["shards"]]},
+        {"shards": [shard | {"records": -1} for shard in values["shards"]]},
+    ]:
+        texts.append(json.dumps(values | change))
+    for text in texts:
         manifest.write_text(text)
-        with pytest.raises(InputError, match="codes.json"):
+        with pytest.raises(InputError, match="codes.json|shard-00000") as raised:
             open_codes(tmp_path)
+        assert len(str(raised.value)) < 500 and "\n" not in str(raised.value)
     manifest.unlink()
     with pytest.raises(InputError, match="without codes.json"):
         begin(tmp_path, INFO)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.sampled_from([1, 2, 3, 50, 10**12]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), change=JSON)
+def test_codes_json_of_any_form_is_read_or_refused(written, data, change):
+    values = json.loads(written.text)
+    table = data.draw(st.sampled_from([values, *values["shards"]]))
+    table[data.draw(st.sampled_from(sorted(table)))] = change
+    (written.folder / "codes.json").write_text(json.dumps(values))
+    with contextlib.suppress(InputError):
+        source = open_codes(written.folder)
+        assert all(source[index]["codes"].shape == (source.info.crops, source.info.tokens) for index in range(len(source)))
+
+
+@dataclasses.dataclass
+class Written:
+    folder: Path
+    text: str
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("written")
+    write_all(folder)
+    return Written(folder, (folder / "codes.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "label,code,message",
+    [
+        (1_000_000, 0, "label 1000000, labels are 0 .. 1"),
+        (-1, 0, "label -1"),
+        (2, 0, "label 2"),
+        (0, 60_000, "code 60000, codes are 0 .. 49"),
+        (0, 50, "code 50"),
+    ],
+)
+@pytest.mark.parametrize("place", [0, 1])
+def test_labels_and_codes_out_of_range_are_refused_with_the_name_of_the_shard(tmp_path, label, code, message, place):
+    """Of the first record of a shard when the folder is opened, of others when they are read, by worker processes too."""
+    write_all(tmp_path)
+    shard = tmp_path / shard_name(1)
+    wrong = np.zeros(4, INFO.record)
+    wrong["label"][place], wrong["codes"][place, 1, 2] = label, code
+    shard.unlink()
+    writer = ArrayRecordWriter(str(shard), "group_size:1,uncompressed")
+    for record in wrong:
+        writer.write(record.tobytes())
+    writer.close()
+    finish(tmp_path)
+    damaged = f"{shard.name} is damaged: it holds the {message}"
+    if place == 0:
+        with pytest.raises(InputError, match=damaged):
+            open_codes(tmp_path)
+        return
+    source = open_codes(tmp_path)
+    with pytest.raises(InputError, match=damaged):
+        source[5]
+    with pytest.raises(InputError, match=damaged):
+        next(batches(source, DataConfig(source="codes"), batch_size=10, seed=0))
 
 
 def test_a_damaged_shard_is_not_sealed(tmp_path):

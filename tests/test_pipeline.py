@@ -1,4 +1,7 @@
 import dataclasses
+import os
+import subprocess
+import sys
 from itertools import islice
 
 import numpy as np
@@ -127,6 +130,31 @@ def test_worker_processes_give_what_threads_give(damaged):
     options = {"batch_size": 3, "seed": 0, "start_step": 2}
     assert_equal(take(5, source, damaged, **options), take(5, source, processes, **options))
     assert_equal(list(epoch(source, damaged, batch_size=2)), list(epoch(source, processes, batch_size=2)))
+
+
+def test_worker_processes_leave_no_shared_memory_behind():
+    """Python warns of it when it ends, also where arrays live on in JAX's, which alias them on a CPU."""
+    code = """
+import jax, sys
+from dar_jax.config import DataConfig
+from dar_jax.data.pipeline import batches
+from dar_jax.data.sources import open_source
+config = DataConfig(source="digits", image_size=64, channels=1, workers=1)
+reader = batches(open_source(config), config, batch_size=64, seed=0)
+sys.kept = [jax.device_put(next(reader)) for _ in range(3)]
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+    )
+    assert run.returncode == 0 and "leaked" not in run.stderr, run.stderr
+
+
+def test_an_error_of_a_worker_process_is_one_of_this_process(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_text("this is no picture")
+    config = DataConfig(source="folder", path=str(tmp_path), image_size=4, workers=1)
+    with pytest.raises(InputError, match="none of the 2 images can be read"):
+        take(1, open_source(config), config, batch_size=2, seed=0)
 
 
 def test_epoch_has_every_readable_element_once_in_order(damaged):

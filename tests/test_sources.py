@@ -127,13 +127,6 @@ def test_sixteen_bit_grey_is_rounded(tmp_path):
     assert first_pixels(tmp_path)[3] == [100, 100, 100]
 
 
-def test_exif_orientation(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees clockwise
-    write(tmp_path / "a.png", np.array([[10, 20]], np.uint8), exif=exif)
-    assert folder(tmp_path, channels=1)[0]["image"][..., 0].tolist() == [[10], [20]]
-
-
 def test_unreadable_files_are_named_once_counted_and_skipped(tmp_path, caplog):
     write(tmp_path / "a" / "0.png", grey(7))
     write(tmp_path / "a" / "1.jpg", np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
@@ -162,9 +155,9 @@ def test_reading_goes_on_at_the_beginning(tmp_path):
 
 
 def test_too_many_pixels(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "MAX_PIXELS", 1100)
+    monkeypatch.setattr(images, "MAX_PIXELS", 1900)
     write(tmp_path / "0.png", grey(1, (60, 40)))
-    write(tmp_path / "1.png", grey(2, (80, 1)))  # 4 x 320 pixels once its smaller side is image_size
+    write(tmp_path / "1.png", grey(2, (80, 1)))  # 5 x 400 pixels once its smaller side is image_size
     write(tmp_path / "2.png", grey(3, (60, 1)))
     source = folder(tmp_path)
     assert [source.read(i) is None for i in range(3)] == [True, True, False]
@@ -274,7 +267,7 @@ def test_what_csv_writes_is_read(tmp_path_factory, rows, delimiter):
     path = tmp_path_factory.getbasetemp() / "labels.csv"
     with path.open("w", newline="", encoding="utf-8-sig") as file:
         csv.writer(file, delimiter=delimiter).writerows(rows)
-    assume(rows[0][0][0] != "\ufeff" and ("ImageId", "PredictionString") not in rows)
+    assume(not set("".join(rows[0])) & set(",;\t") - {delimiter} and ("ImageId", "PredictionString") not in rows)
     assert [row for _, *row in read_labels(path)] == [list(row) for row in rows]
 
 
