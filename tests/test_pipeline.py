@@ -135,13 +135,13 @@ def test_worker_processes_give_what_threads_give(damaged):
 def test_worker_processes_leave_no_shared_memory_behind():
     """Python warns of it when it ends, also where arrays live on in JAX's, which alias them on a CPU."""
     code = """
-import jax, sys
+import contextlib, jax, sys
 from dar_jax.config import DataConfig
 from dar_jax.data.pipeline import batches
 from dar_jax.data.sources import open_source
 config = DataConfig(source="digits", image_size=64, channels=1, workers=1)
-reader = batches(open_source(config), config, batch_size=64, seed=0)
-sys.kept = [jax.device_put(next(reader)) for _ in range(3)]
+with contextlib.closing(batches(open_source(config), config, batch_size=64, seed=0)) as reader:
+    sys.kept = [jax.device_put(next(reader)) for _ in range(3)]
 """
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}

@@ -21,6 +21,8 @@ from dar_jax.data.sources import Source
 from dar_jax.errors import InputError
 
 THREADS = min(os.cpu_count() or 1, 16)
+# Worker processes send arrays through pipes. Shared memory can be left behind when a run ends, and always is when it is killed.
+NO_SHARED_MEMORY = grain.experimental.DatasetOptions(min_shm_size=1 << 62)
 
 Batch = dict[str, np.ndarray]
 
@@ -146,15 +148,13 @@ def _iterate(dataset: grain.MapDataset, workers: int) -> Iterator[Batch]:
         if not flags.FLAGS.is_parsed():  # grain reads its own flags before it starts workers
             flags.FLAGS.mark_as_parsed()
         ahead = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
+        ahead = grain.experimental.WithOptionsIterDataset(ahead, NO_SHARED_MEMORY)
         ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_begin_worker)
     else:
         ahead = dataset.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=THREADS))
     iterator = iter(ahead)
     try:
-        for batch in iterator:
-            # Workers send shared memory, which is left behind if an array of it, or a JAX array aliasing it, lives to the end.
-            yield {name: np.array(value) for name, value in batch.items()} if workers else batch
-            del batch
+        yield from iterator
     finally:
         iterator.close()
 
