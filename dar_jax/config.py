@@ -194,7 +194,7 @@ class DataConfig:
     dataset: str | None = None  # of TFDS: name, configuration and version, such as imagenet2012 or imagenet2012:5.1.0
     split: str = "train"  # TFDS also takes parts of one, such as train[:10000]
     held_out_split: str | None = None  # to evaluate on; None: test, of folders val, of TFDS validation, of codes split
-    labels: str | None = None  # file of lines "IMAGE CLASS" or "IMAGE,CLASS", for a split without class folders
+    labels: str | None = None  # file of lines "IMAGE CLASS", or CSV: IMAGE,CLASS; for a split without class folders
     verify: bool = False  # compare every file of stored codes with its SHA-256 first
     image_size: Pixels = 256
     channels: Annotated[int, Range(1, 3)] = 3  # 1: grey, 3: RGB

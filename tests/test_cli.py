@@ -5,8 +5,10 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import jax
@@ -220,6 +222,11 @@ ERRORS = {
         [*SAMPLE, "--prefix-image", "{tmp}/thin/thin.png", "--prefix-length", "3"],
     ),
     "missing prefix image": ("there is no image", [*SAMPLE, "--prefix-image", "{tmp}/no.png", "--prefix-length", "3"]),
+    "prefix image of 60,000 pixels": (
+        "large.png cannot be read: ",
+        [*SAMPLE, "--prefix-image", "{tmp}/large/large.png", "--prefix-length", "3"],
+    ),
+    "images at both levels": ("holds both images (1) and folders with images (class)", [*RECONSTRUCT, "{tmp}/both"]),
     "damaged prefix image": ("cannot be read", [*SAMPLE, "--prefix-image", "{tmp}/fails.py", "--prefix-length", "3"]),
     "label out of range": ("label 10 is out of range, classes are 0 .. 9", [*SAMPLE[:-4], "--labels", "10", "--seeds", "1"]),
     "no such class": ("no class 'three'", [*SAMPLE[:-4], "--labels", "three", "--seeds", "1"]),
@@ -260,6 +267,13 @@ def broken(runs, images, tmp_path_factory):
     (folder / "empty").mkdir()
     (folder / "thin").mkdir()
     Image.new("L", (8, 3)).save(folder / "thin" / "thin.png")
+    (folder / "large").mkdir()
+    content = (folder / "thin" / "thin.png").read_bytes()
+    header = b"IHDR" + struct.pack(">II", 60_000, 60_000) + content[24:29]
+    (folder / "large" / "large.png").write_bytes(content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
+    (folder / "both" / "class").mkdir(parents=True)
+    for place in ("a.png", "class/b.png"):
+        Image.new("L", (8, 8)).save(folder / "both" / place)
     for name in ("truncated", "headless"):
         shutil.copytree(runs / "ar", folder / name)
     (data,) = (folder / "truncated" / "checkpoints" / "2" / "ema" / "d").iterdir()
