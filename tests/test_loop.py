@@ -208,6 +208,7 @@ def test_logs(tmp_path, capsys):
     assert list((tmp_path / "logs").glob("events.*"))
     out = capsys.readouterr().out
     assert "from the beginning (no checkpoint to resume from), 8 devices" in out and "step 8/8" in out and "loss" in out
+    assert "64 images of 10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 (noise)" in out
 
 
 def test_mfu_is_the_models_operations_by_time_and_peak(tmp_path):
