@@ -226,7 +226,7 @@ ERRORS = {
         "large.png cannot be read: ",
         [*SAMPLE, "--prefix-image", "{tmp}/large/large.png", "--prefix-length", "3"],
     ),
-    "images at both levels": ("holds both images (1) and folders with images (class)", [*RECONSTRUCT, "{tmp}/both"]),
+    "images at both levels": ("holds images (1) and folders with images (class)", [*RECONSTRUCT, "{tmp}/both"]),
     "damaged prefix image": ("cannot be read", [*SAMPLE, "--prefix-image", "{tmp}/fails.py", "--prefix-length", "3"]),
     "label out of range": ("label 10 is out of range, classes are 0 .. 9", [*SAMPLE[:-4], "--labels", "10", "--seeds", "1"]),
     "no such class": ("no class 'three'", [*SAMPLE[:-4], "--labels", "three", "--seeds", "1"]),

@@ -166,9 +166,9 @@ def test_too_many_pixels(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "files,message",
     [
-        (["1.png", "a/0.png"], r"holds both images \(1\) and folders with images \(a\)"),
-        (["1.png", "previews/deep/0.png"], r"holds both images \(1\) and folders with images \(previews\)"),
-        (["1.png", "train/a/0.png"], "holds both images and the split train"),
+        (["1.png", "a/0.png"], r"holds images \(1\) and folders with images \(a\)"),
+        (["1.png", "previews/deep/0.png"], r"holds images \(1\) and folders with images \(previews\)"),
+        (["1.png", "train/a/0.png"], "holds images and the split train"),
         (["train/0.png", "bus/0.png"], "train may be a class like bus beside it, or the split train"),
         ([".a/0.png", ".0.png", "a/0.txt"], "holds no images"),
     ],

@@ -64,8 +64,9 @@ def test_unreadable_images_are_left_out_of_their_shard(trained, tmp_path):
     (tmp_path / "images").mkdir()
     for number, image in enumerate(pixels):
         Image.fromarray(image).save(tmp_path / "images" / f"{number}.png")
-    for number in (3, 8):
-        (tmp_path / "images" / f"{number}.png").write_text("this is no picture")
+    (tmp_path / "images" / "3.png").write_text("this is no picture")
+    (tmp_path / "images" / "8.png").unlink()
+    os.mkfifo(tmp_path / "images" / "8.png")  # opening it would wait for a writer
     data = DataConfig(path=str(tmp_path / "images"), image_size=8, channels=1, crop="center", flip=False)
     tokenize(trained, open_source(data), data, tmp_path / "codes", batch_size=3, shard_size=4)
     stored = codes.open_codes(tmp_path / "codes")

@@ -186,7 +186,7 @@ class FolderSource(EncodedImages):
                 train = path / "train"
                 of_training = [name for name in _subfolders(train) if any(_image_files(train / name))]
             if any(_is_image(entry) for entry in _entries(path)):
-                raise InputError(f"{path} holds both images and the split {split}; move the images away")
+                raise InputError(f"{path} holds images and the split {split}; move the images away")
             others = [name for name in folders if name not in (split, *SPLITS) and any(_image_files(path / name))]
             path = path / split
             folders = _subfolders(path)
@@ -204,7 +204,7 @@ class FolderSource(EncodedImages):
         beside = sorted(entry.path for entry in _entries(path) if _is_image(entry))
         if classes and beside:
             raise InputError(
-                f"{path} holds both images ({len(beside)}) and folders with images ({', '.join(list(classes)[:3])}); "
+                f"{path} holds images ({len(beside)}) and folders with images ({', '.join(list(classes)[:3])}); "
                 "give one of the folders, or move the images away"
             )
         if classes and empty:

@@ -4,6 +4,7 @@ The identity of a result is JSON-able data: SHA-256 of weights, images and code,
 `identity.json` beside the pieces and compared as a whole. How the work is divided (batch size, mesh, hosts) is no part of it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -119,13 +120,13 @@ def digest(value: Any) -> str:
 def _file(source: FolderSource, index: int) -> list[Any]:
     """Name, label, size and SHA-256 of the end of an image file."""
     path, label = source.encoded(index)
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL))
-            tail = hashlib.sha256(file.read(TAIL)).hexdigest()
-    except OSError:
-        size = tail = None  # it counts as unreadable
+    size = tail = None  # it counts as unreadable, and so does what is no file: opening a pipe would wait for a writer
+    with contextlib.suppress(OSError):
+        if os.path.isfile(path):
+            with open(path, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - TAIL))
+                tail = hashlib.sha256(file.read(TAIL)).hexdigest()
     return [os.path.relpath(path, source.folder), label, size, tail]
 
 
