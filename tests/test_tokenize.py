@@ -1,6 +1,7 @@
 """Storing the codes of a data set, by one process and by two; the tokenizer's weights are random."""
 
 import dataclasses
+import os
 import time
 
 import jax
