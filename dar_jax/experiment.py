@@ -20,7 +20,7 @@ from dar_jax.errors import InputError
 from dar_jax.models.tokenizer import Tokenizer
 from dar_jax.models.transformer import Llama
 from dar_jax.parallel import Rules
-from dar_jax.sampling.settings import Method
+from dar_jax.sampling.settings import Method, label_of
 
 Config = TokenizerTraining | TransformerTraining
 
@@ -31,18 +31,13 @@ LossFn = Callable[[Any, dict[str, Any], jax.Array, dict[str, Any], jax.Array], t
 VOID = (("loss", "loss."), ("optimizer", "optimizer."), ("frozen", "loss.lpips_weights"), ("frozen", "loss.dinov2_weights"))
 
 
-def label_of(batch: Mapping[str, Any]) -> Any:
-    """The default condition: the class of each image, int32 [B]."""
-    return batch["label"]
-
-
 @dataclass(frozen=True)
 class Experiment:
     """What `dar-jax train FILE` runs: plain settings, and functions for what a fork does its own way (None: the library's).
 
     config: every setting of the run; `config.fork` is a dictionary for settings of the fork's own. InputError is raised where
       `config.validate` refuses it.
-    model: (config.model, dtype, remat) -> the network, with the methods of `Tokenizer` or `Llama`.
+    model: (config, dtype, remat) -> the network, with the methods of `Tokenizer` or `Llama`; config.model has its sizes.
     loss: (config, model) -> a `LossFn` (params, batch, key, frozen, step) -> (scalar, metrics); those of `training.losses` are
       such. The batch has what the source's elements have, images as float32 in [-1, 1], and for a transformer "codes" int32
       [B, T] and "condition"; `step` is the number of steps done.
@@ -59,7 +54,7 @@ class Experiment:
     """
 
     config: Config
-    model: Callable[[Any, Any, str], nn.Module] | None = None
+    model: Callable[[Config, Any, str], nn.Module] | None = None
     loss: Callable[[Config, nn.Module], LossFn] | None = None
     frozen: Callable[[Config], dict[str, Any]] | None = None
     optimizer: Callable[[OptimizerConfig, int], optax.GradientTransformation] | None = None
@@ -100,8 +95,9 @@ class Experiment:
 
     def build_model(self, dtype: Any = jnp.float32, remat: str = "none") -> nn.Module:
         """The network of this experiment; `dtype` is that of its matrix products."""
-        default = Tokenizer if isinstance(self.config, TokenizerTraining) else Llama
-        return (self.model or default)(self.config.model, dtype, remat)
+        if self.model is not None:
+            return self.model(self.config, dtype, remat)
+        return (Tokenizer if isinstance(self.config, TokenizerTraining) else Llama)(self.config.model, dtype, remat)
 
     def init_params(self, model: nn.Module) -> Any:
         """The network's parameters before training; they depend on the settings only."""

@@ -86,7 +86,9 @@ class Model:
             raise InputError(f"{len(images)} images and {len(numbers)} labels do not pair up")
         batches = split_rows(self.batch_size, self.encode(images), numbers)
         bits = over_batches(
-            lambda codes, labels: score(networks.transformer, params, self.trained.condition({"label": labels}), codes)[0],
+            lambda codes, labels: score(
+                networks.transformer, params, self.trained.networks.condition({"label": labels}), codes
+            )[0],
             batches,
             self.batch_size,
             self.trained.mesh,

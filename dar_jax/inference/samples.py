@@ -69,6 +69,7 @@ def sample(
         settings = make_settings(sampling, trained.config, trained.networks.method)
     networks, params, mesh = trained.networks, trained.sampler_params, trained.mesh
     labels, seeds = np.asarray(labels, np.int32), np.asarray(seeds, np.uint32)
+    condition = jax.tree.map(np.asarray, networks.condition({"label": labels}))
     size = full_batch(batch_size, mesh, trained.decoder_mesh or mesh)
     given = {}
     if prefix is not None:
@@ -79,8 +80,8 @@ def sample(
         rows = slice(start, min(start + size, len(labels)))
         if prefix is not None:
             given["prefix"] = put_batch(pad(prefix[rows], size), mesh)
-        batch_labels, batch_seeds = put_batch((pad(labels[rows], size), pad(seeds[rows], size)), mesh)
-        arguments = (networks, params, settings, trained.condition({"label": batch_labels}), batch_seeds)
+        batch = jax.tree.map(lambda leaf: pad(leaf[rows], size), (condition, seeds))
+        arguments = (networks, params, settings, *put_batch(batch, mesh))
         steps = stream(*arguments, **given) if previews else (generate(*arguments, **given) for _ in range(1))
         while True:
             with jax.set_mesh(mesh):
