@@ -2,12 +2,14 @@
 thing."""
 
 import re
+import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from dar_jax.cli.main import main
 from dar_jax.config import MeshConfig, SamplingConfig
@@ -15,9 +17,10 @@ from dar_jax.experiment import load_experiment
 from dar_jax.inference.reconstruct import quantize
 from dar_jax.inference.samples import sample
 from dar_jax.inference.trained import load_sampler, load_tokenizer
-from dar_jax.parallel import make_mesh
+from dar_jax.parallel import make_mesh, path_name
 from dar_jax.sampling import sampler
 from dar_jax.sampling.settings import make_settings
+from dar_jax.sampling.solvers import Velocity
 from dar_jax.training import checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -82,8 +85,6 @@ def tokens_of(opened, labels, seeds, sampling, **given):
 
 def module_of(name):
     load_experiment(path_of(name))
-    import sys
-
     return sys.modules[f"experiment_{name}"]
 
 
@@ -104,8 +105,6 @@ def test_transformer_trains_and_samples(name, trained, tmp_path):
 @pytest.mark.parametrize("name", [name for name in TOKENIZERS if name != "series"])
 def test_tokenizer_trains_and_reconstructs(name, trained, tmp_path):
     folder = trained(name)
-    from PIL import Image
-
     for number in range(2):
         Image.fromarray(np.full((8, 8), 100 * number, np.uint8)).save(tmp_path / f"{number}.png")
     run("reconstruct", folder, "--experiment", path_of(name), "--images", tmp_path, "--out", tmp_path / "out")
@@ -172,9 +171,9 @@ def test_inpainting_keeps_what_is_observed(opened):
 
 def test_heun_is_of_second_order():
     """On dx/dt = x, whose solution is e^t: twice the steps, a quarter of the error."""
-    from dar_jax.sampling.solvers import Velocity
 
-    def error(steps, x=jnp.ones((1, 1))):
+    def error(steps):
+        x = jnp.ones((1, 1))
         for i in range(steps):
             x, _, _ = module_of("heun").heun_step(Velocity(lambda x, t: x), x, None, i / steps, (i + 1) / steps, None)
         return abs(float(x[0, 0]) - np.e)
@@ -244,9 +243,23 @@ def test_muon_resumes_bit_equal(trained, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, once, resumed)
 
 
-def test_muon_knows_the_matrices():
-    from dar_jax.parallel import path_name
+EXAMPLES = [block for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "forking.md").read_text(), re.S)]
 
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_example_of_the_docs(number, tiny_run, tmp_path):
+    file, own = tmp_path / "example.py", [*SHORT, *TINY_TOKENIZER]
+    file.write_text(EXAMPLES[number].replace("runs/digits", str(tiny_run)))
+    transformer = "TRANSFORMER" in EXAMPLES[number]
+    if transformer:
+        own = [*SHORT, *TINY_TRANSFORMER, "--model.vocab-size", 64, "--tokenizer", tiny_run / "tokenizer"]
+    run("train", file, "--workdir", tmp_path / "run", *own)
+    if transformer:
+        arguments = ["--labels", "3", "--seeds", "1", "--out", tmp_path]
+        run("sample", tmp_path / "run", "--experiment", file, *arguments)
+
+
+def test_muon_knows_the_matrices():
     experiment = load_experiment(path_of("muon"))
     shapes = jax.eval_shape(lambda: experiment.init_params(experiment.build_model()))
     axes = module_of("muon").matrices(shapes)
@@ -260,8 +273,6 @@ def test_muon_knows_the_matrices():
 
 
 def test_gan_teaches_both_sides(trained):
-    before = load_experiment(path_of("gan"))
-    del before
     log = (trained("gan") / "metrics.jsonl").read_text()
     assert re.search(r'"discriminator": 0\.\d*[1-9]', log) and re.search(r'"generator": 0\.\d*[1-9]', log)
 

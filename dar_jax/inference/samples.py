@@ -80,7 +80,7 @@ def sample(
         rows = slice(start, min(start + size, len(labels)))
         if prefix is not None:
             given["prefix"] = put_batch(pad(prefix[rows], size), mesh)
-        batch = jax.tree.map(lambda leaf: pad(leaf[rows], size), (condition, seeds))
+        batch = jax.tree.map(lambda leaf, rows=rows: pad(leaf[rows], size), (condition, seeds))
         arguments = (networks, params, settings, *put_batch(batch, mesh))
         steps = stream(*arguments, **given) if previews else (generate(*arguments, **given) for _ in range(1))
         while True:

@@ -63,7 +63,7 @@ def begin_decoding(
         start = jnp.float32(schedule(networks, settings.num_steps).times[settings.start_step])
         x, preview = model.path.at(x, model.config.velocity.data_std * image, start), image
     x = constrain(x, "images")
-    caches = model.empty_caches(batch)
+    caches = model.bind({"params": params.rest}).empty_caches(batch)
     return Decoding(
         caches=jax.tree.map(lambda leaf: constrain(leaf, "cache"), caches),
         condition=constrain(jnp.zeros((batch, model.config.num_tokens, model.config.decoder_width), jnp.float32), "stream"),
@@ -105,9 +105,8 @@ def denoise(networks: "Networks", params: Unstacked, settings: "Settings", decod
         return velocity(x, t) if method.steer is None else method.steer(velocity, x, t, decoding.observed)
 
     keys = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, 2), index))(decoding.keys)
-    step = settings.solver.step(
-        Velocity(steered, model.path.data), decoding.x, decoding.carry, times[index], times[index + 1], keys
-    )
+    field = Velocity(steered, model.path.data)
+    step = settings.solver.step(field, decoding.x, decoding.carry, times[index], times[index + 1], keys)
     x, preview, carry = jax.tree.map(lambda leaf: constrain(leaf, "images"), step)
     return dataclasses.replace(decoding, x=x, carry=carry, preview=preview / model.config.velocity.data_std)
 

@@ -69,8 +69,8 @@ def label_of(batch: Mapping[str, Any]) -> Any:
 class Networks:
     """The modules of both stages and how they are sampled from; static under jit.
 
-    `transformer` is None where codes are given. `condition` makes what the transformer is conditioned on of a batch, in sampling
-    of {"label": int32 [B]}; the sampler itself takes the condition. `others` are an experiment's further networks by name. Their parameters go
+    `transformer` is None where codes are given. `condition` is the experiment's: callers of the sampler make with it, of
+    {"label": int32 [B]}, what the sampler takes. `others` are an experiment's further networks by name. Their parameters go
     beside them as a dict {"tokenizer": ..., "transformer": ..., "others": {name: ...}}.
     """
 

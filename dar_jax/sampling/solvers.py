@@ -28,8 +28,8 @@ class Solver(NamedTuple):
     """How x is carried from one time to the next.
 
     init: x -> what the solver remembers, a tree of arrays with the batch first.
-    step: (velocity, x, carry, t', t'_next, keys [B]) -> (x, preview, carry), where the preview is `velocity.data` at t' and after
-      the last step the image. The keys are the samples' own for this step.
+    step: (velocity, x, carry, t', t'_next, keys [B]) -> (x, preview, carry). The preview is the data that the step points to,
+      see `Velocity.data`; that of the last step is the image. The keys are the samples' own for this step.
     """
 
     init: Callable[[Array], Any]
