@@ -92,7 +92,7 @@ def test_every_file_is_tested():
     files = {path.stem for folder in (FORKS, VARIANTS) for path in folder.glob("*.py")}
     assert files == {name.split(":")[0] for name in TRANSFORMERS + TOKENIZERS}
     for path in FORKS.glob("*.py"):
-        assert len(path.read_text().splitlines()) <= 70
+        assert len(path.read_text().splitlines()) <= 60
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
@@ -126,9 +126,8 @@ def test_speculation_saves_passes(trained, one_device):
     fork = load_sampler(trained("speculative"), load_experiment(path_of("speculative")), mesh=one_device)
     settings = make_settings(SamplingConfig((1, 1)), fork.config, fork.networks.method)
     state = sampler.begin(fork.networks, fork.sampler_params, settings, jnp.arange(4), jnp.arange(4))
-    for _ in range(settings.num_groups):
-        state = sampler.advance(fork.networks, fork.sampler_params, settings, state)
-    assert int(state.prediction.final.min()) == 16 and int(state.prediction.passes.max()) < 10
+    state = sampler.advance(fork.networks, fork.sampler_params, settings, state)
+    assert state.group == 1 and state.prediction.final.min() > 4
 
 
 @pytest.mark.parametrize("name", ["speculative", "watermark", "group_parallel", "heun:early"])

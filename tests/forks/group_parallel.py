@@ -26,41 +26,34 @@ class GroupLlama(Llama):
         self.places = self.param("query_table", nn.initializers.normal(0.02), (self.group, self.config.width))
 
     def inputs(self, x):
-        """Slots [B, n Q, D] with their places in the group added; one slot stands for a whole group."""
+        """Slots [B, n Q, D] with their places in the group; one slot stands for a whole group."""
         return x + jnp.tile(self.places.astype(self.dtype), (max(x.shape[1] // self.group, 1), 1))
 
     def __call__(self, condition, tokens, dropout_key=None):
-        first = jnp.repeat(self.prefix(condition), self.group, axis=1)
-        x = self.inputs(jnp.concatenate([first, self.embed(tokens[:, : -self.group])], axis=1))
-        groups = jnp.arange(tokens.shape[1]) // self.group
-        return self.run(x, (groups <= groups[:, None])[None], jnp.arange(len(groups)), dropout_key)
+        x = jnp.repeat(self.prefix(condition), self.group, axis=1)
+        x = self.inputs(jnp.concatenate([x, self.embed(tokens[:, : -self.group])], axis=1))
+        group = jnp.arange(tokens.shape[1]) // self.group
+        return self.run(x, (group <= group[:, None])[None], jnp.arange(len(group)), dropout_key)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def predict(networks, params, settings, state, group):
     model, size = networks.transformer, networks.tokenizer.config.tokens_per_group
     places, length = group * size + jnp.arange(size), (group + 1) * size
-    weights, rows = {"params": params.transformer.rest}, 2 if settings.guided else 1
-    bound = model.bind(weights)
+    bound, rows = model.bind({"params": params.transformer.rest}), 2 if settings.guided else 1
     previous = jnp.repeat(state.tokens[:, length - 2 * size : length - size], rows, axis=0)
     condition = with_null(bound, state.condition) if settings.guided else state.condition
     x = bound.inputs(bound.embed(previous) if group else bound.prefix(condition))
-    caches, mask = grown(state.caches, length), jnp.ones((1, size, length), bool)
-    logits, caches = bound.extend(params.transformer.layers, x, caches, jnp.int32(group * size), mask)
+    caches = state.caches if group else jax.tree.map(lambda cache: cache[:, :, :0], state.caches)
+    mask = jnp.ones((1, size, length), bool)
+    logits, caches = bound.extend(params.transformer.layers, x, grown(caches, length), jnp.int32(group * size), mask)
     drawn = draw_each(networks, settings, logits, state.keys, places, state.tokens)
-    given = places < state.num_given[:, None]
-    tokens = state.tokens.at[:, places].set(jnp.where(given, state.tokens[:, places], drawn))
-    return dataclasses.replace(state, tokens=tokens, caches=caches)
+    drawn = jnp.where(places < state.num_given[:, None], state.tokens[:, places], drawn)
+    return dataclasses.replace(state, tokens=state.tokens.at[:, places].set(drawn), caches=caches)
 
 
-def begin(networks, params, settings, *start):
-    state = begin_prediction(networks, params, settings, *start)
-    return dataclasses.replace(state, caches=jax.tree.map(lambda cache: cache[:, :, :0], state.caches))
-
-
-def model(config, dtype, remat):
-    return GroupLlama(config.model, dtype, remat)
-
-
-config = dataclasses.replace(TRANSFORMER, name="group_parallel", data=DIGITS)
-experiment = Experiment(config, model=model, method=Method(predict=Predictor(begin, predict)))
+experiment = Experiment(
+    dataclasses.replace(TRANSFORMER, name="group_parallel", data=DIGITS),
+    model=lambda config, dtype, remat: GroupLlama(config.model, dtype, remat),
+    method=Method(predict=Predictor(begin_prediction, predict)),
+)

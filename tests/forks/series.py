@@ -1,7 +1,6 @@
 """Other data: series of 32 numbers, float32 [L, C], instead of images. Stage 1 is `experiment`, stage 2 FILE:transformer.
 
-Only what knows about pixels is replaced: encoder, velocity network and shapes. `data.crop none` leaves data as they are. The
-pictures of the commands are for images; series come from `sampling.sampler`. Parts: source, model.
+Replaced is what knows about pixels. The commands make pictures; series come from `sampling.sampler`. Parts: source, model.
 """
 
 import dataclasses
@@ -17,24 +16,18 @@ from dar_jax.models.tokenizer import Tokenizer
 from dar_jax.models.velocity import time_features
 from dar_jax.quickstart import DIGITS, TOKENIZER, TRANSFORMER
 
-LENGTH = 32
 
-
-class Waves:
+class Waves(list):
     class_names, description = ("slow", "fast"), "sines of two frequencies"
 
-    def __len__(self):
-        return 512
 
-    def __getitem__(self, index):
-        phase = np.random.default_rng(index).uniform(0, 2 * np.pi) + np.arange(LENGTH)[:, None] * (0.2 + 0.4 * (index % 2))
-        return {"image": np.sin(phase).astype(np.float32), "label": index % 2}
+def wave(index):
+    phase = np.random.default_rng(index).uniform(0, 2 * np.pi) + np.arange(32)[:, None] * (0.2 + 0.4 * (index % 2))
+    return {"image": np.sin(phase).astype(np.float32), "label": index % 2}
 
 
 class Series(nn.Module):
-    """[B, L, C] and whatever else is known -> [B, *out], by one hidden layer."""
-
-    out: tuple[int, ...]
+    out: tuple[int, ...]  # shape of the result, by one hidden layer, of x and whatever else is known
 
     @nn.compact
     def __call__(self, x, *known):
@@ -43,7 +36,7 @@ class Series(nn.Module):
 
 
 class SeriesTokenizer(Tokenizer):
-    data_shape = noise_shape = property(lambda self: (LENGTH, self.config.channels))
+    data_shape = noise_shape = property(lambda self: (32, self.config.channels))
 
     def setup(self):
         self.encoder = Series((self.config.num_tokens, self.config.code_dim))
@@ -52,16 +45,17 @@ class SeriesTokenizer(Tokenizer):
         self.decoder = Series(self.data_shape, name="velocity")
 
     def velocity(self, x, t, condition, return_repa=False):
-        t = jnp.broadcast_to(t, len(x))
-        return self.decoder(x, time_features(t, 32), condition), None
+        return self.decoder(x, time_features(jnp.broadcast_to(t, len(x)), 32), condition), None
 
 
 data = dataclasses.replace(DIGITS, crop="none")
-parts = {"source": lambda config: Waves()}
 experiment = Experiment(
     dataclasses.replace(TOKENIZER, name="series", data=data),
     model=lambda config, dtype, remat: SeriesTokenizer(config.model, dtype, remat),
-    **parts,
+    source=lambda data: Waves(map(wave, range(512))),
 )
-sizes = dataclasses.replace(TRANSFORMER.model, num_classes=2)
-transformer = Experiment(dataclasses.replace(TRANSFORMER, name="series", model=sizes, data=data), tokenizer=experiment, **parts)
+transformer = Experiment(
+    dataclasses.replace(TRANSFORMER, name="series", model=dataclasses.replace(TRANSFORMER.model, num_classes=2), data=data),
+    source=experiment.source,
+    tokenizer=experiment,
+)
