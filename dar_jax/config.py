@@ -284,7 +284,7 @@ class TokenizerTraining:
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(warmup_steps=500))
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    fork: dict[str, bool | int | float | str] = field(default_factory=dict)  # settings of an experiment's own parts, by name
+    fork: dict[str, bool | int | float | str] = field(default_factory=dict, hash=False)  # settings of a fork's own, by name
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,7 @@ class TransformerTraining:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=360_000))
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    fork: dict[str, bool | int | float | str] = field(default_factory=dict)  # settings of an experiment's own parts, by name
+    fork: dict[str, bool | int | float | str] = field(default_factory=dict, hash=False)  # settings of a fork's own, by name
 
 
 RETIRED = ("gan", "gan_start_step", "gan_width", "gan_halvings")  # settings that checkpoints may still have

@@ -34,7 +34,7 @@ TINY_TRANSFORMER = ["--model.layers", "1", "--model.heads", "2", "--model.width"
 VELOCITY = ["--model.velocity.width", "16", "--model.velocity.layers", "1", "--model.velocity.head-size", "8"]
 WIDTHS = ["--model.encoder-width", "16", "--model.decoder-width", "16", "--model.head-size", "8"]
 TINY_TOKENIZER = [*VELOCITY, *WIDTHS, "--model.encoder-layers", "1", "--model.decoder-layers", "1"]
-DIGITS = ["--data.source", "digits", "--data.image-size", "8", "--data.channels", "1", "--data.no-flip"]
+DIGITS = ["--data.source", "digits", "--data.image-size", "8", "--data.channels", "1", "--data.flip", "False"]
 OWN = {  # settings that make a large recipe small
     "gan": [*DIGITS, "--model.image-size", "8", "--model.channels", "1", "--model.num-tokens", "16", "--model.num-groups", "4"]
     + ["--model.codebook-size", "64", "--fork.width", "16", "--fork.halvings", "1", "--fork.start-step", "1"],
@@ -63,7 +63,7 @@ def trained(tmp_path_factory, tiny_run):
             if name in TRANSFORMERS:
                 own = [*TINY_TRANSFORMER, "--model.vocab-size", 64, "--tokenizer", tiny_run / "tokenizer"]
             run("train", path_of(name), "--workdir", folder, *SHORT, *own)
-        return folder
+        return folders[name]
 
     return make
 
@@ -98,7 +98,9 @@ def test_every_file_is_tested():
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_transformer_trains_and_samples(name, trained, tmp_path):
     folder = trained(name)
-    run("sample", folder, "--experiment", path_of(name), "--labels", "3", "--seeds", "1,2", "--out", tmp_path)
+    arguments = ["--labels", "3", "--seeds", "1,2", "--out", str(tmp_path)]
+    assert main(["sample", str(folder), *arguments]) == 2  # it needs its file
+    run("sample", folder, "--experiment", path_of(name), *arguments)
     assert (tmp_path / "grid.png").exists() and len(list(tmp_path.glob("*_seed*.png"))) == 2
 
 
