@@ -2,6 +2,7 @@
 thing."""
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -29,7 +30,7 @@ VARIANTS = ROOT / "experiments" / "variants"
 TRANSFORMERS = ["group_parallel", "heun", "heun:early", "inpainting", "speculative", "control", "watermark", "text"]
 TOKENIZERS = ["fsq", "cosine_path", "unrolled", "muon", "gan", "series"]
 
-SHORT = ["--train.steps", "3", "--train.batch-size", "8", "--train.sample-every", "0"]
+SHORT = ["--train.steps", "3", "--train.batch-size", "8", "--train.sample-every", "0", "--train.checkpoint-every", "1"]
 TINY_TRANSFORMER = ["--model.layers", "1", "--model.heads", "2", "--model.width", "16", "--model.mlp-multiple", "8"]
 VELOCITY = ["--model.velocity.width", "16", "--model.velocity.layers", "1", "--model.velocity.head-size", "8"]
 WIDTHS = ["--model.encoder-width", "16", "--model.decoder-width", "16", "--model.head-size", "8"]
@@ -132,7 +133,7 @@ def test_speculation_saves_passes(trained, one_device):
     assert state.group == 1 and state.prediction.final.min() > 4
 
 
-@pytest.mark.parametrize("name", ["speculative", "watermark", "group_parallel", "heun:early"])
+@pytest.mark.parametrize("name", ["speculative", "group_parallel"])
 def test_a_sample_does_not_depend_on_its_batch(name, trained, one_device):
     fork = load_sampler(trained(name), load_experiment(path_of(name)), mesh=one_device)
     together = [batch.images for batch in sample(fork, [1, 2, 3], [4, 5, 6], SamplingConfig((2, 1)))]
@@ -232,16 +233,12 @@ def test_cosine_path_is_consistent():
 
 
 def test_muon_resumes_bit_equal(trained, tmp_path):
-    for steps in (1, 3):
-        own = ["--train.steps", steps, "--train.batch-size", 8, "--train.sample-every", 0, *TINY_TOKENIZER]
-        run("train", path_of("muon"), "--workdir", tmp_path, *own, "--resume", "--optimizer.schedule", "constant")
-    whole = tmp_path / "whole"
-    own = [*SHORT, *TINY_TOKENIZER, "--optimizer.schedule", "constant"]
-    run("train", path_of("muon"), "--workdir", whole, *own)
-    once, resumed = (
-        checkpoint.load_part(checkpoint.inspect(folder), part) for part in ("params",) for folder in (whole, tmp_path)
-    )
-    jax.tree.map(np.testing.assert_array_equal, once, resumed)
+    resumed = shutil.copytree(trained("muon"), tmp_path / "resumed")
+    shutil.rmtree(resumed / "checkpoints" / "3")
+    run("train", path_of("muon"), "--workdir", resumed, *SHORT, *TINY_TOKENIZER, "--resume")
+    for part in ("params", "opt_state"):
+        states = [checkpoint.load_part(checkpoint.inspect(folder), part) for folder in (trained("muon"), resumed)]
+        jax.tree.map(np.testing.assert_array_equal, *states)
 
 
 EXAMPLES = [block for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "forking.md").read_text(), re.S)]
@@ -274,12 +271,12 @@ def test_muon_knows_the_matrices():
 
 
 def test_gan_teaches_both_sides(trained):
-    log = (trained("gan") / "metrics.jsonl").read_text()
+    log = (trained("gan") / "logs" / "metrics.jsonl").read_text()
     assert re.search(r'"discriminator": 0\.\d*[1-9]', log) and re.search(r'"generator": 0\.\d*[1-9]', log)
 
 
 def test_unrolled_term_is_in_the_loss(trained):
-    assert re.search(r'"unrolled": 0\.\d*[1-9]', (trained("unrolled") / "metrics.jsonl").read_text())
+    assert re.search(r'"unrolled": 0\.\d*[1-9]', (trained("unrolled") / "logs" / "metrics.jsonl").read_text())
 
 
 def test_series_in_both_stages(trained, tmp_path, one_device):
