@@ -54,8 +54,6 @@ experiment = Experiment(
     model=lambda config, dtype, remat: SeriesTokenizer(config.model, dtype, remat),
     source=lambda data: Waves(map(wave, range(512))),
 )
-transformer = Experiment(
-    dataclasses.replace(TRANSFORMER, name="series", model=dataclasses.replace(TRANSFORMER.model, num_classes=2), data=data),
-    source=experiment.source,
-    tokenizer=experiment,
-)
+sizes = dataclasses.replace(TRANSFORMER.model, num_classes=2)
+config = dataclasses.replace(TRANSFORMER, name="series", model=sizes, data=data)
+transformer = Experiment(config, source=experiment.source, tokenizer=experiment)
