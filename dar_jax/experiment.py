@@ -28,6 +28,7 @@ Config = TokenizerTraining | TransformerTraining
 LossFn = Callable[[Any, dict[str, Any], jax.Array, dict[str, Any], jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
 # Settings that mean something to the library's own part only: (replaced part, prefix of their paths).
+ALWAYS_READ = ("optimizer.ema_decay",)  # by the training step
 VOID = (("loss", "loss."), ("optimizer", "optimizer."), ("frozen", "loss.lpips_weights"), ("frozen", "loss.dinov2_weights"))
 
 
@@ -87,7 +88,7 @@ class Experiment:
             if getattr(self, part) is None:
                 continue
             for name, value, default in _differing(self.config):
-                if name.startswith(prefix) and not name.startswith(self.reads or ("\0",)):
+                if name.startswith(prefix) and not name.startswith((*ALWAYS_READ, *self.reads)):
                     raise InputError(
                         f"{name} is {value}, but this experiment replaces its {part}, which does not read it; "
                         f"leave it at {default} (or name it in Experiment(reads=...))"
