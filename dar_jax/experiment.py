@@ -27,8 +27,8 @@ Config = TokenizerTraining | TransformerTraining
 # (params, batch, key, frozen, step) -> (scalar loss, metrics)
 LossFn = Callable[[Any, dict[str, Any], jax.Array, dict[str, Any], jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
-# Settings that mean something to the library's own part only: (replaced part, prefix of their paths).
 ALWAYS_READ = ("optimizer.ema_decay",)  # by the training step
+# Settings that mean something to the library's own part only: (replaced part, prefix of their paths).
 VOID = (("loss", "loss."), ("optimizer", "optimizer."), ("frozen", "loss.lpips_weights"), ("frozen", "loss.dinov2_weights"))
 
 
