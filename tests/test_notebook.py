@@ -17,6 +17,6 @@ def test_notebook(tmp_path):
     assert not any(cell["outputs"] for cell in cells)
     code = "\n".join("".join(cell["source"]) for cell in cells)
     check = "assert decoded.shape == digits.shape and bits.shape == codes.shape and report['fast']"
-    own = {"XLA_FLAGS": "", "MPLBACKEND": "Agg", "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}  # one device, as a reader has
+    own = {"XLA_FLAGS": "", "MPLBACKEND": "Agg", "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}  # one device
     own |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": CACHE}
     subprocess.run([sys.executable, "-c", f"{code}\n{check}"], cwd=tmp_path, env=os.environ | own, check=True)
