@@ -158,7 +158,7 @@ def test_numbers_in_range_are_only_refused_beside_others(data, number):
 def test_json_of_any_form_is_taken_or_refused(stage, data, value):
     table = values = to_dict(STAGES[stage]())
     name = data.draw(st.sampled_from(sorted(table)))
-    while isinstance(table[name], dict) and data.draw(st.booleans()):
+    while isinstance(table[name], dict) and table[name] and data.draw(st.booleans()):
         table = table[name]
         name = data.draw(st.sampled_from(sorted(table)))
     table[name] = value

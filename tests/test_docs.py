@@ -51,9 +51,10 @@ def commands(page: Path) -> list[tuple[str, bool]]:
 
 @each_page
 def test_commands(page, monkeypatch):
-    run = SimpleNamespace(config=SimpleNamespace(data=DIGITS))
-    for name in ("find", "find_transformer"):  # options of some commands are those of a run
-        monkeypatch.setattr(f"dar_jax.inference.trained.{name}", lambda path: SimpleNamespace(tokenizer=run, transformer=run))
+    config = SimpleNamespace(data=DIGITS)
+    run = SimpleNamespace(config=config, tokenizer=SimpleNamespace(config=config))
+    for name in ("inference.trained.inspect_transformer", "training.checkpoint.inspect"):  # some options are those of a run
+        monkeypatch.setattr(f"dar_jax.{name}", lambda path: run)
     monkeypatch.chdir(ROOT)
     for line, complete in commands(page):
         name, *rest = [word for word in shlex.split(line, comments=True)[1:] if word != "..."]
