@@ -79,8 +79,12 @@ class Experiment:
         return (*names, *(f"method.{name}" for name in self.method.replaced))
 
     def with_config(self, config: Config) -> "Experiment":
-        """The same parts with other settings."""
-        return dataclasses.replace(self, config=config)
+        """The same parts with other settings. A fork's own that they lack stay; InputError for one that this fork has not."""
+        if unknown := [name for name in config.fork if name not in self.config.fork]:
+            raise InputError(
+                f"fork.{unknown[0]} is no setting of this experiment, which has {', '.join(self.config.fork) or 'none'}"
+            )
+        return dataclasses.replace(self, config=dataclasses.replace(config, fork={**self.config.fork, **config.fork}))
 
     def check(self) -> None:
         """Raises InputError where a setting is changed that a replaced part makes void, so that none is silently ignored."""

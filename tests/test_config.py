@@ -178,6 +178,15 @@ def test_nested_without_end():
             from_dict(to_dict(TokenizerTraining()) | {name: nested})
 
 
+def test_settings_of_a_fork_are_those_of_its_file():
+    experiment = Experiment(TokenizerTraining(fork={"rate": 0.5, "name": "a"}))
+    assert experiment.with_config(TokenizerTraining(fork={"rate": 1.0})).config.fork == {"rate": 1.0, "name": "a"}
+    with pytest.raises(InputError, match="fork.rates is no setting of this experiment, which has rate, name"):
+        experiment.with_config(TokenizerTraining(fork={"rates": 1.0}))
+    with pytest.raises(InputError, match="fork should be a table"):
+        from_dict(to_dict(TokenizerTraining()) | {"fork": {"rate": [1]}})
+
+
 def test_an_experiment_is_checked_as_it_is_made():
     with pytest.raises(InputError, match="train.seed is 4294967296, it should be between 0 and 4294967295"):
         Experiment(TokenizerTraining(train=TrainConfig(seed=2**32)))
