@@ -63,6 +63,7 @@ CfgInterval = Annotated[int, Range(-1, 16384)]
 Temperature = Annotated[float, Range(1e-6, 1000, also=(0, "greedy"))]
 TopK = Annotated[int, Range(0, INT32)]
 Speed = Annotated[float, Range(1, 1e21)]  # operations/s
+Own = dict[str, bool | Annotated[int, FINITE] | Annotated[float, FINITE] | str]  # settings of a fork's own, by name
 CropFraction = Annotated[float, Range(0.1, 1)]
 
 
@@ -284,7 +285,7 @@ class TokenizerTraining:
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(warmup_steps=500))
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    fork: dict[str, bool | int | float | str] = field(default_factory=dict)  # settings of an experiment's own parts, by name
+    fork: Own = field(default_factory=dict, hash=False)  # settings of a fork's own, by name
 
 
 @dataclass(frozen=True)
@@ -303,7 +304,7 @@ class TransformerTraining:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=360_000))
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    fork: dict[str, bool | int | float | str] = field(default_factory=dict)  # settings of an experiment's own parts, by name
+    fork: Own = field(default_factory=dict, hash=False)  # settings of a fork's own, by name
 
 
 RETIRED = ("gan", "gan_start_step", "gan_width", "gan_halvings")  # settings that checkpoints may still have

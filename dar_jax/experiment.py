@@ -20,20 +20,16 @@ from dar_jax.errors import InputError
 from dar_jax.models.tokenizer import Tokenizer
 from dar_jax.models.transformer import Llama
 from dar_jax.parallel import Rules
-from dar_jax.sampling.settings import Method
+from dar_jax.sampling.settings import Method, label_of
 
 Config = TokenizerTraining | TransformerTraining
 
 # (params, batch, key, frozen, step) -> (scalar loss, metrics)
 LossFn = Callable[[Any, dict[str, Any], jax.Array, dict[str, Any], jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
+ALWAYS_READ = ("optimizer.ema_decay",)  # by the training step
 # Settings that mean something to the library's own part only: (replaced part, prefix of their paths).
 VOID = (("loss", "loss."), ("optimizer", "optimizer."), ("frozen", "loss.lpips_weights"), ("frozen", "loss.dinov2_weights"))
-
-
-def label_of(batch: Mapping[str, Any]) -> Any:
-    """The default condition: the class of each image, int32 [B]."""
-    return batch["label"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,7 @@ class Experiment:
 
     config: every setting of the run; `config.fork` is a dictionary for settings of the fork's own. InputError is raised where
       `config.validate` refuses it.
-    model: (config.model, dtype, remat) -> the network, with the methods of `Tokenizer` or `Llama`.
+    model: (config, dtype, remat) -> the network, with the methods of `Tokenizer` or `Llama`; config.model has its sizes.
     loss: (config, model) -> a `LossFn` (params, batch, key, frozen, step) -> (scalar, metrics); those of `training.losses` are
       such. The batch has what the source's elements have, images as float32 in [-1, 1], and for a transformer "codes" int32
       [B, T] and "condition"; `step` is the number of steps done.
@@ -59,7 +55,7 @@ class Experiment:
     """
 
     config: Config
-    model: Callable[[Any, Any, str], nn.Module] | None = None
+    model: Callable[[Config, Any, str], nn.Module] | None = None
     loss: Callable[[Config, nn.Module], LossFn] | None = None
     frozen: Callable[[Config], dict[str, Any]] | None = None
     optimizer: Callable[[OptimizerConfig, int], optax.GradientTransformation] | None = None
@@ -83,8 +79,12 @@ class Experiment:
         return (*names, *(f"method.{name}" for name in self.method.replaced))
 
     def with_config(self, config: Config) -> "Experiment":
-        """The same parts with other settings."""
-        return dataclasses.replace(self, config=config)
+        """The same parts with other settings. A fork's own that they lack stay; InputError for one that this fork has not."""
+        if unknown := [name for name in config.fork if name not in self.config.fork]:
+            raise InputError(
+                f"fork.{unknown[0]} is no setting of this experiment, which has {', '.join(self.config.fork) or 'none'}"
+            )
+        return dataclasses.replace(self, config=dataclasses.replace(config, fork={**self.config.fork, **config.fork}))
 
     def check(self) -> None:
         """Raises InputError where a setting is changed that a replaced part makes void, so that none is silently ignored."""
@@ -92,7 +92,7 @@ class Experiment:
             if getattr(self, part) is None:
                 continue
             for name, value, default in _differing(self.config):
-                if name.startswith(prefix) and not name.startswith(self.reads or ("\0",)):
+                if name.startswith(prefix) and not name.startswith((*ALWAYS_READ, *self.reads)):
                     raise InputError(
                         f"{name} is {value}, but this experiment replaces its {part}, which does not read it; "
                         f"leave it at {default} (or name it in Experiment(reads=...))"
@@ -100,8 +100,9 @@ class Experiment:
 
     def build_model(self, dtype: Any = jnp.float32, remat: str = "none") -> nn.Module:
         """The network of this experiment; `dtype` is that of its matrix products."""
-        default = Tokenizer if isinstance(self.config, TokenizerTraining) else Llama
-        return (self.model or default)(self.config.model, dtype, remat)
+        if self.model is not None:
+            return self.model(self.config, dtype, remat)
+        return (Tokenizer if isinstance(self.config, TokenizerTraining) else Llama)(self.config.model, dtype, remat)
 
     def init_params(self, model: nn.Module) -> Any:
         """The network's parameters before training; they depend on the settings only."""

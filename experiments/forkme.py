@@ -6,23 +6,23 @@ Then:     dar-jax sample runs/fork --experiment experiments/forkme.py --labels 3
 Time:     an estimate, about 1 minute on two CPU cores.
 Result:   not measured; it is here to show how little a change needs.
 
-An experiment file is ordinary Python that ends with a value `experiment`. What it replaces is handed over to `Experiment`;
-nothing has to be registered, and no file of the library has to be touched. `Experiment` names everything that can be handed
-over; docs/forking.md has an example of each.
-"""
+An experiment file is ordinary Python that ends with a value `experiment`: settings, and the parts that it replaces. Nothing has
+to be registered, and no file of the library has to be touched. docs/forking.md has a section for each part:
 
-import dataclasses
+network    model: block, prefix and null, quantizer, velocity_network, path      data       source, condition
+training   loss and its terms, frozen, optimizer, rules                          settings   config.fork, reads
+sampling   method: guidance, draw, predict, solver, times, steer, noise; others
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from dar_jax.config import LlamaConfig
+from dar_jax.config import DataConfig, LlamaConfig, OptimizerConfig, SamplingConfig, TrainConfig, TransformerTraining
 from dar_jax.experiment import Experiment
 from dar_jax.models.layers import dropout
 from dar_jax.models.transformer import Llama, LlamaAttention, SwiGLU
-from dar_jax.quickstart import DIGITS, TRANSFORMER
 from dar_jax.sampling.settings import Method
 
 
@@ -47,9 +47,9 @@ class ParallelBlock(nn.Module):
         return (x, cache), None
 
 
-def model(config: LlamaConfig, dtype: jnp.dtype, remat: str) -> Llama:
+def model(config: TransformerTraining, dtype: jnp.dtype, remat: str) -> Llama:
     """The transformer with that block."""
-    return Llama(config, dtype, remat, block=ParallelBlock)
+    return Llama(config.model, dtype, remat, block=ParallelBlock)
 
 
 def cosine_guidance(num_tokens: int, first: float, last: float) -> np.ndarray:
@@ -59,14 +59,25 @@ def cosine_guidance(num_tokens: int, first: float, last: float) -> np.ndarray:
 
 
 experiment = Experiment(
-    # Settings are plain data: begin with a recipe and replace what should differ.
-    dataclasses.replace(
-        TRANSFORMER,
+    TransformerTraining(
         name="fork",
-        data=DIGITS,
-        sampling=dataclasses.replace(TRANSFORMER.sampling, guidance=(1.0, 4.0)),
+        model=LlamaConfig(
+            layers=3,
+            heads=4,
+            width=128,
+            num_tokens=16,
+            vocab_size=128,
+            num_classes=10,
+            mlp_multiple=32,
+            token_dropout=0.15,
+            attention_dropout=0.15,
+            mlp_dropout=0.15,
+        ),
+        data=DataConfig(source="digits", image_size=8, channels=1, crop="center", flip=False),
+        optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=50, weight_decay=0.05, ema_decay=0.99),
+        train=TrainConfig(steps=700, batch_size=64, checkpoint_every=500),
+        sampling=SamplingConfig(guidance=(1.0, 4.0)),
     ),
-    # Parts are functions and classes.
     model=model,
     method=Method(guidance=cosine_guidance),
 )

@@ -106,10 +106,10 @@ def test_parts_of_anything_else_are_refused(trained, tmp_path):
     steeper = dataclasses.replace(trained, guidance=lambda tokens, first, last: linear_guidance(tokens, first, last + 1))
     larger = trained.with_tokenizer(dataclasses.replace(trained.config, sampling_resolution=16))
     for other, difference in (
-        (other_weights(trained), r'model.weights.llama: "\w+... there, "\w+... here'),
+        (other_weights(trained), r'model.weights.transformer: "\w+... there, "\w+... here'),
         (
             other_code(trained),
-            r'model.networks.llama.class: "dar_jax.models.transformer.Llama" there, "test_bulk.OtherLlama \w+...',
+            r'model.networks.transformer.class: "dar_jax.models.transformer.Llama" there, "test_bulk.OtherLlama \w+...',
         ),
         (larger, "model.networks.tokenizer.config.sampling_resolution: null there, 16 here"),
         (steeper, "guidance_scales"),

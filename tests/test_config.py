@@ -158,7 +158,7 @@ def test_numbers_in_range_are_only_refused_beside_others(data, number):
 def test_json_of_any_form_is_taken_or_refused(stage, data, value):
     table = values = to_dict(STAGES[stage]())
     name = data.draw(st.sampled_from(sorted(table)))
-    while isinstance(table[name], dict) and data.draw(st.booleans()):
+    while isinstance(table[name], dict) and table[name] and data.draw(st.booleans()):
         table = table[name]
         name = data.draw(st.sampled_from(sorted(table)))
     table[name] = value
@@ -176,6 +176,15 @@ def test_nested_without_end():
     for name in ("stage", "name", "model"):
         with pytest.raises(InputError):
             from_dict(to_dict(TokenizerTraining()) | {name: nested})
+
+
+def test_settings_of_a_fork_are_those_of_its_file():
+    experiment = Experiment(TokenizerTraining(fork={"rate": 0.5, "name": "a"}))
+    assert experiment.with_config(TokenizerTraining(fork={"rate": 1.0})).config.fork == {"rate": 1.0, "name": "a"}
+    with pytest.raises(InputError, match="fork.rates is no setting of this experiment, which has rate, name"):
+        experiment.with_config(TokenizerTraining(fork={"rates": 1.0}))
+    with pytest.raises(InputError, match="fork should be a table"):
+        from_dict(to_dict(TokenizerTraining()) | {"fork": {"rate": [1]}})
 
 
 def test_an_experiment_is_checked_as_it_is_made():

@@ -38,7 +38,7 @@ if [[ -n $HERE ]]; then
     dar-jax train "$@" --resume)
 else
   [[ -n ${GPUS:-} && -n ${CPUS:-} ]] || die "GPUS or CPUS is not set: export GPUS=8 CPUS=64, with what each node has"
-  command=(sbatch --job-name="$(basename "$1" .py)" --nodes="${NODES:-1}" --ntasks-per-node=1 --gpus-per-node="$GPUS"
+  command=(sbatch --job-name="$(basename "${1/.py:/_}" .py)" --nodes="${NODES:-1}" --ntasks-per-node=1 --gpus-per-node="$GPUS"
     --cpus-per-task="$CPUS" --requeue --signal=B:USR1@300 --output=%x-%j.log --open-mode=append "$0" --here "$@")
 fi
 if [[ -n $DRY_RUN ]]; then printf '%q ' "${command[@]}" && echo && exit; fi

@@ -81,6 +81,7 @@ class Sample(SamplingOptions):
             start_image=self.start_image,
             resolution=self.resolution,
             output_resolution=self.output_resolution,
+            **({"method": experiment.method} if experiment else {}),
         )
         check_writable(self.out)
         meshes = _two_meshes(self.mesh, self.decoder_mesh, info.config.mesh)

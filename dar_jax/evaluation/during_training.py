@@ -53,7 +53,7 @@ def _reconstructions(stage: Stage, ema: Params, images: jax.Array) -> np.ndarray
 
 def _samples(stage: Stage, ema: Params) -> np.ndarray:
     tokenizer = stage.tokenizer.experiment.build_model(stage.model.dtype)
-    networks = Networks(tokenizer, stage.model, stage.experiment.method)
+    networks = Networks(tokenizer, stage.model, stage.experiment.method, stage.experiment.condition)
     params = {"tokenizer": stage.tokenizer.params, "transformer": ema}
     settings = make_settings(stage.experiment.config.sampling, tokenizer.config, networks.method)
     labels = np.arange(COUNT, dtype=np.int32) % len(stage.class_names)
@@ -104,9 +104,9 @@ class Evaluation:
             names = tuple(NAMES)
         else:
             tokenizer = stage.tokenizer.experiment.build_model(stage.model.dtype)
-            networks = Networks(tokenizer, stage.model, stage.experiment.method)
+            networks = Networks(tokenizer, stage.model, stage.experiment.method, stage.experiment.condition)
             params = {"tokenizer": stage.tokenizer.params, "transformer": ema}
-            trained = Trained(None, networks, params, mesh, condition=stage.experiment.condition)
+            trained = Trained(None, networks, params, mesh)
             report = evaluate_transformer(trained, source, data, size, count, stage.class_names)
             if extractor is not None and data.source != "codes":
                 report["fid"] = self._fid(stage, trained, extractor, count, size)

@@ -15,7 +15,7 @@ from dar_jax import parallel
 from dar_jax.config import MeshConfig
 from dar_jax.features.inception import Inception, InceptionFeatures
 from dar_jax.features.load import load_inception
-from dar_jax.parallel.batches import full_batch, pad, put_batch, to_host
+from dar_jax.parallel.batches import full_batch, over_batches
 from dar_jax.weights.published import resolve
 
 CPU_BATCH = 8  # whose maps stay in a processor's caches: two cores do 11 images/s, with 64 they do 7
@@ -53,15 +53,10 @@ class Extractor:
         Yields NumPy arrays, at most a batch at a time. While the devices work on a batch, the caller handles the one before
         and the next one is read. Where there are several processes, each of them gives the same images and gets all features.
         """
-        size = full_batch(self.batch_size, self.mesh)
-        waiting = None
-        for batch in _batches(chunks, size):
-            running = len(batch), _features(self.features, self.params, put_batch(pad(batch, size), self.mesh))
-            if waiting:
-                yield _to_host(*waiting)
-            waiting = running
-        if waiting:
-            yield _to_host(*waiting)
+        batches = ((batch,) for batch in _batches(chunks, full_batch(self.batch_size, self.mesh)))
+        extract = functools.partial(_features, self.features, self.params)
+        for _, features in over_batches(extract, batches, self.batch_size, self.mesh):
+            yield features
 
 
 def open_extractor(
@@ -97,10 +92,6 @@ def open_extractor(
 @functools.partial(jax.jit, static_argnames="features")
 def _features(features: Callable, params: Any, images: jax.Array) -> InceptionFeatures:
     return features(params, jnp.broadcast_to(images, (*images.shape[:3], 3)))
-
-
-def _to_host(count: int, features: InceptionFeatures) -> InceptionFeatures:
-    return jax.tree.map(lambda x: to_host(x)[:count], features)
 
 
 def _batches(chunks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:

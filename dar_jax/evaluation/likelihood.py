@@ -60,7 +60,7 @@ def evaluate_transformer(
                 raise InputError(f"the data have {codes.shape[1]} codes per image, the transformer {model.config.num_tokens}")
             further = {name: put_batch(value, trained.mesh) for name, value in batch.items() if name not in ("label", "valid")}
             labels = put_batch(numbers[batch["label"]], trained.mesh)
-            condition = trained.condition({**further, "label": labels})
+            condition = trained.networks.condition({**further, "label": labels})
             for row, given in enumerate((condition, model.null(condition))):
                 bits, right = score(model, trained.params["transformer"], given, codes)
                 sums["bits"][row] += to_host(bits)[batch["valid"]].sum(axis=0, dtype=np.float64)

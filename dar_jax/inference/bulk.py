@@ -92,7 +92,7 @@ def _draw(trained: Trained, settings: Settings, classes: np.ndarray, seeds: np.n
                 (pad(classes[rows].astype(np.int32), size), pad(seeds[rows], size)), trained.mesh
             )
             with jax.set_mesh(trained.mesh):
-                condition = trained.condition({"label": batch_labels})
+                condition = trained.networks.condition({"label": batch_labels})
                 images = generate(trained.networks, trained.sampler_params, settings, condition, batch_seeds).images
             if waiting:
                 parts.write(*waiting)

@@ -84,9 +84,13 @@ class Model:
         numbers = np.asarray([self._number(label) for label in labels], np.int32)
         if len(numbers) != len(images):
             raise InputError(f"{len(images)} images and {len(numbers)} labels do not pair up")
+
+        def bits_of(codes: jax.Array, labels: jax.Array) -> jax.Array:
+            return score(networks.transformer, params, networks.condition({"label": labels}), codes)[0]
+
         batches = split_rows(self.batch_size, self.encode(images), numbers)
         bits = over_batches(
-            lambda codes, labels: score(networks.transformer, params, self.trained.condition({"label": labels}), codes)[0],
+            bits_of,
             batches,
             self.batch_size,
             self.trained.mesh,

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from dar_jax.inference import pictures
 from dar_jax.inference.trained import Trained, seeds_from
 from dar_jax.models.pixels import psnr, to_float, to_uint8
 from dar_jax.models.quantizer import Quantized
-from dar_jax.parallel.batches import full_batch, pad, put_batch, to_host
+from dar_jax.parallel.batches import full_batch, over_batches, split_rows
 from dar_jax.sampling.sampler import decode
 from dar_jax.sampling.settings import Networks, make_settings
 
@@ -59,27 +58,24 @@ def reconstruct(
     trained = trained.with_tokenizer(at_image_size(trained.config))
     networks, params, mesh = trained.networks, trained.params, trained.mesh
     settings = make_settings(sampling or SamplingConfig(), trained.config, networks.method)
-    size = full_batch(batch_size, mesh, trained.decoder_mesh or mesh)
-    decoded, codes = [], []
-    for count, (batch, batch_seeds) in _batches(size, images, np.asarray(seeds, np.uint32)):
-        with jax.set_mesh(mesh):
-            quantized = quantize(networks, params, put_batch(batch, mesh))
-            samples = decode(networks, prepared, settings, quantized.values, put_batch(batch_seeds, mesh))
-        decoded.append(to_uint8(to_host(samples.images)[:count]))
-        if quantized.codes is not None:
-            codes.append(to_host(quantized.codes)[:count])
+
+    def run(batch: jax.Array, seeds: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        quantized = quantize(networks, params, batch)
+        return decode(networks, prepared, settings, quantized.values, seeds).images, quantized.codes
+
+    meshes = mesh, trained.decoder_mesh or mesh
+    batches = split_rows(full_batch(batch_size, *meshes), images, np.asarray(seeds, np.uint32))
+    results = over_batches(run, batches, batch_size, *meshes)
+    decoded, codes = zip(*((to_uint8(images), codes) for _, (images, codes) in results))
     decoded = np.concatenate(decoded)
-    return Reconstructed(decoded, psnr(images, decoded), np.concatenate(codes) if codes else None)
+    return Reconstructed(decoded, psnr(images, decoded), None if codes[0] is None else np.concatenate(codes))
 
 
 def encode(trained: Trained, images: np.ndarray, batch_size: int = 64) -> np.ndarray:
     """uint8 [N, H, W, C] -> codes int32 [N, T], `batch_size` images at a time as in `reconstruct`."""
-    codes = []
-    for count, (batch,) in _batches(full_batch(batch_size, trained.mesh), images):
-        with jax.set_mesh(trained.mesh):
-            quantized = quantize(trained.networks, trained.params, put_batch(batch, trained.mesh))
-        codes.append(to_host(quantized.codes)[:count])
-    return np.concatenate(codes)
+    run = lambda batch: quantize(trained.networks, trained.params, batch).codes  # noqa: E731
+    batches = over_batches(run, split_rows(full_batch(batch_size, trained.mesh), images), batch_size, trained.mesh)
+    return np.concatenate([codes for _, codes in batches])
 
 
 @functools.partial(jax.jit, static_argnames="networks")
@@ -180,10 +176,3 @@ def reconstruct_folder(
     }
     write_json(out / "report.json", report)
     return report
-
-
-def _batches(size: int, *arrays: np.ndarray) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """Cuts arrays [N, ...] into parts of `size` rows, the last one padded; yields how many rows count, and the parts."""
-    for start in range(0, len(arrays[0]), size):
-        parts = [array[start : start + size] for array in arrays]
-        yield len(parts[0]), [pad(part, size) for part in parts]

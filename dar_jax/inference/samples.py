@@ -24,7 +24,7 @@ from dar_jax.inference.trained import Trained
 from dar_jax.models.pixels import to_float, to_uint8
 from dar_jax.parallel.batches import full_batch, pad, put_batch, to_host
 from dar_jax.sampling.sampler import generate, stream
-from dar_jax.sampling.settings import Settings, make_settings
+from dar_jax.sampling.settings import Method, Settings, make_settings
 from dar_jax.training.checkpoint import Info
 
 NAME_LENGTH = 50  # characters of the run's name in names of files, of which systems take 255 bytes
@@ -69,6 +69,7 @@ def sample(
         settings = make_settings(sampling, trained.config, trained.networks.method)
     networks, params, mesh = trained.networks, trained.sampler_params, trained.mesh
     labels, seeds = np.asarray(labels, np.int32), np.asarray(seeds, np.uint32)
+    condition = jax.tree.map(np.asarray, networks.condition({"label": labels}))
     size = full_batch(batch_size, mesh, trained.decoder_mesh or mesh)
     given = {}
     if prefix is not None:
@@ -79,8 +80,8 @@ def sample(
         rows = slice(start, min(start + size, len(labels)))
         if prefix is not None:
             given["prefix"] = put_batch(pad(prefix[rows], size), mesh)
-        batch_labels, batch_seeds = put_batch((pad(labels[rows], size), pad(seeds[rows], size)), mesh)
-        arguments = (networks, params, settings, trained.condition({"label": batch_labels}), batch_seeds)
+        batch = jax.tree.map(lambda leaf, rows=rows: pad(leaf[rows], size), (condition, seeds))
+        arguments = (networks, params, settings, *put_batch(batch, mesh))
         steps = stream(*arguments, **given) if previews else (generate(*arguments, **given) for _ in range(1))
         while True:
             with jax.set_mesh(mesh):
@@ -118,6 +119,7 @@ def make_request(
     start_image: str | None = None,
     resolution: int | None = None,
     output_resolution: int | None = None,
+    method: Method = Method(),  # noqa: B008 (frozen)
 ) -> Request:
     """Checks everything that can be wrong with a request before any weights are read.
 
@@ -126,13 +128,14 @@ def make_request(
       labels: names or numbers of classes. One label goes with many seeds, one seed with many labels, equally many pair up.
       prefix_image, prefix_tokens: where the first `prefix_length` tokens come from (default: all of `prefix_tokens`).
       start_image: to start from at `sampling.start_step`.
+      method: the experiment's parts of sampling, with which the settings have to go.
       resolution, output_resolution: pixels are denoised at the one and resized to the other (default: the tokenizer's).
 
     Raises InputError in one line where labels, seeds, settings, tokens or images do not fit.
     """
     model = info.config.model
     tokenizer = _at_resolution(info.tokenizer.config.model, resolution, output_resolution)
-    make_settings(sampling, tokenizer)
+    make_settings(sampling, tokenizer, method)
     numbers, seeds = pair([class_number(label, info.class_names) for label in labels], seeds)
     if (start_image is None) != (sampling.start_step == 0):
         raise InputError(

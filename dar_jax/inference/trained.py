@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from dar_jax import parallel
 from dar_jax.config import MeshConfig, TokenizerConfig, TokenizerTraining
 from dar_jax.errors import InputError
-from dar_jax.experiment import Experiment, label_of
+from dar_jax.experiment import Experiment
 from dar_jax.sampling.prepare import SamplerParams, prepare, separate
 from dar_jax.sampling.settings import Method, Networks
 from dar_jax.training import checkpoint
@@ -36,7 +36,7 @@ class Trained:
     """A checkpoint in use: networks with their weights on a mesh, as the sampler takes them.
 
     info: of the run, None for one that is still training. params: {"tokenizer": ..., "transformer": ..., "others": ...}.
-    decoder_mesh: devices of their own for denoising samples, see `prepare.separate`. condition: as of `Experiment`.
+    decoder_mesh: devices of their own for denoising samples, see `prepare.separate`.
     """
 
     info: checkpoint.Info | None
@@ -44,7 +44,6 @@ class Trained:
     params: dict[str, Any]
     mesh: Mesh
     decoder_mesh: Mesh | None = None
-    condition: Callable[[Mapping[str, Any]], Any] = label_of
 
     @property
     def config(self) -> TokenizerConfig:
@@ -93,7 +92,8 @@ def load_tokenizer(
     weights = weights if info.is_tokenizer else "ema"
     mesh = mesh or run_mesh(info.tokenizer.config.mesh)
     network, params = _load(info.tokenizer.path, _tokenizer_part(experiment), weights, mesh)
-    return Trained(info, Networks(network, method=_method(experiment)), {"tokenizer": params}, mesh)
+    method = experiment.method if experiment else Method()
+    return Trained(info, Networks(network, method=method), {"tokenizer": params}, mesh)
 
 
 def load_sampler(
@@ -113,13 +113,13 @@ def load_sampler(
     mesh = mesh or run_mesh(info.config.mesh)
     transformer, transformer_params = _load(info.path, experiment, weights, mesh)
     tokenizer, tokenizer_params = _load(info.tokenizer.path, _tokenizer_part(experiment), "ema", mesh)
-    others = {name: _load(folder, None, "ema", mesh) for name, folder in (experiment.others if experiment else {}).items()}
-    networks = Networks(
-        tokenizer, transformer, _method(experiment), FrozenDict({name: network for name, (network, _) in others.items()})
-    )
+    parts = experiment or Experiment(info.config)
+    others = {name: _load(folder, None, "ema", mesh) for name, folder in parts.others.items()}
+    modules = FrozenDict({name: module for name, (module, _) in others.items()})
+    networks = Networks(tokenizer, transformer, parts.method, parts.condition, modules)
     params = {"tokenizer": tokenizer_params, "transformer": transformer_params}
-    params["others"] = {name: of_other for name, (_, of_other) in others.items()}
-    return Trained(info, networks, params, mesh, decoder_mesh, experiment.condition if experiment else label_of)
+    params |= {"others": {name: weights for name, (_, weights) in others.items()}}
+    return Trained(info, networks, params, mesh, decoder_mesh)
 
 
 def unless_missing(load: Callable[[], T], given: str | None = None) -> T | None:
@@ -156,10 +156,6 @@ def seeds_from(first: int, count: int) -> np.ndarray:
 def _load(path: str | os.PathLike, experiment: Experiment | None, weights: Weights, mesh: Mesh) -> tuple[Any, Any]:
     loaded = checkpoint.load(path, experiment, weights, mesh)
     return loaded.experiment.build_model(matmul_dtype(loaded.config.train.dtype)), loaded.params
-
-
-def _method(experiment: Experiment | None) -> Method:
-    return experiment.method if experiment else Method()
 
 
 def _tokenizer_part(experiment: Experiment | None) -> Experiment | None:

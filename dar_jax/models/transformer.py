@@ -149,7 +149,7 @@ class Llama(nn.Module):
         return self._logits(x)
 
     def extend(
-        self, layers: Sequence[Params], x: Array, caches: Sequence[Cache], position: Array
+        self, layers: Sequence[Params], x: Array, caches: Sequence[Cache], position: Array, mask: Array | None = None
     ) -> tuple[Array, tuple[Cache, ...]]:
         """Logits after each of n slots, given the caches of the slots before them.
 
@@ -158,12 +158,14 @@ class Llama(nn.Module):
           x: [B, n, D], inputs of `prefix` and `embed`.
           caches: of each layer (`empty_caches`), filled up to the slot before; what they hold further on is not seen.
           position: the slot of the first input, an int32 scalar or [B], one for each row.
+          mask: [1 or B, n, S] bool, which of the caches' S slots each input sees; None: those up to its own.
 
         Returns: [B, n, V] float32 and the caches, filled with these slots.
         """
         count = x.shape[1]
         slots = jnp.asarray(position)[..., None] + jnp.arange(count)  # [n] or [B, n]
-        shared = (self._rope(slots), causal_mask(count, caches[0].keys.shape[2], position), position, None)
+        mask = causal_mask(count, caches[0].keys.shape[2], position) if mask is None else mask
+        shared = (self._rope(slots), mask, position, None)
         block = self.block(self.config, self.dtype, parent=None)
         x, caches = run_cached(block, layers, caches, constrain(x, "stream"), *shared)
         return self._logits(x), caches

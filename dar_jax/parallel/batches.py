@@ -100,7 +100,7 @@ def over_batches(
     Args:
       function: takes arrays [B, ...] sharded over the first mesh, returns a tree of arrays with the batch first.
       batches: tuples of host arrays of up to `size` rows; shorter ones are padded, so that one compilation serves.
-      size: rows at a time, rounded up to a multiple of the devices that share a batch, on each of the meshes.
+      size: rows at a time on the devices, rounded up to a multiple of those that share a batch, on each of the meshes.
 
     Yields (rows, results): how many rows the batch had, and NumPy arrays of so many. Every one of several hosts gives the same
     batches and gets all results.

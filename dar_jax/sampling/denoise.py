@@ -17,6 +17,7 @@ from dar_jax.models.pixels import resize_bicubic
 from dar_jax.models.tokenizer import Tokenizer
 from dar_jax.parallel.sharding import constrain
 from dar_jax.sampling.prepare import Unstacked
+from dar_jax.sampling.solvers import Velocity
 
 if TYPE_CHECKING:
     from dar_jax.sampling.settings import Networks, Settings
@@ -62,7 +63,7 @@ def begin_decoding(
         start = jnp.float32(schedule(networks, settings.num_steps).times[settings.start_step])
         x, preview = model.path.at(x, model.config.velocity.data_std * image, start), image
     x = constrain(x, "images")
-    caches = model.empty_caches(batch)
+    caches = model.bind({"params": params.rest}).empty_caches(batch)
     return Decoding(
         caches=jax.tree.map(lambda leaf: constrain(leaf, "cache"), caches),
         condition=constrain(jnp.zeros((batch, model.config.num_tokens, model.config.decoder_width), jnp.float32), "stream"),
@@ -104,7 +105,8 @@ def denoise(networks: "Networks", params: Unstacked, settings: "Settings", decod
         return velocity(x, t) if method.steer is None else method.steer(velocity, x, t, decoding.observed)
 
     keys = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, 2), index))(decoding.keys)
-    step = settings.solver.step(steered, decoding.x, decoding.carry, times[index], times[index + 1], keys)
+    field = Velocity(steered, model.path.data)
+    step = settings.solver.step(field, decoding.x, decoding.carry, times[index], times[index + 1], keys)
     x, preview, carry = jax.tree.map(lambda leaf: constrain(leaf, "images"), step)
     return dataclasses.replace(decoding, x=x, carry=carry, preview=preview / model.config.velocity.data_std)
 

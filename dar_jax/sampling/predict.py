@@ -88,6 +88,23 @@ def predict_group(
 token_by_token = Predictor(begin_prediction, predict_group)
 
 
+def draw_each(networks: "Networks", settings: "Settings", logits: Array, keys: Array, positions: Array, tokens: Array) -> Array:
+    """Draws the tokens at n positions of each sample, each as `token_by_token` would: int32 [B, n].
+
+    Args:
+      logits: [B, n, V], or [2B, n, V] in the rows of `with_null`, which are guided here.
+      keys: [B] the samples' own keys. positions: [n] or [B, n]. tokens: [B, T], those so far.
+    """
+    batch, count = len(keys), logits.shape[1]
+    positions = jnp.broadcast_to(positions, (batch, count))
+    if len(logits) > batch:
+        pairs = logits.reshape(batch, 2, count, -1)
+        logits = guide(pairs[:, 0], pairs[:, 1], settings.scales[positions][..., None])
+    each = token_keys(jnp.repeat(keys, count), positions.reshape(-1))
+    rows = logits.reshape(batch * count, -1), each, positions.reshape(-1), jnp.repeat(tokens, count, axis=0)
+    return networks.method.draw(*rows, settings).reshape(batch, count)
+
+
 def with_null(model: Any, condition: Any) -> Any:
     """Each sample's condition and the null one, interleaved, so that on several devices both rows of a sample stay together."""
     pairs = jax.tree.map(lambda a, b: jnp.stack([a, b], axis=1), condition, model.null(condition))
@@ -174,11 +191,7 @@ def _predict(
         embedded = model.apply(weights, jnp.repeat(previous, 2, axis=0) if guided else previous, method="embed")
         x = jnp.where(position == 0, first, embedded)
         logits, caches = model.apply(weights, params.transformer.layers, x, caches, state.before + position, method="extend")
-        logits = logits[:, 0]
-        if guided:
-            pairs = logits.reshape(batch, 2, -1)
-            logits = guide(pairs[:, 0], pairs[:, 1], settings.scales[position])
-        drawn = networks.method.draw(logits, token_keys(state.keys, position), position, tokens, settings)
+        drawn = draw_each(networks, settings, logits, state.keys, position[None], tokens)[:, 0]
         token = jnp.where(position < state.num_given, jnp.take(tokens, position, axis=1), drawn)
         return (jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], position, axis=1), caches), None
 

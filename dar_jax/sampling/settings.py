@@ -60,17 +60,24 @@ class Method:
         return tuple(f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not f.default)
 
 
+def label_of(batch: Mapping[str, Any]) -> Any:
+    """The default condition: the class of each image, int32 [B]."""
+    return batch["label"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Networks:
     """The modules of both stages and how they are sampled from; static under jit.
 
-    `transformer` is None where codes are given. `others` are an experiment's further networks by name. Their parameters go
+    `transformer` is None where codes are given. `condition` is the experiment's: callers of the sampler make with it, of
+    {"label": int32 [B]}, what the sampler takes. `others` are an experiment's further networks by name. Their parameters go
     beside them as a dict {"tokenizer": ..., "transformer": ..., "others": {name: ...}}.
     """
 
     tokenizer: Tokenizer
     transformer: Llama | None = None
     method: Method = Method()
+    condition: Callable[[Mapping[str, Any]], Any] = label_of
     others: Mapping[str, nn.Module] = FrozenDict()
 
 

@@ -4,20 +4,32 @@ Shapes: B batch; x is [B, ...] float32.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
-Velocity = Callable[[Array, Array], Array]  # (x, t') -> velocity, of the condition tokens of the step at hand
+from dar_jax.models import flow
+
+
+@dataclass(frozen=True)
+class Velocity:
+    """velocity(x, t') with the condition tokens of the step at hand; `data(x, velocity, t')` is the data that it points to."""
+
+    function: Callable[[Array, Array], Array]
+    data: Callable[[Array, Array, Array], Array] = flow.jump
+
+    def __call__(self, x: Array, t: Array) -> Array:
+        return self.function(x, t)
 
 
 class Solver(NamedTuple):
     """How x is carried from one time to the next.
 
     init: x -> what the solver remembers, a tree of arrays with the batch first.
-    step: (velocity, x, carry, t', t'_next, keys [B]) -> (x, preview, carry), where the preview is the jump to t' = 1. The keys
-      are the samples' own for this step.
+    step: (velocity, x, carry, t', t'_next, keys [B]) -> (x, preview, carry). The preview is the data that the step points to,
+      see `Velocity.data`; that of the last step is the image. The keys are the samples' own for this step.
     """
 
     init: Callable[[Array], Any]
@@ -26,7 +38,7 @@ class Solver(NamedTuple):
 
 def _euler_step(velocity: Velocity, x: Array, carry: None, t: Array, t_next: Array, keys: Array) -> tuple[Array, Array, None]:
     v = velocity(x, t)
-    return x + (t_next - t) * v, x + (1 - t) * v, None
+    return x + (t_next - t) * v, velocity.data(x, v, t), None
 
 
 def _adams2_init(x: Array) -> tuple[Array, Array]:
@@ -37,7 +49,7 @@ def _adams2_step(velocity: Velocity, x: Array, carry: tuple[Array, Array], t: Ar
     previous, begun = carry
     v = velocity(x, t)
     combined = jnp.where(begun.reshape(-1, *[1] * (x.ndim - 1)), 1.5 * v - 0.5 * previous, v)
-    return x + (t_next - t) * combined, x + (1 - t) * combined, (v, jnp.ones_like(begun))
+    return x + (t_next - t) * combined, velocity.data(x, combined, t), (v, jnp.ones_like(begun))
 
 
 euler = Solver(lambda x: None, _euler_step)

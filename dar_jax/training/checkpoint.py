@@ -42,7 +42,7 @@ from dar_jax.parallel import hosts
 from dar_jax.training.state import Params, TrainState
 
 PathLike = str | os.PathLike
-INFERENCE_HOOKS = re.compile(r"model|condition|others|method\.\w+")  # replaced parts without which no checkpoint can be used
+TRAINING_HOOKS = ("loss", "features", "frozen", "optimizer", "source")  # replaced parts that using a checkpoint does not need
 FORMAT = 1  # of what is written beside the arrays; 0, which has no number, lists sizes without checksums
 METADATA = "_CHECKPOINT_METADATA"  # Orbax's name of the file with `_about`
 MOST_JSON = 64 * 2**20  # bytes that are read of a JSON file
@@ -311,14 +311,15 @@ def load(
 
     Args:
       path: a WORKDIR (its newest checkpoint) or WORKDIR/checkpoints/STEP.
-      experiment: needed if the run had replaced its model or parts of sampling; its own settings are not used.
+      experiment: needed if the run had replaced its model, condition or parts of sampling; its own settings are not used.
       mesh: where the weights go, cut by `parallel.RULES`; None: the first device.
 
     Raises InputError where there is no checkpoint, it is damaged, lacks these weights, or needs its experiment.
     """
     info = inspect(path)
-    given = () if experiment is None else experiment.hooks
-    if missing := [hook for hook in info.hooks if INFERENCE_HOOKS.fullmatch(hook) and hook not in given]:
+    given = (*TRAINING_HOOKS, *(experiment.hooks if experiment else ()))
+    given = [hook.removeprefix("method.") for hook in given]  # there were checkpoints that wrote "guidance"
+    if missing := [hook for hook in info.hooks if hook.removeprefix("method.") not in given]:
         raise InputError(f"{info.path} was trained with its own {' and '.join(missing)}; pass --experiment FILE")
     experiment = (experiment or Experiment(info.config)).with_config(info.config)
     if not (info.path / weights).is_dir():

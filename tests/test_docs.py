@@ -1,0 +1,69 @@
+"""The README and the pages of docs/ name what exists: links, modules, commands with their options, experiment files."""
+
+import re
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from dar_jax.cli.main import COMMANDS, parse
+from dar_jax.errors import InputError
+from dar_jax.quickstart import DIGITS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_page
+def test_links(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text())):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        linked = page.parent / path if path else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+@each_page
+def test_names_of_files(page):
+    for path in re.findall(r"\b((?:dar_jax|experiments|tests|tpu_scripts)/[\w/]+\.(?:py|sh))", page.read_text()):
+        assert (ROOT / path).exists(), path
+
+
+def commands(page: Path) -> list[tuple[str, bool]]:
+    """The command lines of a page; True: complete ones, from a block of shell, and False: those within a sentence."""
+    text = page.read_text()
+    blocks = "".join(block for language, block in FENCE.findall(text) if language == "sh").replace("\\\n", " ")
+    lines = [(line, True) for line in blocks.splitlines() if line.startswith("dar-jax ")]
+    sentences = re.sub(r"\s+", " ", FENCE.sub("", text))
+    return lines + [(line, False) for line in re.findall(r"`(dar-jax [^`]*)`", sentences)]
+
+
+@each_page
+def test_commands(page, monkeypatch):
+    config = SimpleNamespace(data=DIGITS)
+    run = SimpleNamespace(config=config, tokenizer=SimpleNamespace(config=config))
+    for name in ("inference.trained.inspect_transformer", "training.checkpoint.inspect"):  # some options are those of a run
+        monkeypatch.setattr(f"dar_jax.{name}", lambda path: run)
+    monkeypatch.chdir(ROOT)
+    for line, complete in commands(page):
+        name, *rest = [word for word in shlex.split(line, comments=True)[1:] if word != "..."]
+        stand_in = {"my_experiment.py": "experiments/digits_ar.py"}
+        rest = [stand_in.get(word, word) for word in rest]
+        assert name in COMMANDS or name.isupper(), line
+        if not rest or name.isupper() or "EXPERIMENT" in rest or "FILE" in rest or "FILE:NAME" in rest:
+            continue
+        try:
+            parse([name, *rest])
+        except InputError as error:
+            assert not complete and re.search("missing|required", str(error), re.IGNORECASE), f"{line}: {error}"
