@@ -105,7 +105,7 @@ def start_from(start: Start, state: TrainState) -> tuple[TrainState, list[str]]:
 
     params = jax.tree_util.tree_map_with_path(replace, state.params)
     rows += [Row("skipped", name, other.shape, None, "not in this model") for name, other in theirs.items()]
-    ema = jax.tree.map(lambda new: new.copy()(params))
+    ema = jax.tree.map(lambda new: new.copy(), params)
     return dataclasses.replace(state, params=params, ema=ema), table(start.name, rows)
 
 
