@@ -65,11 +65,12 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(params))
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
         new, old = (params, ema, opt_state), (state.params, state.ema, state.opt_state)
         params, ema, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
+        finite &= jnp.isfinite(optax.tree.norm(params))  # of what is written anyway; the update may have overflowed
         metrics |= {"grad_norm": grad_norm, "learning_rate": schedule(state.step), "finite": finite}
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
