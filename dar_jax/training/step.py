@@ -36,8 +36,8 @@ def make_train_step(
       state: the state or its abstract form; only the shardings are looked at.
 
     Step k draws its randomness from fold_in(key(seed), k), with accumulation also from the number of the part. The metrics
-    gain `grad_norm` (before clipping), `learning_rate` and `finite`: where the loss, the gradient or the parameters that they
-    lead to are not finite, parameters, EMA and optimizer stay as they were.
+    gain `grad_norm` (before clipping), `learning_rate` and `finite`: whether loss, gradient and the parameters after the step
+    are. Where loss or gradient are not, parameters, EMA and optimizer stay as they were.
     """
     train, decay = config.train, config.optimizer.ema_decay
     schedule = learning_rate(config.optimizer, train.steps)
