@@ -134,7 +134,7 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
+class TransformerConfig:
     """The autoregressive transformer (paper section 3.3). The default is size L: 342,910,976 parameters."""
 
     layers: Layers = 24
@@ -159,7 +159,7 @@ class LlamaConfig:
         return -(-hidden // self.mlp_multiple) * self.mlp_multiple
 
 
-LLAMA_SIZES: dict[str, dict[str, int]] = {
+TRANSFORMER_SIZES: dict[str, dict[str, int]] = {
     "B": {"layers": 12, "heads": 12, "width": 768},
     "L": {"layers": 24, "heads": 16, "width": 1024},
     "XL": {"layers": 36, "heads": 20, "width": 1280},
@@ -293,7 +293,7 @@ class TransformerTraining:
     """Stage 2: everything that defines a run of the autoregressive transformer."""
 
     name: str = "ar"
-    model: LlamaConfig = field(default_factory=LlamaConfig)
+    model: TransformerConfig = field(default_factory=TransformerConfig)
     tokenizer: str | None = None  # a tokenizer's checkpoint; it is copied into the run's folder, so that the run is complete
     data: DataConfig = field(default_factory=lambda: DataConfig(crop="ten_crop", flip=False))
     optimizer: OptimizerConfig = field(

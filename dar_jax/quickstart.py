@@ -16,13 +16,13 @@ import numpy as np
 from dar_jax import __version__
 from dar_jax.config import (
     DataConfig,
-    LlamaConfig,
     OptimizerConfig,
     SamplingConfig,
     TokenizerConfig,
     TokenizerLossConfig,
     TokenizerTraining,
     TrainConfig,
+    TransformerConfig,
     TransformerTraining,
     VelocityConfig,
 )
@@ -71,7 +71,7 @@ TOKENIZER = TokenizerTraining(
 
 TRANSFORMER = TransformerTraining(
     name="digits",
-    model=LlamaConfig(
+    model=TransformerConfig(
         layers=3,
         heads=4,
         width=128,

@@ -8,13 +8,13 @@ Time:     an estimate, not measured: about 20 minutes on an A100, from 20 GFLOP 
 Result:   not measured at this size; the README has a shortened run of a smaller one on a CPU.
 """
 
-from dar_jax.config import DataConfig, LlamaConfig, OptimizerConfig, SamplingConfig, TrainConfig, TransformerTraining
+from dar_jax.config import DataConfig, OptimizerConfig, SamplingConfig, TrainConfig, TransformerConfig, TransformerTraining
 from dar_jax.experiment import Experiment
 
 experiment = Experiment(
     TransformerTraining(
         name="cifar10_ar",
-        model=LlamaConfig(layers=12, heads=8, width=512, num_tokens=64, vocab_size=4096, num_classes=10),
+        model=TransformerConfig(layers=12, heads=8, width=512, num_tokens=64, vocab_size=4096, num_classes=10),
         data=DataConfig(source="cifar10", image_size=32, crop="ten_crop", ten_crop_scale=1.1, flip=False),
         optimizer=OptimizerConfig(learning_rate=6e-4, schedule="cosine", warmup_steps=500, weight_decay=0.05),
         train=TrainConfig(steps=20_000, batch_size=256, checkpoint_every=2500, sample_every=2500),

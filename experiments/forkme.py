@@ -19,21 +19,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from dar_jax.config import DataConfig, LlamaConfig, OptimizerConfig, SamplingConfig, TrainConfig, TransformerTraining
+from dar_jax.config import DataConfig, OptimizerConfig, SamplingConfig, TrainConfig, TransformerConfig, TransformerTraining
 from dar_jax.experiment import Experiment
 from dar_jax.models.layers import dropout
-from dar_jax.models.transformer import Llama, LlamaAttention, SwiGLU
+from dar_jax.models.transformer import CausalAttention, Llama, SwiGLU
 from dar_jax.sampling.settings import Method
 
 
 class ParallelBlock(nn.Module):
     """Attention and MLP side by side on one normalised input, instead of one after the other.
 
-    The signature is that of `dar_jax.models.transformer.LlamaBlock`. The sub-modules keep their names, so the sharding rules of
-    `dar_jax.parallel` know all parameters; parameters with names of their own would need `Experiment(rules=...)`.
+    The signature is that of `dar_jax.models.transformer.TransformerBlock`. The sub-modules keep their names, so the sharding
+    rules of `dar_jax.parallel` know all parameters; parameters with names of their own would need `Experiment(rules=...)`.
     """
 
-    config: LlamaConfig
+    config: TransformerConfig
     dtype: jnp.dtype
 
     @nn.compact
@@ -41,7 +41,7 @@ class ParallelBlock(nn.Module):
         x, cache = carry  # [B, T, D]
         normed = nn.RMSNorm(epsilon=self.config.norm_eps, dtype=jnp.float32, name="norm")(x)
         keys = (None, None) if dropout_key is None else jax.random.split(jax.random.fold_in(dropout_key, layer))
-        attended, cache = LlamaAttention(self.config, self.dtype, name="attention")(normed, rope, mask, cache, position)
+        attended, cache = CausalAttention(self.config, self.dtype, name="attention")(normed, rope, mask, cache, position)
         hidden = SwiGLU(self.config, self.dtype, name="mlp")(normed)
         x = x + dropout(attended, self.config.attention_dropout, keys[0]) + dropout(hidden, self.config.mlp_dropout, keys[1])
         return (x, cache), None
@@ -61,7 +61,7 @@ def cosine_guidance(num_tokens: int, first: float, last: float) -> np.ndarray:
 experiment = Experiment(
     TransformerTraining(
         name="fork",
-        model=LlamaConfig(
+        model=TransformerConfig(
             layers=3,
             heads=4,
             width=128,

@@ -17,13 +17,13 @@ Result:   published (50,000 samples):
 """
 
 from dar_jax.config import (
-    LLAMA_SIZES,
+    TRANSFORMER_SIZES,
     DataConfig,
-    LlamaConfig,
     MeshConfig,
     OptimizerConfig,
     SamplingConfig,
     TrainConfig,
+    TransformerConfig,
     TransformerTraining,
 )
 from dar_jax.experiment import Experiment
@@ -34,8 +34,8 @@ def recipe(size: str, last_guidance: float) -> Experiment:
     return Experiment(
         TransformerTraining(
             name=f"imagenet256_ar_{size.lower()}",
-            model=LlamaConfig(
-                **LLAMA_SIZES[size],
+            model=TransformerConfig(
+                **TRANSFORMER_SIZES[size],
                 num_tokens=256,
                 vocab_size=16384,
                 num_classes=1000,

@@ -86,7 +86,7 @@ def tiny_run(tmp_path_factory, tiny_tokenizer):
     """The folder of a transformer's run on the digits, with random weights."""
     import jax.numpy as jnp
 
-    from dar_jax.config import DataConfig, LlamaConfig, SamplingConfig, TokenizerTraining, TransformerTraining
+    from dar_jax.config import DataConfig, SamplingConfig, TokenizerTraining, TransformerConfig, TransformerTraining
     from dar_jax.models.transformer import Llama
     from dar_jax.training.checkpoint import save_for_inference
 
@@ -94,7 +94,7 @@ def tiny_run(tmp_path_factory, tiny_tokenizer):
     data = DataConfig(source="digits", image_size=8, channels=1, crop="center", flip=False)
     tokenizer, params = tiny_tokenizer()
     save_for_inference(folder / "tokenizer", TokenizerTraining(model=tokenizer.config, data=data), params, 1, names)
-    model = LlamaConfig(layers=1, heads=2, width=16, mlp_multiple=8, num_tokens=16, vocab_size=64, num_classes=10)
+    model = TransformerConfig(layers=1, heads=2, width=16, mlp_multiple=8, num_tokens=16, vocab_size=64, num_classes=10)
     inputs = (jnp.zeros(1, jnp.int32), jnp.zeros((1, 16), jnp.int32))
     params = jax.jit(Llama(model).init)(jax.random.key(2), *inputs)["params"]
     params |= {"output": 0.3 * jax.random.normal(jax.random.key(3), params["output"].shape)}

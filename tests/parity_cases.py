@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dar_jax.config import LlamaConfig
+from dar_jax.config import TransformerConfig
 from dar_jax.models.tokenizer import Tokenizer
 from dar_jax.models.transformer import Llama
-from dar_jax.release.names import llama_entries, tokenizer_entries
+from dar_jax.release.names import tokenizer_entries, transformer_entries
 from dar_jax.release.sizes import tokenizer_config
 from dar_jax.weights.table import from_release
 
@@ -66,9 +66,9 @@ class Case:
         sizes = {"layers": config["n_layer"], "heads": config["n_head"], "kv_heads": config.get("n_kv_head")}
         sizes |= {"width": config["dim"], "num_tokens": config["block_size"]}
         sizes |= {name: config[name] for name in ("vocab_size", "num_classes")}
-        model = Llama(LlamaConfig(**sizes))
+        model = Llama(TransformerConfig(**sizes))
         tokens = jnp.zeros((1, config["block_size"]), jnp.int32)
-        return model, *self._params(model, llama_entries(model.config), jnp.zeros(1, jnp.int32), tokens)
+        return model, *self._params(model, transformer_entries(model.config), jnp.zeros(1, jnp.int32), tokens)
 
     def _params(self, model, entries, *inputs):
         abstract = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_sweep import make_extractor
 
-from dar_jax.config import DataConfig, LlamaConfig, TrainConfig, TransformerTraining
+from dar_jax.config import DataConfig, TrainConfig, TransformerConfig, TransformerTraining
 from dar_jax.data.sources import DigitsSource
 from dar_jax.errors import InputError
 from dar_jax.evaluation import during_training
@@ -46,7 +46,7 @@ def test_a_tokenizer_is_measured_on_held_out_images(networks, tmp_path):
 
 def test_what_is_missing_is_said_before_the_first_step(networks, tiny_run, tmp_path):
     digits = DataConfig(source="digits", image_size=8, channels=1, crop="center", flip=False)
-    model = LlamaConfig(layers=1, heads=2, width=16, mlp_multiple=8, num_tokens=16, vocab_size=64, num_classes=10)
+    model = TransformerConfig(layers=1, heads=2, width=16, mlp_multiple=8, num_tokens=16, vocab_size=64, num_classes=10)
     config = TransformerTraining(model=model, tokenizer=str(tiny_run / "tokenizer"), data=digits, train=SETTINGS)
 
     class Fewer(DigitsSource):
@@ -71,7 +71,7 @@ def test_without_a_split_the_images_are_those_of_training(networks, tmp_path, ca
 
 def test_a_transformer_is_measured_by_bits_and_samples(networks, tiny_run, tmp_path):
     data = DataConfig(source="digits", image_size=8, channels=1, crop="center", flip=False)
-    model = LlamaConfig(layers=1, heads=2, width=16, mlp_multiple=8, num_tokens=16, vocab_size=64, num_classes=10)
+    model = TransformerConfig(layers=1, heads=2, width=16, mlp_multiple=8, num_tokens=16, vocab_size=64, num_classes=10)
     config = TransformerTraining(model=model, tokenizer=str(tiny_run / "tokenizer"), data=data, train=SETTINGS)
     train(Experiment(config), tmp_path, evaluate=Evaluation())
     records = [record for record in read_records(tmp_path) if "eval_fid" in record]

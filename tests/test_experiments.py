@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dar_jax.config import LlamaConfig, MeshConfig, TokenizerTraining, validate
+from dar_jax.config import MeshConfig, TokenizerTraining, TransformerConfig, validate
 from dar_jax.experiment import load_experiment
 from dar_jax.parallel import make_mesh, shardings
 
@@ -93,7 +93,7 @@ def test_forked_parts_are_used():
     experiment = load("forkme")
     assert experiment.hooks == ("model", "method.guidance")
     model = experiment.build_model()
-    assert model.block.__name__ == "ParallelBlock" and isinstance(model.config, LlamaConfig)
+    assert model.block.__name__ == "ParallelBlock" and isinstance(model.config, TransformerConfig)
     scales = experiment.method.guidance(9, 1.0, 5.0)
     np.testing.assert_allclose(scales[[0, 4, 8]], [1, 3, 5])
     assert scales[1] < np.linspace(1, 5, 9)[1] and scales[7] > np.linspace(1, 5, 9)[7]

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dar_jax.config import LlamaConfig, TokenizerTraining
+from dar_jax.config import TokenizerTraining, TransformerConfig
 from dar_jax.models.transformer import Llama
 from dar_jax.training.flops import count_flops, matrix_products, model_flops
 from dar_jax.training.losses import cross_entropy, tokenizer_loss
@@ -76,7 +76,7 @@ def test_agrees_with_xla(function):
 
 
 def test_every_layer_of_a_transformer_counts_and_so_does_what_is_computed_again():
-    config = LlamaConfig(layers=3, heads=2, width=16, num_tokens=8, vocab_size=32, num_classes=4, mlp_multiple=8)
+    config = TransformerConfig(layers=3, heads=2, width=16, num_tokens=8, vocab_size=32, num_classes=4, mlp_multiple=8)
     batch, width, hidden, length = 2, 16, config.mlp_width, 8
     layer = 2 * width * (4 * width + 3 * hidden) + 4 * width * length
     forward = batch * length * (3 * layer + 2 * width * 32)
@@ -99,7 +99,7 @@ def test_every_layer_of_a_transformer_counts_and_so_does_what_is_computed_again(
 def test_model_flops_leave_out_what_is_computed_again(remat, tiny_tokenizer):
     """In every kind of block: self attention, cross attention, and those of the transformer."""
     tokenizer, params = tiny_tokenizer()
-    config = LlamaConfig(layers=3, heads=2, width=16, num_tokens=8, vocab_size=32, num_classes=4, mlp_multiple=8)
+    config = TransformerConfig(layers=3, heads=2, width=16, num_tokens=8, vocab_size=32, num_classes=4, mlp_multiple=8)
 
     def encode_and_denoise(remat):
         model, key = tokenizer.clone(remat=remat), jax.random.key(0)

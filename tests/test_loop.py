@@ -17,7 +17,7 @@ import pytest
 import stand_in
 from many_hosts import RATES
 
-from dar_jax.config import LlamaConfig, MeshConfig, TransformerTraining
+from dar_jax.config import MeshConfig, TransformerConfig, TransformerTraining
 from dar_jax.errors import InputError
 from dar_jax.experiment import Experiment, load_experiment
 from dar_jax.training import checkpoint
@@ -282,7 +282,7 @@ def tokenizer(tmp_path):
 def transformer(tokenizer, **changes):
     sizes = {"layers": 1, "heads": 2, "width": 16, "num_tokens": 4, "vocab_size": 16, "num_classes": 10, "mlp_multiple": 16}
     config = TransformerTraining(
-        model=LlamaConfig(**{**sizes, **changes}),
+        model=TransformerConfig(**{**sizes, **changes}),
         tokenizer=str(tokenizer),
         data=stand_in.DATA,
         train=dataclasses.replace(stand_in.config.train, steps=4),

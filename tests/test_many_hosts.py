@@ -139,7 +139,7 @@ def on_each_host():
         right = [np.array_equal(shard.data, batch[shard.index]) for shard in whole.addressable_shards]
         found["parts"].append([own, parts])
         found["rows"].append(all(right) and whole.shape == batch.shape)
-    found["of_first"] = hosts.of_first(5 + number)
+    found["of_first"] = hosts.broadcast_from_first(5 + number)
     checkpoint.require_shared(folder)
     try:
         checkpoint.require_shared(folder / str(number))

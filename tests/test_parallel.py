@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dar_jax import parallel
-from dar_jax.config import LlamaConfig, MeshConfig, OptimizerConfig, SamplingConfig, TokenizerConfig, VelocityConfig
+from dar_jax.config import MeshConfig, OptimizerConfig, SamplingConfig, TokenizerConfig, TransformerConfig, VelocityConfig
 from dar_jax.errors import InputError
 from dar_jax.features.dinov2 import Dinov2, Dinov2Config
 from dar_jax.features.inception import Inception
@@ -30,7 +30,7 @@ TOKENIZERS = {
         query_low_rank=False, vq_enable=False, velocity=VelocityConfig(share_time_encoding=True, mlp_head=True)
     ),
 }
-LLAMAS = {"L": LlamaConfig(), "grouped": LlamaConfig(heads=16, kv_heads=2)}
+LLAMAS = {"L": TransformerConfig(), "grouped": TransformerConfig(heads=16, kv_heads=2)}
 
 
 def full_state(model, *inputs, mesh):
@@ -81,13 +81,13 @@ def test_layout_over_fsdp_and_tensor():
 def test_caches_are_cut_by_batch_and_heads():
     mesh = parallel.make_mesh(MeshConfig(2, 2, 2))
     for batch, axes in ((8, ("data", "fsdp")), (1, None)):
-        caches = jax.eval_shape(lambda batch=batch: Llama(LlamaConfig()).empty_caches(batch, 8))
+        caches = jax.eval_shape(lambda batch=batch: Llama(TransformerConfig()).empty_caches(batch, 8))
         assert parallel.shardings(caches, mesh)[0].keys.spec == P(axes, "tensor", None, None)
 
 
 def test_the_sampler_keeps_its_caches_as_the_table_says(tiny_tokenizer):
     tokenizer, params = tiny_tokenizer()
-    model = Llama(LlamaConfig(layers=1, heads=2, width=16, mlp_multiple=8, num_tokens=16, vocab_size=64, num_classes=10))
+    model = Llama(TransformerConfig(layers=1, heads=2, width=16, mlp_multiple=8, num_tokens=16, vocab_size=64, num_classes=10))
     llama = jax.jit(model.init)(jax.random.key(0), jnp.zeros(1, int), jnp.zeros((1, 16), int))["params"]
     networks = Networks(tokenizer, model)
     settings = make_settings(SamplingConfig(guidance=(1.5, 3.0)), tokenizer.config)

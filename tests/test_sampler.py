@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dar_jax.config import LlamaConfig, MeshConfig, SamplingConfig
+from dar_jax.config import MeshConfig, SamplingConfig, TransformerConfig
 from dar_jax.errors import InputError
 from dar_jax.models import flow
 from dar_jax.models.blocks import unstack
@@ -33,7 +33,7 @@ def make_networks(tiny_tokenizer):
     def make(**sizes):
         tokenizer, tokenizer_params = tiny_tokenizer(**sizes)
         sizes = {"layers": 2, "heads": 4, "kv_heads": 2, "width": 32, "mlp_multiple": 8}
-        config = LlamaConfig(**sizes, num_tokens=16, vocab_size=64, num_classes=5)
+        config = TransformerConfig(**sizes, num_tokens=16, vocab_size=64, num_classes=5)
         model = Llama(config)
         params = model.init(jax.random.key(2), jnp.zeros(1, jnp.int32), jnp.zeros((1, 16), jnp.int32))["params"]
         params |= {"output": jax.random.normal(jax.random.key(3), params["output"].shape)}

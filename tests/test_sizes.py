@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity_cases import Case
 
-from dar_jax.config import LLAMA_SIZES, LlamaConfig, TokenizerConfig
+from dar_jax.config import TRANSFORMER_SIZES, TokenizerConfig, TransformerConfig
 from dar_jax.errors import InputError
-from dar_jax.release.sizes import llama_config, release_config, tokenizer_config, tokenizer_shapes
+from dar_jax.release.sizes import release_config, tokenizer_config, tokenizer_shapes, transformer_config
 
 STRUCTURE = {"encoder_patch_size", "num_encoder_layers", "num_decoder_layers", "query_low_rank", "encoder_dim", "decoder_dim",
              "vq_dim", "vq_enable"}  # fmt: skip
@@ -51,21 +51,21 @@ def test_a_configuration_that_lacks_something_is_refused():
 def llama_tensors(layers, width, rows, vocabulary=64, classes=10):
     shapes = {"cls_embedding.embedding_table.weight": (classes + 1, width), "tok_embeddings.weight": (vocabulary, width)}
     shapes |= {f"layers.{layer}.attention.wqkv.weight": (rows, width) for layer in range(layers)}
-    shapes |= {"layers.0.feed_forward.w1.weight": (LlamaConfig(width=width).mlp_width, width)}
+    shapes |= {"layers.0.feed_forward.w1.weight": (TransformerConfig(width=width).mlp_width, width)}
     return {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
 
 
 def test_llama_sizes():
-    for size in LLAMA_SIZES.values():  # also those whose heads are not 64 wide
-        found = llama_config(llama_tensors(size["layers"], size["width"], 3 * size["width"]), 256)
-        assert found == LlamaConfig(**size, num_tokens=256, vocab_size=64, num_classes=10)
-    grouped = llama_config(llama_tensors(2, 256, 256 + 2 * 128), 16)
+    for size in TRANSFORMER_SIZES.values():  # also those whose heads are not 64 wide
+        found = transformer_config(llama_tensors(size["layers"], size["width"], 3 * size["width"]), 256)
+        assert found == TransformerConfig(**size, num_tokens=256, vocab_size=64, num_classes=10)
+    grouped = transformer_config(llama_tensors(2, 256, 256 + 2 * 128), 16)
     assert (grouped.heads, grouped.kv_heads) == (4, 2)
-    assert llama_config(llama_tensors(2, 256, 3 * 256), 16, heads=8).heads == 8
+    assert transformer_config(llama_tensors(2, 256, 3 * 256), 16, heads=8).heads == 8
     with pytest.raises(InputError, match="do not fit 4 heads of 64"):
-        llama_config(llama_tensors(2, 256, 256 + 2 * 100), 16)
+        transformer_config(llama_tensors(2, 256, 256 + 2 * 100), 16)
     with pytest.raises(InputError, match="layer 0 is missing"):
-        llama_config({name: x for name, x in llama_tensors(2, 256, 768).items() if "layers.0" not in name}, 16)
+        transformer_config({name: x for name, x in llama_tensors(2, 256, 768).items() if "layers.0" not in name}, 16)
 
 
 @settings(max_examples=50, deadline=None)
@@ -77,7 +77,7 @@ def test_there_are_no_more_layers_than_tensors(numbers):
     tensors = llama_tensors(2, 256, 768)
     tensors |= {f"layers.{number}.attention.wo.weight": tensors["layers.0.attention.wqkv.weight"] for number in numbers}
     try:
-        assert llama_config(tensors, 16).layers <= len(tensors)
+        assert transformer_config(tensors, 16).layers <= len(tensors)
     except InputError as error:
         assert "is missing, where" in str(error)
 

@@ -7,7 +7,7 @@ import pytest
 from stand_in import Model
 
 from dar_jax import parallel
-from dar_jax.config import LlamaConfig, MeshConfig, OptimizerConfig, TokenizerConfig, VelocityConfig
+from dar_jax.config import MeshConfig, OptimizerConfig, TokenizerConfig, TransformerConfig, VelocityConfig
 from dar_jax.models.tokenizer import Tokenizer
 from dar_jax.models.transformer import Llama
 from dar_jax.training.optimizer import decay_mask, learning_rate, make_optimizer
@@ -34,7 +34,7 @@ def test_decayed_are_the_tensors_of_two_or_more_dimensions_of_the_method():
     """Counted without the layers axis of stacks, and a bias is a vector there even where it is stored by heads, [N, K]."""
     sizes = VelocityConfig(share_time_encoding=True, mlp_head=True)
     tokenizer = jax.eval_shape(Tokenizer(TokenizerConfig(velocity=sizes)).init, jax.random.key(0), jnp.zeros((1, 256, 256, 3)))
-    llama = jax.eval_shape(Llama(LlamaConfig()).init, jax.random.key(0), jnp.zeros(1, int), jnp.zeros((1, 4), int))
+    llama = jax.eval_shape(Llama(TransformerConfig()).init, jax.random.key(0), jnp.zeros(1, int), jnp.zeros((1, 4), int))
     decayed = []
     for tree in (tokenizer["params"], llama["params"]):
         mask = jax.tree.leaves(decay_mask(tree))

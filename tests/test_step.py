@@ -16,12 +16,12 @@ from jax.sharding import PartitionSpec as P
 
 from dar_jax import parallel
 from dar_jax.config import (
-    LlamaConfig,
     MeshConfig,
     OptimizerConfig,
     TokenizerLossConfig,
     TokenizerTraining,
     TrainConfig,
+    TransformerConfig,
     VelocityConfig,
 )
 from dar_jax.models.tokenizer import Tokenizer
@@ -102,7 +102,7 @@ def tokenizer():
 
 @functools.cache
 def transformer():
-    model = Llama(LlamaConfig(layers=2, heads=4, width=32, num_tokens=8, vocab_size=32, num_classes=10, mlp_multiple=16))
+    model = Llama(TransformerConfig(layers=2, heads=4, width=32, num_tokens=8, vocab_size=32, num_classes=10, mlp_multiple=16))
     rng = np.random.default_rng(0)
     labels, codes = rng.integers(0, 10, 16).astype(np.int32), rng.integers(0, 32, (16, 8)).astype(np.int32)
     params = jax.jit(model.init)(jax.random.key(0), labels[:1], codes[:1])["params"]
@@ -161,7 +161,9 @@ def wide_tokenizer():
 
 
 def wide_transformer():
-    model = Llama(LlamaConfig(layers=4, heads=8, width=128, num_tokens=16, vocab_size=512, num_classes=10, mlp_multiple=16))
+    model = Llama(
+        TransformerConfig(layers=4, heads=8, width=128, num_tokens=16, vocab_size=512, num_classes=10, mlp_multiple=16)
+    )
 
     loss_fn = losses.next_token_loss(TRANSFORMER, model)
     codes, labels = jax.ShapeDtypeStruct((16, 16), jnp.int32), jax.ShapeDtypeStruct((16,), jnp.int32)

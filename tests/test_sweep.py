@@ -17,7 +17,7 @@ from dar_jax.evaluation import statistics
 from dar_jax.evaluation.extractor import Extractor, Network
 from dar_jax.evaluation.fid import evaluate
 from dar_jax.evaluation.images import from_array
-from dar_jax.evaluation.sweep import alike, sweep, variants
+from dar_jax.evaluation.sweep import share_compilation, sweep, variants
 from dar_jax.inference.samples import sample
 from dar_jax.inference.trained import load_sampler
 from dar_jax.sampling.settings import make_settings
@@ -54,12 +54,12 @@ def test_every_combination():
 
 def test_one_compilation_gives_the_samples_of_each_setting(trained, caplog):
     labels, seeds = np.arange(8) % 10, np.arange(8)
-    made = [make_settings(config, trained.config, trained.guidance) for config in CONFIGS]
-    each_alike = alike(made, 64)
+    made = [make_settings(config, trained.config, trained.networks.method) for config in CONFIGS]
+    shared = share_compilation(made, 64)
     jax.clear_caches()
     with jax.log_compiles():
         tokens, compiled = [], []
-        for each in each_alike:
+        for each in shared:
             caplog.clear()
             tokens.append(next(sample(trained, labels, seeds, each, 8)).tokens)
             compiled.append(sum("Compiling jit(_predict)" in record.getMessage() for record in caplog.records))

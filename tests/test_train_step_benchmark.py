@@ -8,12 +8,12 @@ import jax
 import pytest
 import train_step as benchmark
 
-from dar_jax.config import LLAMA_SIZES
+from dar_jax.config import TRANSFORMER_SIZES
 from dar_jax.errors import InputError
 
 
 def test_rows_are_measured_and_their_rates_follow(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(LLAMA_SIZES, "tiny", {"layers": 1, "heads": 2, "width": 16})
+    monkeypatch.setitem(TRANSFORMER_SIZES, "tiny", {"layers": 1, "heads": 2, "width": 16})
     monkeypatch.setattr(benchmark, "apart", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(benchmark, "attempt", lambda function, *arguments: function(*arguments))
     file = tmp_path / "found.json"

@@ -7,22 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dar_jax.config import LLAMA_SIZES, LlamaConfig
+from dar_jax.config import TRANSFORMER_SIZES, TransformerConfig
 from dar_jax.models.transformer import Llama
 from dar_jax.training.losses import cross_entropy, drop_condition, next_token_loss
 
 PARAMETERS = {"B": 110_888_448, "L": 342_910_976, "XL": 774_699_520, "XXL": 1_410_972_672, "XXXL": 3_893_027_840}
-TINY = LlamaConfig(layers=3, heads=4, width=32, num_tokens=8, vocab_size=16, num_classes=5, mlp_multiple=8)
+TINY = TransformerConfig(layers=3, heads=4, width=32, num_tokens=8, vocab_size=16, num_classes=5, mlp_multiple=8)
 LABELS, TOKENS = jnp.array([0, 4]), jax.random.randint(jax.random.key(1), (2, 8), 0, 16)
 
 
 @pytest.mark.parametrize("size", PARAMETERS)
 def test_parameter_counts(size):
-    config = LlamaConfig(**LLAMA_SIZES[size])
+    config = TransformerConfig(**TRANSFORMER_SIZES[size])
     tokens = jnp.zeros((1, config.num_tokens), jnp.int32)
     params = jax.eval_shape(Llama(config).init, jax.random.key(0), jnp.zeros(1, jnp.int32), tokens)
     assert sum(np.prod(x.shape) for x in jax.tree.leaves(params)) == PARAMETERS[size]
-    assert LlamaConfig() == LlamaConfig(**LLAMA_SIZES["L"])
+    assert TransformerConfig() == TransformerConfig(**TRANSFORMER_SIZES["L"])
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ def variants(
     return [dataclasses.replace(base, **dict(zip(axes, values))) for values in itertools.product(*axes.values())]
 
 
-def alike(settings: Sequence[Settings], vocab_size: int) -> list[Settings]:
+def share_compilation(settings: Sequence[Settings], vocab_size: int) -> list[Settings]:
     """The same settings with the same parts switched on, though without effect, so that one compilation serves all."""
     neutral = {
         "temperature": None,  # taking the most probable token is another computation
@@ -77,7 +77,7 @@ def sweep(
     if not 1 <= wanted[0] <= wanted[-1] <= last:
         raise InputError(f"groups are {wanted}, they should be between 1 and {last}")
     configs = [dataclasses.replace(each, num_groups=wanted[-1]) for each in configs]
-    settings = alike(
+    settings = share_compilation(
         [make_settings(each, config, trained.networks.method) for each in configs],
         trained.networks.transformer.config.vocab_size,
     )

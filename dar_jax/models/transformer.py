@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from dar_jax.config import LlamaConfig
+from dar_jax.config import TransformerConfig
 from dar_jax.models.attention import Cache, Rope, apply_rope, attend, attend_cached, causal_mask, rope_1d
 from dar_jax.models.blocks import run_cached, stack
 from dar_jax.models.layers import DType, dropout, matrix_init
@@ -23,10 +23,10 @@ from dar_jax.parallel.sharding import constrain
 Params = Any  # a tree of arrays
 
 
-class LlamaAttention(nn.Module):
+class CausalAttention(nn.Module):
     """Causal self attention without biases. One product gives queries, keys and values, grouped by key/value head."""
 
-    config: LlamaConfig
+    config: TransformerConfig
     dtype: DType
 
     @nn.compact
@@ -49,7 +49,7 @@ class LlamaAttention(nn.Module):
 class SwiGLU(nn.Module):
     """down(SiLU(gate(x)) * up(x)), gate and up in one product."""
 
-    config: LlamaConfig
+    config: TransformerConfig
     dtype: DType
 
     @nn.compact
@@ -62,10 +62,10 @@ class SwiGLU(nn.Module):
         return constrain(project(x.shape[-1], name="down")(hidden), "stream")
 
 
-class LlamaBlock(nn.Module):
+class TransformerBlock(nn.Module):
     """One layer. With a dropout key the outputs of attention and MLP are dropped out, differently in every layer."""
 
-    config: LlamaConfig
+    config: TransformerConfig
     dtype: DType
 
     @nn.compact
@@ -82,7 +82,7 @@ class LlamaBlock(nn.Module):
         config = self.config
         norm = functools.partial(nn.RMSNorm, epsilon=config.norm_eps, dtype=jnp.float32)
         keys = (None, None) if dropout_key is None else jax.random.split(jax.random.fold_in(dropout_key, layer))
-        attention = LlamaAttention(config, self.dtype, name="attention")
+        attention = CausalAttention(config, self.dtype, name="attention")
         out, cache = attention(norm(name="attention_norm")(x), rope, mask, cache, position)
         x = x + dropout(out, config.attention_dropout, keys[0])
         out = SwiGLU(config, self.dtype, name="mlp")(norm(name="mlp_norm")(x))
@@ -95,14 +95,14 @@ class Llama(nn.Module):
 
     `init(key, condition, tokens)` makes the parameters; `__call__` is the complete sequence at once (training), `extend` any
     number of slots with a cache (sampling). The slots of the input are the n of the condition, then the codes; the last slot of
-    the condition predicts code 0. A fork may hand over another `block` with the signature of `LlamaBlock`, or subclass for
+    the condition predicts code 0. A fork may pass another `block` with the signature of `TransformerBlock`, or subclass for
     another condition: `prefix` and `null` take any tree of arrays with the batch first.
     """
 
-    config: LlamaConfig
+    config: TransformerConfig
     dtype: DType = jnp.float32
     remat: str = "none"
-    block: type[nn.Module] = LlamaBlock
+    block: type[nn.Module] = TransformerBlock
 
     def setup(self):
         config = self.config

@@ -91,7 +91,7 @@ def name() -> str:
     return f"host {jax.process_index()} of {jax.process_count()}"
 
 
-def of_first(value: int | None) -> int | None:
+def broadcast_from_first(value: int | None) -> int | None:
     """The first host's value, a number from 0 on or None, on all of them."""
     if not many():
         return value
@@ -99,7 +99,7 @@ def of_first(value: int | None) -> int | None:
     return None if found < 0 else found
 
 
-def everywhere(holds: bool) -> bool:
+def all_agree(holds: bool) -> bool:
     """Whether it holds on all hosts."""
     return bool(np.all(multihost_utils.process_allgather(np.bool_(holds)))) if many() else holds
 

@@ -53,7 +53,7 @@ def open_topology(name: str) -> Sequence[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
         raise InputError('planning needs libtpu, which compiles without a TPU too: pip install "jax[tpu]"')
     try:
-        with said():
+        with capture_stderr():
             found = topologies.get_topology_desc(topology_name=name, platform="tpu", chip_config_name=chip.config)
     except jax.errors.JaxRuntimeError as error:
         raise InputError(f"libtpu knows no topology {name} (one is {chip.example}): {error}") from error
@@ -92,7 +92,7 @@ def cache_folder() -> Path | None:
 def _compile(lowered: jax.stages.Lowered) -> Program:
     heard = []
     try:
-        with said() as heard:
+        with capture_stderr() as heard:
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         needed = memory_wanted("\n".join([*heard, str(error)]))
@@ -131,7 +131,7 @@ def without_jax_cache() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def said() -> Iterator[list[str]]:
+def capture_stderr() -> Iterator[list[str]]:
     """Takes in what libraries write to the standard error stream; the list has its lines afterwards."""
     lines: list[str] = []
     sys.stderr.flush()

@@ -18,7 +18,7 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 
 from dar_jax.config import (
-    LLAMA_SIZES,
+    TRANSFORMER_SIZES,
     DataConfig,
     TokenizerConfig,
     TokenizerTraining,
@@ -29,14 +29,14 @@ from dar_jax.config import (
 from dar_jax.errors import InputError
 from dar_jax.experiment import Experiment
 from dar_jax.files import check_file_writable, check_writable, replacing
-from dar_jax.release.names import llama_entries, tokenizer_entries
+from dar_jax.release.names import tokenizer_entries, transformer_entries
 from dar_jax.release.sizes import (
     beyond_release,
-    llama_config,
     release_config,
     shape_of,
     tokenizer_config,
     tokenizer_shapes,
+    transformer_config,
 )
 from dar_jax.training import checkpoint
 from dar_jax.training.optimizer import make_optimizer
@@ -54,7 +54,7 @@ CODEBOOK_USED = "quantize.codebook_used"  # statistics the release keeps with it
 REPA = "diff_decoder.net.repa_out."
 CACHES = r"freqs_cis|causal_mask|layers\.\d+\.attention\.kv_cache\.[kv]_cache"  # what a transformer may have left behind
 MAX_COMPLAINT = 1000  # characters of a message, which may quote the file
-GUIDANCE = {LLAMA_SIZES["XL"]["layers"]: (1.1, 10.0)}  # the paper's, where it is not the default
+GUIDANCE = {TRANSFORMER_SIZES["XL"]["layers"]: (1.1, 10.0)}  # the paper's, where it is not the default
 
 
 @dataclass(frozen=True)
@@ -323,14 +323,14 @@ def _tokenizer(path: PathLike, contents: dict[str, Any], tensors: Tensors) -> Re
 def _transformer(path: PathLike, tensors: Tensors, tokenizer: TokenizerConfig | None, heads: int | None) -> Recognised:
     notes = () if tokenizer else (f"for the {TokenizerConfig.num_tokens} tokens of the released tokenizer",)
     tokenizer = tokenizer or TokenizerConfig()
-    model = llama_config(tensors, tokenizer.num_tokens, heads)
+    model = transformer_config(tensors, tokenizer.num_tokens, heads)
     config = TransformerTraining(name=Path(path).stem, model=model)
     config = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, image_size=tokenizer.image_size, channels=tokenizer.channels),
         sampling=dataclasses.replace(config.sampling, guidance=GUIDANCE.get(model.layers, config.sampling.guidance)),
     )
-    return _valid(config), llama_entries(model), CACHES, notes
+    return _valid(config), transformer_entries(model), CACHES, notes
 
 
 def _optimizer(
@@ -428,7 +428,7 @@ def _check_codes(transformer: Released, tokenizer: Released) -> None:
 
 
 def _entries(config: TokenizerTraining | TransformerTraining) -> list[Entry]:
-    return (tokenizer_entries if isinstance(config, TokenizerTraining) else llama_entries)(config.model)
+    return (tokenizer_entries if isinstance(config, TokenizerTraining) else transformer_entries)(config.model)
 
 
 def _buffers(info: checkpoint.Info) -> dict[str, np.ndarray]:

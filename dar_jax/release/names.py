@@ -4,7 +4,7 @@ An entry says which tensor(s) of the release make one parameter of ours and how 
 names counts layers; ours are stacked along a leading axis.
 """
 
-from dar_jax.config import LlamaConfig, TokenizerConfig
+from dar_jax.config import TokenizerConfig, TransformerConfig
 from dar_jax.weights.table import Convolution, Entry, Flat, FusedHeads, Matrix, Pair, Same, linear, norm, prefixed
 
 
@@ -76,7 +76,7 @@ def tokenizer_entries(config: TokenizerConfig) -> list[Entry]:
     return entries + prefixed("diff_decoder.net.blocks.{i}.", "velocity/blocks/", block, velocity.layers)
 
 
-def llama_entries(config: LlamaConfig) -> list[Entry]:
+def transformer_entries(config: TransformerConfig) -> list[Entry]:
     """The table for an autoregressive transformer of these sizes."""
     block = [
         ("attention.wqkv.weight", "attention/qkv/kernel", FusedHeads()),

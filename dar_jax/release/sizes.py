@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dar_jax.config import LLAMA_SIZES, LlamaConfig, TokenizerConfig, VelocityConfig
+from dar_jax.config import TRANSFORMER_SIZES, TokenizerConfig, TransformerConfig, VelocityConfig
 from dar_jax.errors import InputError
 
 HEAD_SIZE = 64  # of every network of the release but its text models
@@ -144,7 +144,7 @@ def tokenizer_shapes(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
-def llama_config(tensors: Mapping[str, np.ndarray], num_tokens: int, heads: int | None = None) -> LlamaConfig:
+def transformer_config(tensors: Mapping[str, np.ndarray], num_tokens: int, heads: int | None = None) -> TransformerConfig:
     """The sizes of an autoregressive transformer from the shapes of the release's tensors.
 
     Args:
@@ -158,7 +158,7 @@ def llama_config(tensors: Mapping[str, np.ndarray], num_tokens: int, heads: int 
     )
     layers = _layers(tensors, r"layers\.(\d+)\.")
     fused = shape_of(tensors, "layers.0.attention.wqkv.weight", 2)[0]
-    known = [size["heads"] for size in LLAMA_SIZES.values() if (size["layers"], size["width"]) == (layers, width)]
+    known = [size["heads"] for size in TRANSFORMER_SIZES.values() if (size["layers"], size["width"]) == (layers, width)]
     if heads is None:
         heads = known[0] if known else width // HEAD_SIZE
     if heads < 1 or width % heads:
@@ -166,7 +166,7 @@ def llama_config(tensors: Mapping[str, np.ndarray], num_tokens: int, heads: int 
     kv_heads, rest = divmod(fused - width, 2 * width // heads)
     if rest or kv_heads < 1:
         raise InputError(f"{fused} rows of queries, keys and values do not fit {heads} heads of {width // heads}")
-    config = LlamaConfig(
+    config = TransformerConfig(
         layers=layers,
         heads=heads,
         kv_heads=None if kv_heads == heads else kv_heads,

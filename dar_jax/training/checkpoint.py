@@ -115,12 +115,12 @@ def require_shared(workdir: PathLike) -> None:
     if not hosts.many():
         return
     folder = writable_folder(workdir)
-    marker = folder / f"hosts-{hosts.of_first(secrets.randbelow(2**31))}"
+    marker = folder / f"hosts-{hosts.broadcast_from_first(secrets.randbelow(2**31))}"
     if hosts.first():
         marker.write_text("")
     hosts.wait("the marker is written")
     try:
-        if not hosts.everywhere(marker.exists()):
+        if not hosts.all_agree(marker.exists()):
             raise InputError(f"{folder} is not the same folder on all hosts; give one that they share, or gs://BUCKET/FOLDER")
     finally:
         if hosts.first():

@@ -36,7 +36,7 @@ def only_run(workdir: epath.Path) -> Iterator[None]:
                 stack.enter_context(_bucket_lock(workdir) if is_remote(workdir) else _file_lock(Path(workdir)))
             except InputError as error:
                 refusal = error
-        if not hosts.everywhere(refusal is None):
+        if not hosts.all_agree(refusal is None):
             raise refusal or InputError(f"{workdir} is in use by another run")
         yield
 

@@ -81,7 +81,7 @@ def train(
 
 def _train(experiment: Experiment, folder: epath.Path, resume: bool, pictures, start, evaluate) -> Summary:
     config = experiment.config
-    found = hosts.of_first(checkpoint.latest_step(folder))
+    found = hosts.broadcast_from_first(checkpoint.latest_step(folder))
     if found is not None and not resume:
         raise InputError(f"{folder} already holds a run (step {found}); pass --resume or choose another folder")
     mesh = parallel.make_mesh(config.mesh)

@@ -42,7 +42,7 @@ from common import (
 )
 
 from dar_jax.cli.options import Flag, Ints, Words
-from dar_jax.config import LLAMA_SIZES, LlamaConfig, MeshConfig, SamplingConfig, TokenizerConfig
+from dar_jax.config import TRANSFORMER_SIZES, MeshConfig, SamplingConfig, TokenizerConfig, TransformerConfig
 from dar_jax.errors import InputError
 from dar_jax.inference.reconstruct import quantize
 from dar_jax.models.tokenizer import Tokenizer
@@ -145,7 +145,7 @@ def make_networks(size: str | None, dtype: str) -> tuple[Networks, dict[str, Any
     params = {"tokenizer": random_params(jax.eval_shape(tokenizer.init, jax.random.key(0), images)["params"])}
     if size is None:
         return Networks(tokenizer), params
-    llama = Llama(LlamaConfig(**LLAMA_SIZES[size]), jnp.dtype(dtype))
+    llama = Llama(TransformerConfig(**TRANSFORMER_SIZES[size]), jnp.dtype(dtype))
     inputs = (jnp.zeros(1, jnp.int32), jnp.zeros((1, llama.config.num_tokens), jnp.int32))
     params["transformer"] = random_params(jax.eval_shape(llama.init, jax.random.key(0), *inputs)["params"])
     return Networks(tokenizer, llama), params

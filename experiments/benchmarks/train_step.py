@@ -42,7 +42,7 @@ from common import (
 
 from dar_jax import parallel
 from dar_jax.cli.options import Ints, Words
-from dar_jax.config import LLAMA_SIZES, LlamaConfig, MeshConfig
+from dar_jax.config import TRANSFORMER_SIZES, MeshConfig, TransformerConfig
 from dar_jax.experiment import Experiment, load_experiment
 from dar_jax.plan.jobs import training_job
 from dar_jax.training.flops import PEAKS, model_flops
@@ -109,7 +109,10 @@ def experiment_of(options: Options, model: str, batch: int, remat: str) -> Exper
     train = dataclasses.replace(config.train, batch_size=batch, accumulate=1, remat=remat, dtype=options.dtype)
     changes = {"train": train, "mesh": options.mesh}
     if not tokenizer:
-        changes |= {"model": LlamaConfig(**LLAMA_SIZES[model]), "data": dataclasses.replace(config.data, source="codes")}
+        changes |= {
+            "model": TransformerConfig(**TRANSFORMER_SIZES[model]),
+            "data": dataclasses.replace(config.data, source="codes"),
+        }
     return experiment.with_config(dataclasses.replace(config, **changes))
 
 
