@@ -13,7 +13,7 @@ from dar_jax import parallel
 from dar_jax.cli.main import main
 from dar_jax.config import MeshConfig, SamplingConfig
 from dar_jax.errors import InputError
-from dar_jax.evaluation import statistics
+from dar_jax.evaluation import extractor as extractors
 from dar_jax.evaluation.extractor import Extractor, Network
 from dar_jax.evaluation.fid import evaluate
 from dar_jax.evaluation.images import from_array
@@ -86,7 +86,7 @@ def test_rows_are_those_of_single_evaluations(trained, reference):
 
 
 def test_the_command(tiny_run, reference, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(statistics, "open_extractor", lambda *arguments: make_extractor())
+    monkeypatch.setattr(extractors, "open_extractor", lambda *arguments: make_extractor())
     command = ["sweep", str(tiny_run), "--reference", reference, "--out", str(tmp_path / "out"), "--num", "12"]
     assert main([*command, "--guidance", "1:1,1:4", "--groups", "2,4", "--batch-size", "16"]) == 0
     report = json.loads((tmp_path / "out/report.json").read_text())
@@ -97,7 +97,7 @@ def test_the_command(tiny_run, reference, tmp_path, capsys, monkeypatch):
 
 
 def test_evaluate_commands(tiny_run, reference, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(statistics, "open_extractor", lambda *arguments: make_extractor())
+    monkeypatch.setattr(extractors, "open_extractor", lambda *arguments: make_extractor())
     kept = str(tmp_path / "kept.npz")
     assert (
         main(["evaluate", reference, "--reference", reference, "--json", str(tmp_path / "a.json"), "--save-statistics", kept])
