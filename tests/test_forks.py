@@ -1,6 +1,7 @@
 """Every part that an experiment may replace, replaced: each fork trains and is used with the ordinary commands, and does its
 thing."""
 
+import dataclasses
 import re
 import shutil
 import sys
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import FrozenDict
 from PIL import Image
 
 from dar_jax.cli.main import main
@@ -18,9 +20,11 @@ from dar_jax.experiment import load_experiment
 from dar_jax.inference.reconstruct import quantize
 from dar_jax.inference.samples import sample
 from dar_jax.inference.trained import load_sampler, load_tokenizer
+from dar_jax.models.transformer import Llama
 from dar_jax.parallel import make_mesh, path_name
 from dar_jax.sampling import sampler
-from dar_jax.sampling.settings import make_settings
+from dar_jax.sampling.prepare import prepare
+from dar_jax.sampling.settings import Method, make_settings
 from dar_jax.sampling.solvers import Velocity
 from dar_jax.training import checkpoint
 
@@ -28,6 +32,7 @@ ROOT = Path(__file__).parent.parent
 FORKS = ROOT / "tests" / "forks"
 VARIANTS = ROOT / "experiments" / "variants"
 TRANSFORMERS = ["group_parallel", "heun", "heun:early", "inpainting", "speculative", "control", "watermark", "text"]
+TRANSFORMERS += ["any_block"]
 TOKENIZERS = ["fsq", "cosine_path", "unrolled", "muon", "gan", "series"]
 
 SHORT = ["--train.steps", "3", "--train.batch-size", "8", "--train.sample-every", "0", "--train.checkpoint-every", "1"]
@@ -114,26 +119,65 @@ def test_tokenizer_trains_and_reconstructs(name, trained, tmp_path):
     assert (tmp_path / "out" / "grid.png").exists()
 
 
-@pytest.mark.parametrize("sampling", [SamplingConfig((1, 1)), SamplingConfig((3, 0.5), top_k=20)])
-def test_speculation_gives_the_same_tokens(opened, sampling):
+def speculated(opened, window, small=False, sampling=None, seeds=range(6), **given):
+    """Tokens and passes of samples with a window of so many guesses, whose drafter is the model itself."""
+    opened = opened(None)
+    method, model = module_of("speculative").speculation(window, small), opened.networks.transformer
+    networks = dataclasses.replace(opened.networks, method=method, others=FrozenDict({"draft": model} if small else {}))
+    params = {**opened.params, "others": {"draft": opened.params["transformer"]} if small else {}}
+    seeds = jnp.asarray(seeds)
+    settings = make_settings(sampling or SamplingConfig((2, 2)), opened.config, method)
+    params = prepare(networks, params)
+    state = sampler.begin(networks, params, settings, seeds % 10, seeds, **given)
+    for _ in range(settings.num_groups):
+        state = sampler.advance(networks, params, settings, state)
+    return np.asarray(state.prediction.tokens[:, : opened.config.num_tokens]), np.asarray(state.prediction.calls)
+
+
+@pytest.mark.parametrize(
+    ("window", "sampling"),
+    [
+        (1, SamplingConfig((1, 1))),
+        (16, SamplingConfig((1.1, 8), temperature=0.0)),
+        (8, SamplingConfig((3, 0.5), top_k=20)),
+        (5, SamplingConfig((2, 2), top_p=0.9, cfg_interval=5)),
+    ],
+)
+def test_speculation_gives_the_same_tokens(window, sampling, opened):
     seeds = np.arange(6)
     expected = tokens_of(opened(None), seeds % 10, seeds, sampling)
-    np.testing.assert_array_equal(tokens_of(opened("speculative"), seeds % 10, seeds, sampling), expected)
-    prefix = np.where(np.arange(5) < 4, expected[:, :5], 1)
-    again = tokens_of(opened("speculative"), seeds % 10, seeds, sampling, prefix=prefix)
-    np.testing.assert_array_equal(again, tokens_of(opened(None), seeds % 10, seeds, sampling, prefix=prefix))
+    tokens, calls = speculated(opened, window, sampling=sampling)
+    np.testing.assert_array_equal(tokens, expected)
+    assert calls.max() <= 16 and (window > 1 or calls.min() == 16)
 
 
-def test_speculation_saves_passes(trained, one_device):
-    """Where tokens hardly depend on each other, as after three steps of training, most guesses are right."""
-    fork = load_sampler(trained("speculative"), load_experiment(path_of("speculative")), mesh=one_device)
-    settings = make_settings(SamplingConfig((1, 1)), fork.config, fork.networks.method)
-    state = sampler.begin(fork.networks, fork.sampler_params, settings, jnp.arange(4), jnp.arange(4))
-    state = sampler.advance(fork.networks, fork.sampler_params, settings, state)
-    assert state.group == 1 and state.prediction.final.min() > 4
+def test_speculation_after_given_tokens(opened):
+    seeds, prefix = np.arange(6), np.arange(30).reshape(6, 5)
+    expected = tokens_of(opened(None), seeds % 10, seeds, SamplingConfig((2, 2)), prefix=prefix)
+    np.testing.assert_array_equal(speculated(opened, 5, prefix=prefix)[0], expected)
 
 
-@pytest.mark.parametrize("name", ["speculative", "group_parallel"])
+def test_guesses_set_the_passes(opened):
+    """All right: a pass for each window; all wrong: at most one for each token; a network that drafts for itself is right."""
+    seeds = np.arange(6)
+    expected = tokens_of(opened(None), seeds % 10, seeds, SamplingConfig((2, 2)))
+    for guesses, most in ((expected, 4), ((expected + 1) % 64, 16)):
+        tokens, calls = speculated(opened, 5, prefix=guesses, num_given=np.zeros(6, np.int32))
+        np.testing.assert_array_equal(tokens, expected)
+        assert calls.max() <= most
+    tokens, calls = speculated(opened, 5, small=True)
+    np.testing.assert_array_equal(tokens, expected)
+    assert (calls == 4).all()
+
+
+def test_passes_are_those_of_each_sample_alone(opened):
+    one, calls = speculated(opened, 4, seeds=[3])
+    many, all_calls = speculated(opened, 4, seeds=range(6))
+    np.testing.assert_array_equal(one[0], many[3])
+    assert calls[0] == all_calls[3] and len(set(all_calls.tolist())) > 1
+
+
+@pytest.mark.parametrize("name", ["speculative", "group_parallel", "any_block"])
 def test_a_sample_does_not_depend_on_its_batch(name, trained, one_device):
     fork = load_sampler(trained(name), load_experiment(path_of(name)), mesh=one_device)
     together = [batch.images for batch in sample(fork, [1, 2, 3], [4, 5, 6], SamplingConfig((2, 1)))]
@@ -151,6 +195,52 @@ def test_group_parallel_predicts_as_it_trains(trained, one_device):
     logits = fork.networks.transformer.apply({"params": params["transformer"]}, jnp.arange(3), samples.tokens)
     np.testing.assert_array_equal(logits.argmax(-1), samples.tokens)
     assert len(np.unique(samples.tokens[:, :4])) > 3  # the slots of the first group are told apart
+
+
+def any_block(trained, one_device, name="any_block"):
+    """A fork of three steps whose logits are no longer close to zero, and what its tokens are drawn with."""
+    fork = load_sampler(trained("any_block"), load_experiment(path_of(name)), mesh=one_device)
+    params = dict(fork.params["transformer"])
+    for number, part in enumerate(("output", "shift_table", "token_table", "class_table")):
+        params[part] = jax.random.normal(jax.random.key(number), params[part].shape)
+    return fork.networks, params, fork
+
+
+def test_blocks_of_one_are_the_base(trained, one_device):
+    networks, params, fork = any_block(trained, one_device, "any_block:ones")
+    base = Llama(networks.transformer.config)
+    codes, labels = jax.random.randint(jax.random.key(0), (3, 16), 0, 64), jnp.arange(3)
+    logits = networks.transformer.apply({"params": params}, labels, codes)
+    np.testing.assert_array_equal(logits, base.apply({"params": params}, labels, codes))
+    settings = make_settings(SamplingConfig((2, 1)), fork.config)
+    tokens = []
+    for each in (networks, dataclasses.replace(networks, transformer=base, method=Method())):
+        weights = prepare(each, {**fork.params, "transformer": params})
+        tokens.append(sampler.generate(each, weights, settings, labels, jnp.arange(3)).tokens)
+    np.testing.assert_array_equal(*tokens)
+
+
+def test_a_block_is_predicted_in_one_pass_as_in_training(trained, one_device):
+    for name in ("any_block:halves", "any_block", "any_block:groups"):
+        networks, params, fork = any_block(trained, one_device, name)
+        model, labels = networks.transformer, jnp.arange(3)
+        settings = make_settings(SamplingConfig((1, 1), temperature=0.0), fork.config)
+        weights = prepare(networks, {**fork.params, "transformer": params})
+        tokens = sampler.generate(networks, weights, settings, labels, jnp.arange(3)).tokens
+        np.testing.assert_array_equal(model.apply({"params": params}, labels, tokens).argmax(-1), tokens)
+
+
+def test_a_block_sees_the_blocks_before_it(trained, one_device):
+    networks, params, _ = any_block(trained, one_device)
+    model, codes = networks.transformer, jnp.zeros((1, 16), jnp.int32)
+    starts = np.arange(16) // model.sizes() * model.sizes()
+
+    def logits(change):
+        return model.apply({"params": params}, jnp.zeros(1, jnp.int32), codes + change.astype(jnp.int32))
+
+    for place in range(15):
+        changed = np.abs(logits(jnp.arange(16) == place) - logits(jnp.zeros(16)))[0].max(-1) > 0
+        np.testing.assert_array_equal(changed, starts > place)  # all tokens of the blocks that begin after it
 
 
 def test_watermark_is_detectable(opened):
