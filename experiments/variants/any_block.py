@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 from dar_jax.errors import InputError
 from dar_jax.experiment import Experiment
@@ -31,6 +32,8 @@ from dar_jax.quickstart import DIGITS, TRANSFORMER
 from dar_jax.sampling.predict import Predictor, draw_each, grown, token_by_token, with_null
 from dar_jax.sampling.settings import Method
 from dar_jax.training.losses import cross_entropy, drop_condition
+
+RULES = ((r"shift_table", PartitionSpec(None, "fsdp")),)
 
 
 class AnyBlock(Llama):
@@ -127,7 +130,8 @@ def blocks(first, later):
         return AnyBlock(config.model, dtype, remat, group=group, first=first, later=later)
 
     config = dataclasses.replace(TRANSFORMER, name="any_block", data=DIGITS, fork={"tokens_per_group": 4})
-    return Experiment(config, model=model, loss=loss, method=Method(predict=Predictor(begin, predict)))
+    method = Method(predict=Predictor(begin, predict))
+    return Experiment(config, model=model, loss=loss, method=method, rules=RULES)
 
 
 ones, halves, experiment, groups = blocks(1, 1), blocks(1, 2), blocks(1, 4), blocks(4, 4)
