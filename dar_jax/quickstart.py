@@ -26,7 +26,7 @@ from dar_jax.config import (
     TransformerTraining,
     VelocityConfig,
 )
-from dar_jax.console import Progress
+from dar_jax.console import Progress, columns
 from dar_jax.data.sources import open_source
 from dar_jax.errors import InputError
 from dar_jax.experiment import Experiment
@@ -189,7 +189,7 @@ def summary(report: dict[str, Any]) -> str:
         ("real_accuracy", "{:.1%}", "of held-out digits are read correctly by the same classifier"),
         ("seconds", "{:.0f}", "in all"),
     ]
-    return "\n".join(f"{name:24}{form.format(report[name]):>9}  {meaning}" for name, form, meaning in lines)
+    return columns([(name, form.format(report[name]), meaning) for name, form, meaning in lines], "<>")
 
 
 def _check_folder(workdir: Path, tokenizer: TokenizerTraining, transformer: TransformerTraining) -> bool:
