@@ -9,7 +9,7 @@ from typing import Annotated, Any, Generic
 
 import tyro
 
-from dar_jax.cli.options import Figure, Flag, Listed, Optional, Settings, Tries, Words, _check_file, _fail, _write_json
+from dar_jax.cli.options import Figure, Flag, Listed, Optional, Settings, Tries, Words, check_writable, fail, write_json
 from dar_jax.config import Batch
 from dar_jax.console import show
 
@@ -29,10 +29,9 @@ class Quickstart:
     fast: Flag = False  # only a few steps, to see that everything works; the pictures will not show digits
 
     def run(self) -> None:
-        from dar_jax.files import check_writable
         from dar_jax.quickstart import quickstart, summary
 
-        check_writable(self.workdir)
+        check_writable(self.workdir, folder=True)
         report = quickstart(self.workdir, self.fast)
         show(f"\n{summary(report)}\n\nThe pictures and report.json are in {self.workdir}")
 
@@ -78,7 +77,7 @@ class Train(Generic[Settings]):
         try:
             summary = train(experiment, self.workdir, self.resume, log_pictures, start, Evaluation())
         except TrainingDiverged as error:
-            return _fail(error, 1)
+            return fail(error, 1)
         return 130 if summary.stopped_by == signal.SIGINT else 0
 
 
@@ -126,11 +125,11 @@ class Plan(Generic[Settings]):
 
         for topology in self.topology:
             chip_of(topology)
-        _check_file(self.json)
+        check_writable(self.json)
         figures = {"peak": (self.peak, 1e12), "memory": (self.memory, GIB)}
         figures |= {"memory_bandwidth": (self.memory_bandwidth, 1e9), "ici_bandwidth": (self.ici_bandwidth, 1e9)}
         figures = {name: value * unit for name, (value, unit) in figures.items() if value is not None}
         experiment = load_experiment(self.experiment).with_config(self.config)
         plans = [plan(experiment, topology, self.batch_size, self.sampling, self.search, figures) for topology in self.topology]
-        _write_json(self.json, [dataclasses.asdict(found) for found in plans])
+        write_json(self.json, [dataclasses.asdict(found) for found in plans])
         show(text(plans[0]) if len(plans) == 1 else table(plans))
