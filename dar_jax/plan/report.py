@@ -2,9 +2,12 @@
 
 import collections
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from dar_jax.config import TrainConfig
+from dar_jax.console import columns, number
 from dar_jax.plan.chips import GIB, Chip
 from dar_jax.plan.hlo import PASSES, Collective
 from dar_jax.training.flops import Product
@@ -58,11 +61,10 @@ def roofline(chip: Chip, flops: float, memory_bytes: float, sent_bytes: float) -
     return {**seconds, "step": max(seconds.values())}
 
 
-def recipe(steps: int, batch_size: int, tokens: int, step_seconds: float, chips: int) -> dict[str, float]:
+def recipe(train: TrainConfig, tokens: int, step_seconds: float, chips: int) -> dict[str, float]:
     """A whole training run: steps, images, tokens (of `tokens` an image), days, and hours of all chips together."""
-    hours = steps * step_seconds / 3600
-    images = steps * batch_size
-    return {"steps": steps, "images": images, "tokens": images * tokens, "days": hours / 24, "chip_hours": hours * chips}
+    hours, images = train.steps * step_seconds / 3600, train.steps * train.batch_size
+    return {"steps": train.steps, "images": images, "tokens": images * tokens, "days": hours / 24, "chip_hours": hours * chips}
 
 
 def padding_share(products: Sequence[Product]) -> tuple[float, list[tuple[float, Product]]]:
@@ -165,7 +167,7 @@ def text(plan: Plan) -> str:
             f"{'fits' if plan.fits else 'DOES NOT FIT'}: {total} of {limit} on each chip",
             ", ".join(f"{name} {_gib(size)}" for name, size in memory.items() if size),
         ],
-        "operations": [_number(plan.model_flops, "FLOP") + (f", and {again:.0%} of them again" if again > 1e-3 else "")],
+        "operations": [number(plan.model_flops, "FLOP") + (f", and {again:.0%} of them again" if again > 1e-3 else "")],
     }
     if plan.seconds is not None:
         share = plan.compiled_flops / plan.flops
@@ -180,14 +182,13 @@ def text(plan: Plan) -> str:
             f"MFU at most {plan.mfu:.0%}, at most {plan.batch_size / plan.seconds['step']:,.0f} images/s",
         ]
     if plan.recipe is not None:
-        counts = [f"{plan.recipe['steps']:,} steps", *(_number(plan.recipe[name], name) for name in ("images", "tokens"))]
+        counts = [f"{plan.recipe['steps']:,} steps", *(number(plan.recipe[name], name) for name in ("images", "tokens"))]
         cost = f"at least {plan.recipe['days']:.3g} days, {plan.recipe['chip_hours']:,.0f} chip-hours"
         sections["recipe"] = [f"{', '.join(counts)}: {cost}"]
     sections |= {"notes": plan.notes, "tried": plan.tried, "suggestion": [plan.suggestion] if plan.suggestion else []}
-    lines = [f"{plan.experiment} on {plan.topology}: {work}, {plan.chips} chips ({mesh})"]
-    for name, found in sections.items():
-        lines += [f"  {name if i == 0 else '':12}{line}" for i, line in enumerate(found) if line]
-    return "\n".join(lines)
+    title = f"{plan.experiment} on {plan.topology}: {work}, {plan.chips} chips ({mesh})"
+    rows = [(f"  {name}" if i == 0 else "", line) for name, lines in sections.items() for i, line in enumerate(lines) if line]
+    return f"{title}\n{columns(rows)}"
 
 
 COLUMNS = (
@@ -205,8 +206,8 @@ COLUMNS = (
 
 def table(plans: Sequence[Plan]) -> str:
     """The plans as a table in Markdown, one row each."""
-    rows = [COLUMNS, ("---",) * len(COLUMNS), *map(_row, plans)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    rows = [COLUMNS, ["---"] * len(COLUMNS), *map(_row, plans)]
+    return textwrap.dedent(columns([("", *row, "") for row in rows], separator=" | "))
 
 
 def _row(plan: Plan) -> tuple[str, ...]:
@@ -225,13 +226,6 @@ def _row(plan: Plan) -> tuple[str, ...]:
 
 def _gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.2f} MiB"
-
-
-def _number(value: float, unit: str) -> str:
-    """With three digits and a prefix: 531 TFLOP, 369 M images."""
-    power = min(5, int(math.log10(max(value, 1)) // 3))
-    space = "" if unit == "FLOP" else " "
-    return f"{value / 1000**power:.3g} {' kMGTP'[power].strip()}{space}{unit}".replace("  ", " ")
 
 
 def _passes(product: Product) -> int:
