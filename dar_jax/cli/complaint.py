@@ -46,8 +46,8 @@ def complaint(command: Any, arguments: Sequence[str], prog: str) -> str:
 
 
 def _options(command: Any, prefix: str = "--") -> Iterator[tuple[str, PrimitiveConstructorSpec, bool]]:
-    """Of each option of a command: its name (--train.steps, or CHECKPOINT for a positional one), how tyro reads its values, and
-    True where it is required. Those of the dataclasses in it are included."""
+    """The options of a command and of the dataclasses in it: name (--train.steps, or CHECKPOINT if positional), how tyro reads
+    the values, and True if required."""
     kind = get_origin(command) or command
     hints = get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):

@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Any, Generic, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -14,20 +14,19 @@ from dar_jax.cli.options import (
     Mesh,
     Number,
     OfRun,
-    OnCheckpoint,
+    OnData,
     OnTransformer,
     Optional,
     Place,
+    Scales,
     Settings,
-    Words,
     check_writable,
     first,
     make_mesh,
     write_json,
 )
-from dar_jax.config import Batch, DataConfig, Guidance, Seed, Share, Temperature, Tokens, TopK, checked
+from dar_jax.config import Batch, DataConfig, Seed, Share, Temperature, Tokens, TopK
 from dar_jax.console import show
-from dar_jax.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Evaluate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateTokenizer(Inception, Decoding, Generic[Settings]):
+class EvaluateTokenizer(Inception, Decoding, OnData[Settings]):
     """How well does a tokenizer keep images? PSNR, SSIM, LPIPS, rFID and codebook usage on held-out images.
 
     The defaults of `--data.*` are those of the tokenizer's own training, but for the split: test for digits and CIFAR-10, val
@@ -76,19 +75,9 @@ class EvaluateTokenizer(Inception, Decoding, Generic[Settings]):
     Example: dar-jax evaluate-tokenizer runs/tokenizer --json report.json
     """
 
-    checkpoint: Place  # a run's folder, of a tokenizer or a transformer, or one of its checkpoints/STEP; comes first
-    data: Annotated[Settings, tyro.conf.FlagConversionOff]
     json: Optional[str] = None  # also write the report to this file
     num_images: Optional[Number] = None  # only so many, from the first on
     lpips: Optional[str] = None  # file or folder with the weights of LPIPS; else looked for as docs/weights.md says
-
-    @classmethod
-    def with_defaults(cls, checkpoint: str) -> tuple[Any, "EvaluateTokenizer"]:
-        """The type to parse and the values of what is not given."""
-        from dar_jax.data.sources import held_out
-        from dar_jax.training.checkpoint import inspect
-
-        return cls[DataConfig], cls(checkpoint=checkpoint, data=held_out(inspect(checkpoint).tokenizer.config.data))
 
     def run(self) -> None:
         from dar_jax.evaluation.tokenizer import evaluate_tokenizer, open_lpips, table
@@ -110,7 +99,7 @@ class EvaluateTokenizer(Inception, Decoding, Generic[Settings]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateAr(OnCheckpoint, Generic[Settings]):
+class EvaluateAr(OnData[Settings]):
     """How well does a transformer predict the codes of real images?
 
     Prints bits per token and the share of tokens that it finds most probable, given the class and without it, and writes
@@ -122,17 +111,15 @@ class EvaluateAr(OnCheckpoint, Generic[Settings]):
 
     checkpoint: Place  # a transformer's run folder, or one of its checkpoints/STEP; comes first
     out: str  # the folder to write to
-    data: Annotated[Settings, tyro.conf.FlagConversionOff]
     num_images: Optional[Number] = None  # only so many, from the first on
 
-    @classmethod
-    def with_defaults(cls, checkpoint: str) -> tuple[Any, "EvaluateAr"]:
-        """The type to parse and the values of what is not given."""
+    @staticmethod
+    def default_data(checkpoint: str) -> DataConfig:
+        """The data of the transformer's training, in the split to evaluate on."""
         from dar_jax.data.sources import held_out
         from dar_jax.inference.trained import inspect_transformer
 
-        data = held_out(inspect_transformer(checkpoint).config.data)
-        return cls[DataConfig], cls(checkpoint=checkpoint, out=tyro.MISSING, data=data)
+        return held_out(inspect_transformer(checkpoint).config.data)
 
     def run(self) -> None:
         from dar_jax.evaluation.likelihood import describe, evaluate_transformer, write_report
@@ -159,7 +146,7 @@ class Sweep(Inception, OnTransformer):
     reference: str  # NPZ file, folder or data source, as of `dar-jax evaluate`
     out: str  # the folder to write to
     num: Number = 1000  # samples for each setting
-    guidance: OfRun[Words] = None  # scales of the first and the last token, such as 1:1,1.1:4
+    guidance: OfRun[Scales] = None  # scales of the first and the last token, such as 1:1,1.1:4
     temperature: OfRun[Floats[Temperature]] = None  # such as 0.9,1
     top_k: OfRun[Ints[TopK]] = None  # such as 0,600
     top_p: OfRun[Floats[Share]] = None  # such as 0.9,1
@@ -171,8 +158,8 @@ class Sweep(Inception, OnTransformer):
         from dar_jax.inference.trained import inspect_transformer
 
         info, mesh = inspect_transformer(self.checkpoint), make_mesh(self.mesh)
-        pairs = [_pair(text) for text in self.guidance or ()]
-        configs = variants(info.config.sampling, pairs, self.temperature or (), self.top_k or (), self.top_p or ())
+        values = (self.guidance, self.temperature, self.top_k, self.top_p)
+        configs = variants(info.config.sampling, *(each or () for each in values))
         check_writable(self.out, folder=True)
         extractor = self.open_extractor(mesh)
         trained = self.load_sampler(mesh)
@@ -187,13 +174,3 @@ class Sweep(Inception, OnTransformer):
         }
         if first():
             show("\n".join([table(rows), *map(str, write_report(rows, self.out, about))]))
-
-
-def _pair(text: str) -> tuple[float, float]:
-    try:
-        numbers = [float(part) for part in text.split(":")]
-    except ValueError:
-        numbers = []
-    if len(numbers) not in (1, 2):
-        raise InputError(f"guidance {text!r} is not two scales, of the first and the last token, such as 1.1:8")
-    return checked(tuple[Guidance, Guidance], (numbers[0], numbers[-1]), "guidance")

@@ -100,17 +100,14 @@ def _run(arguments: Sequence[str] | None) -> int:
         use_compilation_cache()
         with _only_first_prints():
             return command.run() or 0
-    except (InputError, OSError) as error:
-        if isinstance(error, BrokenPipeError) and _is_unread(sys.stdout):
-            raise
-        return fail(_disk_full(error) or error, 2)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
     except Exception as error:
-        if isinstance(error, RuntimeError) and "initialize backend" in str(error):  # JAX's, of what JAX_PLATFORMS names
-            return fail(error, 2)
-        if (full := _disk_full(error)) is not None:
-            return fail(full, 2)
+        if isinstance(error, BrokenPipeError) and _is_unread(sys.stdout):
+            raise
+        wrong_platform = isinstance(error, RuntimeError) and "initialize backend" in str(error)  # in JAX_PLATFORMS
+        if (full := _disk_full(error)) or wrong_platform or isinstance(error, (InputError, OSError)):
+            return fail(full or error, 2)
         if (hosts := many_hosts()) is not None:
             hosts.leave(None, 1)
         raise
@@ -226,7 +223,7 @@ def _parse(command: Any, default: Any, arguments: Sequence[str], prog: str) -> A
 
 
 def _is_unread(stream: Any) -> bool:
-    """Whether a stream is a pipe that is closed at its other end."""
+    """True for a pipe that is closed at its other end."""
     try:
         poll = select.poll()
         poll.register(stream.fileno(), 0)
@@ -249,7 +246,7 @@ def _disk_full(error: BaseException | None, depth: int = 0) -> str | None:
 
 @contextlib.contextmanager
 def _only_first_prints() -> Iterator[None]:
-    """Of many hosts, all but the first print only what goes wrong."""
+    """With many hosts, all but the first print only what goes wrong."""
     if first():
         yield
         return

@@ -5,7 +5,7 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
@@ -42,12 +42,19 @@ def _list_of(kind: Callable[[str], Any], metavar: str) -> PrimitiveConstructorSp
     )
 
 
+def _scales(text: str) -> tuple[float, float]:
+    scales = [float(part) for part in text.split(":")]
+    first, last = scales if len(scales) > 1 else scales * 2
+    return first, last
+
+
 T = TypeVar("T")
 Settings = TypeVar("Settings")
 
 Words = Annotated[tuple[str, ...], _list_of(str, "A,B")]
 Ints = Annotated[tuple[T, ...], _list_of(int, "N,N")]
 Floats = Annotated[tuple[T, ...], _list_of(float, "A[,B]")]
+Scales = Annotated[tuple[tuple[Guidance, Guidance], ...], _list_of(_scales, "FIRST:LAST,...")]
 Number = Annotated[int, Range(1, 10**7)]  # of images or samples
 Token = Annotated[int, Range(0, 2**24 - 1)]
 Length = Annotated[int, Range(0, 16384)]  # of a prefix
@@ -89,11 +96,11 @@ class OnCheckpoint:
 
         return ((self.replaced and self.replaced.source) or open_source)(data)
 
-    def load_sampler(self, *meshes: Any) -> Any:
-        """Both stages of a transformer's run, on `--mesh` unless others are given."""
+    def load_sampler(self, mesh: Any = None, decoder_mesh: Any = None) -> Any:
+        """Both stages of a transformer's run, on `--mesh` unless another is given."""
         from dar_jax.inference.trained import load_sampler
 
-        return load_sampler(self.checkpoint, self.replaced, self.weights, *(meshes or (make_mesh(self.mesh),)))
+        return load_sampler(self.checkpoint, self.replaced, self.weights, mesh or make_mesh(self.mesh), decoder_mesh)
 
     def load_tokenizer(self, mesh: Any = None) -> Any:
         """The tokenizer of a run of either stage, on `--mesh` unless another is given."""
@@ -113,6 +120,49 @@ class OnTransformer(OnCheckpoint):
     """The same for a command that needs a transformer."""
 
     checkpoint: Place  # a transformer's run folder, or one of its checkpoints/STEP
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnData(OnCheckpoint, Generic[Settings]):
+    """Options of a command that reads a data set; what is not given is as `default_data` has it."""
+
+    checkpoint: Place  # a run's folder, of a tokenizer or a transformer, or one of its checkpoints/STEP; comes first
+    data: Annotated[Settings, tyro.conf.FlagConversionOff]
+
+    @staticmethod
+    def default_data(checkpoint: str) -> DataConfig:
+        """The data of the tokenizer's training, in the split to evaluate on."""
+        from dar_jax.data.sources import held_out
+        from dar_jax.training.checkpoint import inspect
+
+        return held_out(inspect(checkpoint).tokenizer.config.data)
+
+    @classmethod
+    def with_defaults(cls, checkpoint: str) -> tuple[Any, Any]:
+        """The type to parse and the values of what is not given."""
+        return cls[DataConfig], defaults(cls, checkpoint=checkpoint, data=cls.default_data(checkpoint))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnExperiment(Generic[Settings]):
+    """Options of a command that takes an experiment file, and all its settings."""
+
+    experiment: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="EXPERIMENT")]  # its file; comes first
+    config: Annotated[Settings, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+
+    @classmethod
+    def with_defaults(cls, experiment: str) -> tuple[Any, Any]:
+        """The type to parse and the values of what is not given."""
+        from dar_jax.experiment import load_experiment
+
+        config = load_experiment(experiment).config
+        return cls[type(config)], defaults(cls, experiment=experiment, config=config)
+
+    def load(self) -> Any:
+        """The experiment with the settings given."""
+        from dar_jax.experiment import load_experiment
+
+        return load_experiment(self.experiment).with_config(self.config)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,13 +199,12 @@ class Sampling(Denoising, OnTransformer):
     top_p: OfRun[Share] = None  # draw from the most probable tokens that hold this share only; 1: off
     groups: OfRun[Tokens] = None  # stop after so many groups of tokens, with their preview
 
-    def sampling(self, of_run: SamplingConfig, **others: Any) -> SamplingConfig:
-        """The run's settings with what was given, here or by `others`."""
+    def sampling(self, of_run: SamplingConfig) -> SamplingConfig:
+        """The run's settings with those that were given."""
         if self.guidance is not None and len(self.guidance) > 2:
             raise InputError(f"guidance is one scale or two, of the first and the last token, not {len(self.guidance)}")
-        names = ("cfg_interval", "temperature", "top_k", "top_p", "solver", "num_denoising_steps")
-        options = {name: getattr(self, name) for name in names} | {"num_groups": self.groups, **others}
-        options["guidance"] = self.guidance and (self.guidance[0], self.guidance[-1])
+        options = {field.name: getattr(self, field.name, None) for field in dataclasses.fields(of_run)}
+        options |= {"num_groups": self.groups, "guidance": self.guidance and (self.guidance[0], self.guidance[-1])}
         return dataclasses.replace(of_run, **given(options))
 
 
@@ -171,6 +220,12 @@ class Inception(OnCheckpoint):
         from dar_jax.evaluation.extractor import open_extractor
 
         return open_extractor(self.inception, self.resize, self.batch_size, mesh)
+
+
+def defaults(command: type, **values: Any) -> Any:
+    """A command with these values, and without those that have to be given."""
+    required = [field.name for field in dataclasses.fields(command) if field.default is dataclasses.MISSING]
+    return command(**dict.fromkeys(required, tyro.MISSING) | values)
 
 
 def fail(what: object, code: int) -> int:

@@ -4,9 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal
-
-import tyro
+from typing import Any, Literal
 
 from dar_jax.cli.options import (
     Decoding,
@@ -17,7 +15,7 @@ from dar_jax.cli.options import (
     Mesh,
     Number,
     OfRun,
-    OnCheckpoint,
+    OnData,
     Optional,
     Place,
     Sampling,
@@ -70,7 +68,7 @@ class Sample(Sampling):
             info,
             self.labels,
             self.seeds,
-            self.sampling(info.config.sampling, start_step=self.start_step),
+            self.sampling(info.config.sampling),
             prefix_image=self.prefix_image,
             prefix_tokens=self.prefix_tokens,
             prefix_length=self.prefix_length,
@@ -161,7 +159,7 @@ class Reconstruct(Decoding):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokenize(OnCheckpoint, Generic[Settings]):
+class Tokenize(OnData[Settings]):
     """Store the codes of a data set, for training a transformer on them.
 
     `--data.*` say which images and which crops. The defaults are those of the tokenizer's own training, with ten crops
@@ -171,22 +169,18 @@ class Tokenize(OnCheckpoint, Generic[Settings]):
     Example: dar-jax tokenize runs/tokenizer --data.path imagenet --out imagenet_codes
     """
 
-    checkpoint: Place  # a run's folder, of a tokenizer or a transformer, or one of its checkpoints/STEP; comes first
     out: str  # the folder to write to, perhaps gs://BUCKET/...
-    data: Annotated[Settings, tyro.conf.FlagConversionOff]
     shard_size: Batch = 4096  # images per file
     mesh: Optional[Mesh] = None  # each host's devices along data, fsdp and tensor; else all of them along data
     batch_size: Batch = 64  # images, each with all its crops, at a time
 
-    @classmethod
-    def with_defaults(cls, checkpoint: str) -> tuple[Any, "Tokenize"]:
-        """The type to parse and the values of what is not given."""
+    @staticmethod
+    def default_data(checkpoint: str) -> DataConfig:
+        """The data of the tokenizer's training, with ten crops in place of random ones."""
         from dar_jax.training.checkpoint import inspect
 
         data = inspect(checkpoint).tokenizer.config.data
-        if data.crop == "random":
-            data = dataclasses.replace(data, crop="ten_crop", flip=False)
-        return cls[DataConfig], cls(checkpoint=checkpoint, out=tyro.MISSING, data=data)
+        return dataclasses.replace(data, crop="ten_crop", flip=False) if data.crop == "random" else data
 
     def run(self) -> None:
         import jax

@@ -67,18 +67,6 @@ def recipe(train: TrainConfig, tokens: int, step_seconds: float, chips: int) -> 
     return {"steps": train.steps, "images": images, "tokens": images * tokens, "days": hours / 24, "chip_hours": hours * chips}
 
 
-def padding_share(products: Sequence[Product]) -> tuple[float, list[tuple[float, Product]]]:
-    """Of the matrix unit's work, the share that fills products up to its size; and that of single products, most first."""
-    padded = [product.flops * _padding(product.sizes) for product in products]
-    total = sum(padded) or 1.0
-    by_sizes: dict[tuple[int, int, int], tuple[float, Product]] = {}
-    for work, product in zip(padded, products):
-        share = by_sizes.get(product.sizes, (0.0, product))[0] + (work - product.flops) / total
-        by_sizes[product.sizes] = (share, product)
-    each = sorted(by_sizes.values(), key=lambda pair: -pair[0])
-    return sum(share for share, _ in each), each
-
-
 def notes_on_products(products: Sequence[Product]) -> list[str]:
     """Waste in the model's products: float32 where bfloat16 would do, and sizes that do not fill the matrix unit."""
     notes = []
@@ -96,12 +84,16 @@ def notes_on_products(products: Sequence[Product]) -> list[str]:
             cost = f"{PASSES[precision]} passes each, {time:.0%} of all passes" if PASSES[precision] > 1 else "one pass each"
             what = f"float32 products of {precision} precision: {share:.1%} of the operations ({cost})"
             notes.append(f"{what}, most of them in {largest.name}")
-    share, each = padding_share(products)
-    if share >= WORTH_A_NOTE:
-        (most, product), sizes = each[0], " x ".join(map(str, each[0][1].sizes))
+    padding = collections.Counter()
+    for product in products:
+        padding[product.sizes] += product.flops * (_padding(product.sizes) - 1)
+    work = total + padding.total()
+    if padding.total() >= WORTH_A_NOTE * work:
+        ((sizes, most),) = padding.most_common(1)
+        name = next(product.name for product in products if product.sizes == sizes)
         notes.append(
-            f"padding: {share:.0%} of the matrix unit's work fills products up to {LANES}; {most:.0%} those of {sizes} "
-            f"(rows x columns x terms), as in {product.name}"
+            f"padding: {padding.total() / work:.0%} of the matrix unit's work fills products up to {LANES}; {most / work:.0%} "
+            f"those of {' x '.join(map(str, sizes))} (rows x columns x terms), as in {name}"
         )
     return notes
 
@@ -114,7 +106,7 @@ def notes_on_program(
     Args:
       memory: bytes of the arguments by name, as their shapes have it; arguments: as compiled, with tiles filled up.
       ratio: operations of all chips by those of the model.
-      parameters: their number, of the whole model; fsdp: into how many parts the mesh cuts them.
+      parameters: their number, of the whole model; fsdp: the number of parts that the mesh shards them into.
     """
     notes = []
     filled = arguments - sum(memory.values())
@@ -128,8 +120,8 @@ def notes_on_program(
         notes.append(f"all-gathers outside of loops bring {row.bytes_outside_loops / GIB:.2f} GiB at once to every chip")
     if fsdp > 1 and (row := by_kind.get("all-reduce")) and row.bytes > whole:
         notes.append(
-            f"all-reduce takes {row.bytes / GIB:.2f} GiB of traffic although fsdp = {fsdp} cuts the parameters: gradients are "
-            "summed up whole, or weights gathered by sums. Compare a smaller --mesh.fsdp, which leaves wider parts"
+            f"all-reduce takes {row.bytes / GIB:.2f} GiB of traffic although fsdp = {fsdp} shards the parameters: gradients "
+            "are summed unsharded, or weights gathered by sums. Compare a smaller --mesh.fsdp, which leaves wider parts"
         )
     return notes
 
@@ -143,9 +135,9 @@ def attempt(plan: Plan) -> str:
 
 
 def suggestion(best: tuple[int, str] | None, given: tuple[int, str]) -> str:
-    """What a search for batch size and remat, from the given ones, comes to."""
+    """The result of a search for batch size and remat that began with the given ones."""
     if best is None:
-        return "nothing that was tried fits; take more chips, or cut the parameters over more of them (--mesh.fsdp)"
+        return "nothing that was tried fits; take more chips, or shard the parameters over more of them (--mesh.fsdp)"
     if best == given:
         return "as given; neither a larger batch nor less remat that fits was found"
     remat = "" if best[1] == given[1] else f" --train.remat {best[1]}"
@@ -233,7 +225,7 @@ def _passes(product: Product) -> int:
 
 
 def _padding(sizes: tuple[int, int, int]) -> float:
-    """How much work the matrix unit has with a product, by what it needs: either side may be the rows."""
+    """The matrix unit's work on a padded product, divided by that of the product itself; either side may be the rows."""
 
     def up(size: int, to: int) -> int:
         return math.ceil(size / to) * to
