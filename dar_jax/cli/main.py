@@ -170,24 +170,20 @@ def parse(arguments: Sequence[str]) -> Any:
 def overview() -> str:
     """What `dar-jax --help` prints."""
     commands = columns([(f"  {name}", command.__doc__.splitlines()[0]) for name, command in COMMANDS.items()])
-    return "\n".join(
-        [
-            "usage: dar-jax COMMAND ...",
-            "",
-            "D-AR, diffusion via autoregressive models: images as tokens whose order is a denoising schedule.",
-            "",
-            commands,
-            "",
-            "`dar-jax COMMAND --help` explains a command, `dar-jax --version` prints the version.",
-            "",
-            "Many hosts: run the same command on each. On Cloud TPU, under SLURM's srun and Open MPI they find each other;",
-            "elsewhere give --coordinator-address HOST:PORT --num-processes N --process-id 0 .. N-1, or set",
-            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. They wait for each other --start-timeout (300)",
-            f"seconds, and end when one is silent for --heartbeat-timeout (60) seconds. This is for {', '.join(MANY_HOSTS)}.",
-            "",
-            "Example: dar-jax quickstart --workdir runs/digits",
-        ]
-    )
+    return f"""usage: dar-jax COMMAND ...
+
+D-AR, diffusion via autoregressive models: images as tokens whose order is a denoising schedule.
+
+{commands}
+
+`dar-jax COMMAND --help` explains a command, `dar-jax --version` prints the version.
+
+Many hosts: run the same command on each. On Cloud TPU, under SLURM's srun and Open MPI they find each other;
+elsewhere give --coordinator-address HOST:PORT --num-processes N --process-id 0 .. N-1, or set
+JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. They wait for each other --start-timeout (300)
+seconds, and end when one is silent for --heartbeat-timeout (60) seconds. This is for {", ".join(MANY_HOSTS)}.
+
+Example: dar-jax quickstart --workdir runs/digits"""
 
 
 def use_compilation_cache() -> None:

@@ -183,37 +183,35 @@ def text(plan: Plan) -> str:
     return f"{title}\n{columns(rows)}"
 
 
-COLUMNS = (
-    "experiment",
-    "topology",
-    "batch, remat",
-    "GiB on a chip",
-    "PFLOP a step",
-    "GiB sent by a chip",
-    "ms of products, memory, interconnect",
-    "MFU at most",
-    "at least",
-)
-
-
 def table(plans: Sequence[Plan]) -> str:
     """The plans as a table in Markdown, one row each."""
-    rows = [COLUMNS, ["---"] * len(COLUMNS), *map(_row, plans)]
-    return textwrap.dedent(columns([("", *row, "") for row in rows], separator=" | "))
+    rows = [_row(plan) for plan in plans]
+    names = list(max(rows, key=len))
+    cells = [names, ["---"] * len(names), *([row.get(name, "") for name in names] for row in rows)]
+    return textwrap.dedent(columns([("", *row, "") for row in cells], separator=" | "))
 
 
-def _row(plan: Plan) -> tuple[str, ...]:
-    work = f"{plan.batch_size}" + ("" if plan.sampling else f", {plan.remat}")
+def _row(plan: Plan) -> dict[str, str]:
     memory = f"{plan.memory['total'] / GIB:.1f} of {plan.memory['limit'] / GIB:.1f}" + ("" if plan.fits else ": does not fit")
-    first = (plan.experiment, plan.topology, work, memory, f"{plan.model_flops / 1e15:.3g}")
+    row = {
+        "experiment": plan.experiment,
+        "topology": plan.topology,
+        "batch, remat": f"{plan.batch_size}" + ("" if plan.sampling else f", {plan.remat}"),
+        "GiB on a chip": memory,
+        "PFLOP a step": f"{plan.model_flops / 1e15:.3g}",
+    }
     if plan.seconds is None:
-        return (*first, *[""] * (len(COLUMNS) - len(first)))
-    sent = sum(row.bytes for row in plan.collectives) / GIB
-    seconds = [f"{1e3 * plan.seconds[name]:.0f}" for name in ("matrix", "memory", "interconnect")]
+        return row
     cost = f"{plan.batch_size / plan.seconds['step']:,.0f} images/s at most"
     if plan.recipe:
         cost = f"{plan.recipe['days']:.3g} days, {plan.recipe['chip_hours']:,.0f} chip-hours"
-    return (*first, f"{sent:.2f}", ", ".join(seconds), f"{plan.mfu:.0%}", cost)
+    seconds = [f"{1e3 * plan.seconds[name]:.0f}" for name in ("matrix", "memory", "interconnect")]
+    return row | {
+        "GiB sent by a chip": f"{sum(row.bytes for row in plan.collectives) / GIB:.2f}",
+        "ms of products, memory, interconnect": ", ".join(seconds),
+        "MFU at most": f"{plan.mfu:.0%}",
+        "at least": cost,
+    }
 
 
 def _gib(size: float) -> str:
