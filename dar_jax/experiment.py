@@ -28,8 +28,8 @@ Config = TokenizerTraining | TransformerTraining
 LossFn = Callable[[Any, dict[str, Any], jax.Array, dict[str, Any], jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
 ALWAYS_READ = ("optimizer.ema_decay",)  # by the training step
-# Settings that mean something to the library's own part only: (replaced part, prefix of their paths).
-VOID = (("loss", "loss."), ("optimizer", "optimizer."), ("frozen", "loss.lpips_weights"), ("frozen", "loss.dinov2_weights"))
+# What only the library's own part reads: (part, section of the settings, names in it; none: all of them).
+VOID = (("loss", "loss", ()), ("optimizer", "optimizer", ()), ("frozen", "loss", ("lpips_weights", "dinov2_weights")))
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,15 @@ class Experiment:
 
     def check(self) -> None:
         """Raises InputError where a setting is changed that a replaced part makes void, so that none is silently ignored."""
-        for part, prefix in VOID:
-            if getattr(self, part) is None:
+        for part, section, names in VOID:
+            values = getattr(self.config, section, None)
+            if getattr(self, part) is None or values is None:
                 continue
-            for name, value, default in _differing(self.config):
-                if name.startswith(prefix) and not name.startswith((*ALWAYS_READ, *self.reads)):
+            for name in names or vars(values):
+                path, value, default = f"{section}.{name}", getattr(values, name), getattr(type(values)(), name)
+                if value != default and not path.startswith((*ALWAYS_READ, *self.reads)):
                     raise InputError(
-                        f"{name} is {value}, but this experiment replaces its {part}, which does not read it; "
+                        f"{path} is {value}, but this experiment replaces its {part}, which does not read it; "
                         f"leave it at {default} (or name it in Experiment(reads=...))"
                     )
 
@@ -111,21 +113,6 @@ class Experiment:
             return model.init(key, jnp.zeros((1, *model.data_shape)))["params"]
         condition = self.condition({"label": jnp.zeros(1, jnp.int32)})
         return model.init(key, condition, jnp.zeros((1, self.config.model.num_tokens), jnp.int32))["params"]
-
-
-def _differing(config: Config) -> list[tuple[str, Any, Any]]:
-    """(path, value, default) of the settings of a run's parts that differ from their class's defaults."""
-    found = []
-    for part in dataclasses.fields(config):
-        values = getattr(config, part.name)
-        if dataclasses.is_dataclass(values):
-            defaults = type(values)()
-            found += [
-                (f"{part.name}.{f.name}", getattr(values, f.name), getattr(defaults, f.name))
-                for f in dataclasses.fields(values)
-                if getattr(values, f.name) != getattr(defaults, f.name)
-            ]
-    return found
 
 
 def load_experiment(path: str | os.PathLike) -> Experiment:

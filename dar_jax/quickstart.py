@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from dar_jax import __version__
@@ -26,18 +25,16 @@ from dar_jax.config import (
     TransformerTraining,
     VelocityConfig,
 )
-from dar_jax.console import Progress
+from dar_jax.console import columns
 from dar_jax.data.sources import open_source
 from dar_jax.errors import InputError
 from dar_jax.experiment import Experiment
 from dar_jax.files import write_json
 from dar_jax.inference import pictures
-from dar_jax.inference.reconstruct import codebook_usage, encode, reconstruct
-from dar_jax.inference.samples import sample
+from dar_jax.inference.model import load
+from dar_jax.inference.reconstruct import codebook_usage, reconstruct
 from dar_jax.inference.tokenize import tokenize
-from dar_jax.inference.trained import Trained, load_sampler, load_tokenizer
-from dar_jax.models.transformer import score
-from dar_jax.parallel.batches import to_host
+from dar_jax.inference.trained import load_tokenizer
 from dar_jax.training import checkpoint
 from dar_jax.training.loop import train
 
@@ -138,41 +135,32 @@ def quickstart(workdir: str | os.PathLike, fast: bool = False) -> dict[str, Any]
 
 
 def _evaluate(workdir: Path) -> dict[str, float]:
-    """Measures both stages and makes the pictures."""
-    trained = load_sampler(workdir)
-    (images, labels), (held_out, held_out_labels) = (
-        _all_of(dataclasses.replace(DIGITS, split=split)) for split in ("train", "test")
-    )
-    sampling = trained.info.config.sampling
-    result = reconstruct(trained, held_out, np.arange(len(held_out)), sampling, len(held_out))
+    """Measures both stages and writes the pictures."""
+    model = load(workdir, batch_size=250)
+    images, labels = _digits("train")
+    held_out, held_out_labels = _digits("test")
+    result = reconstruct(model.trained, held_out, np.arange(len(held_out)), model.trained.info.config.sampling, len(held_out))
     pictures.save_png(workdir / "reconstructions.png", pictures.beside(held_out[:32], result.images[:32]))
+    classes = np.tile(np.arange(10), PER_CLASS)  # 0 .. 9 again and again, each time with other seeds
+    print(f"drawing {len(classes)} samples", flush=True)
+    previews = np.stack([*model.stream(classes, np.arange(len(classes)))])  # [G, N, H, W, C]
+    _draw(workdir, previews, model.class_names)
 
-    wanted = np.tile(np.arange(10), PER_CLASS)  # 0 .. 9 again and again, each time with another seed
-    groups = [[] for _ in range(trained.config.num_groups)]
-    with Progress("sampled", len(wanted)) as progress:
-        for drawn in sample(trained, wanted, np.arange(len(wanted)), sampling, batch_size=100, previews=True):
-            groups[drawn.groups - 1].append(drawn.images)
-            if drawn.groups == len(groups):
-                progress.add(len(drawn.images))
-    previews = np.stack([np.concatenate(group) for group in groups])  # [G, N, H, W, C]
-    _draw(workdir, previews, trained.class_names)
-
-    read = _classifier(images, labels)
+    classify = _classifier(images, labels)
     return {
         "reconstruction_psnr": float(result.psnr.mean()),
-        "codebook_usage": codebook_usage(encode(trained, images, 250), trained.config.codebook_size),
-        "bits_per_token": float(_bits(trained, result.codes, held_out_labels).mean()),
-        "class_accuracy": float(np.mean(read(previews[-1]) == wanted)),
-        "reconstruction_accuracy": float(np.mean(read(result.images) == held_out_labels)),
-        "real_accuracy": float(np.mean(read(held_out) == held_out_labels)),
+        "codebook_usage": codebook_usage(model.encode(images), model.trained.config.codebook_size),
+        "bits_per_token": float(model.score(held_out, held_out_labels).mean()),
+        "class_accuracy": float(np.mean(classify(previews[-1]) == classes)),
+        "reconstruction_accuracy": float(np.mean(classify(result.images) == held_out_labels)),
+        "real_accuracy": float(np.mean(classify(held_out) == held_out_labels)),
     }
 
 
 def _draw(workdir: Path, previews: np.ndarray, names: tuple[str, ...]) -> None:
-    """The pictures of samples [G, N, H, W, C], which are of classes 0 .. 9 in turn."""
+    """Writes the pictures of samples [G, N, H, W, C] of classes 0 .. 9 in turn."""
     shown = previews[:, : 10 * SHOWN_PER_CLASS].reshape(len(previews), SHOWN_PER_CLASS, 10, *previews.shape[2:]).swapaxes(1, 2)
-    seeds = [f"#{number}" for number in range(1, SHOWN_PER_CLASS + 1)]
-    frames = [pictures.grid(frame, names, seeds) for frame in shown]
+    frames = [pictures.grid(frame, names, [f"#{i + 1}" for i in range(SHOWN_PER_CLASS)]) for frame in shown]
     pictures.save_png(workdir / "samples.png", frames[-1])
     pictures.save_animation(workdir / "denoising.webp", frames)
     pictures.save_png(workdir / "groups.png", pictures.group_by_group(previews[:, :10], names))
@@ -189,11 +177,11 @@ def summary(report: dict[str, Any]) -> str:
         ("real_accuracy", "{:.1%}", "of held-out digits are read correctly by the same classifier"),
         ("seconds", "{:.0f}", "in all"),
     ]
-    return "\n".join(f"{name:24}{form.format(report[name]):>9}  {meaning}" for name, form, meaning in lines)
+    return columns([(name, form.format(report[name]), meaning) for name, form, meaning in lines], "<>")
 
 
 def _check_folder(workdir: Path, tokenizer: TokenizerTraining, transformer: TransformerTraining) -> bool:
-    """Whether the folder holds an unfinished quickstart with these settings; InputError if it holds anything else."""
+    """True where the folder holds an unfinished quickstart with these settings. Raises InputError if it holds anything else."""
     if (workdir / "report.json").exists():
         raise InputError(f"{workdir} already holds a finished quickstart; choose another folder")
     if not workdir.is_dir() or not any(workdir.iterdir()):
@@ -211,9 +199,9 @@ def _train(experiment: Experiment, workdir: Path) -> None:
         raise KeyboardInterrupt
 
 
-def _all_of(data: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
     """All digits of a split: images uint8 [N, 8, 8, 1] and labels int [N]."""
-    source = open_source(data)
+    source = open_source(dataclasses.replace(DIGITS, split=split))
     elements = [source[index] for index in range(len(source))]
     return np.stack([element["image"] for element in elements]), np.array([element["label"] for element in elements])
 
@@ -227,9 +215,3 @@ def _classifier(images: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray]
 
     classifier = SVC(gamma=0.001).fit(features(images), labels)
     return lambda images: classifier.predict(features(images))
-
-
-def _bits(trained: Trained, codes: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """What the transformer takes to write down each of the codes [N, T] of images of these labels [N], given the label."""
-    with jax.set_mesh(trained.mesh):
-        return to_host(score(trained.networks.transformer, trained.params["transformer"], labels.astype(np.int32), codes)[0])

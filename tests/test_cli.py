@@ -169,7 +169,7 @@ def test_overview_names_every_command(capsys):
 def test_help_of_an_experiment_and_of_a_tokenizer_lists_its_settings(runs, capsys):
     for arguments, lines in (
         (["train", TRANSFORMER], ("--optimizer.learning-rate FLOAT", "--sampling.guidance FLOAT FLOAT", "--tokenizer")),
-        (["tokenize", str(runs / "tokenizer")], ("(default: digits)", "--data.crop {random,center,ten_crop}")),
+        (["tokenize", str(runs / "tokenizer")], ("(default: digits)", "--data.crop {random,center,ten_crop,none}")),
     ):
         with pytest.raises(SystemExit):
             cli.main([*arguments, "--help"])
@@ -192,12 +192,18 @@ ERRORS = {
     # name: (what the line says, arguments)
     "unknown command": ("did you mean sample?", ["sampel"]),
     "unknown override": ("did you mean --train.steps", [*TRAIN, "--train.step", "3"]),
-    "unknown option": ("--sead", [*SAMPLE, "--sead", "3"]),
-    "wrong type": ("Error parsing --train.steps", [*TRAIN, "--train.steps", "many"]),
-    "wrong type in a list": ("Error parsing --seeds", [*SAMPLE[:-1], "1,x"]),
-    "wrong choice": ("invalid choice 'exact' for argument '--solver'", [*SAMPLE, "--solver", "exact"]),
+    "unknown option": ("there is no option --sead; did you mean --seeds?", [*SAMPLE, "--sead", "3"]),
+    "wrong type": ("--train.steps takes INT, not 'many'", [*TRAIN, "--train.steps", "many"]),
+    "wrong type in a list": ("--seeds takes N,N, not '1,x'", [*SAMPLE[:-1], "1,x"]),
+    "wrong choice": ("--solver takes {adams2,euler}, not 'exact'", [*SAMPLE, "--solver", "exact"]),
+    "too few values": ("--sampling.guidance takes FLOAT FLOAT, not '1'", [*TRAIN_AR, "--sampling.guidance", "1"]),
+    "value of a flag": ("takes no further argument 'yes'", [*SAMPLE, "--previews", "yes"]),
+    "value of a flag after =": ("--previews takes no value, not 'yes'", [*SAMPLE, "--previews=yes"]),
+    "further argument": ("takes no further argument 'b'", ["info", "{runs}/ar", "b"]),
+    "no checkpoint": ("Missing from dar-jax info: CHECKPOINT (see", ["info"]),
+    "no experiment": ("Missing from dar-jax train: EXPERIMENT, which comes first (see", ["train", "--workdir", "{out}"]),
     "missing argument": ("Missing from dar-jax sample: --out STR (see", ["sample", "{runs}/ar", *SAMPLE[-4:]]),
-    "missing value": ("--labels", ["sample", "{runs}/ar", "--labels"]),
+    "missing value": ("--labels lacks its value, A,B", ["sample", "{runs}/ar", "--labels"]),
     "missing experiment": ("there is no experiment file nowhere.py", ["train", "nowhere.py", "--workdir", "{out}"]),
     "experiment that fails": ("ZeroDivisionError", ["train", "{tmp}/fails.py", "--workdir", "{out}"]),
     "missing checkpoint": ("{tmp}/nowhere does not exist", ["sample", "{tmp}/nowhere", *SAMPLE[2:]]),
@@ -376,7 +382,7 @@ def test_checkpoint_of_another_experiment(runs, tmp_path, capfd):
     train = ["train", TOKENIZER, "--workdir", str(tmp_path / "run"), "--resume", *TINY_TOKENIZER, "--model.codebook-size", "16"]
     assert cli.main(train) == 2
     err = capfd.readouterr().err
-    assert "is of another experiment" in err and f"codebook ({CODES}, 8) there, (16, 8) here" in err and err.count("\n") == 1
+    assert "is of another experiment" in err and f"model.codebook_size {CODES} there, 16 here" in err and err.count("\n") == 1
     assert files(tmp_path) == before
 
 

@@ -453,7 +453,7 @@ def test_what_cannot_be_computed_is_left_out_with_a_reason(extractor, tmp_path):
         "precision": "the reference came as moments only, without images",
         "recall": "the reference came as moments only, without images",
     }
-    assert "left out         sFID: the reference came without" in table(report)
+    assert "left out sFID: the reference came without" in " ".join(table(report).split())
     few = evaluate(from_array(random_images(3), "s"), statistics, extractor)
     assert few["left_out"] == dict.fromkeys(("precision", "recall"), "they need more than 3 images on both sides")
     assert any("singular" in note and "FID, samples: rank 2 of 6" in note for note in few["notes"])

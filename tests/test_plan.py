@@ -15,13 +15,14 @@ import pytest
 
 from dar_jax import parallel
 from dar_jax.cli import main as cli
-from dar_jax.config import MeshConfig, TokenizerLossConfig, VelocityConfig
+from dar_jax.config import MeshConfig, TokenizerLossConfig, TrainConfig, VelocityConfig
 from dar_jax.errors import InputError
 from dar_jax.experiment import Experiment
 from dar_jax.plan import ENVIRONMENT, compiler, hlo, jobs, planner, report
 from dar_jax.plan.chips import CHIPS, GIB, chip_of
 from dar_jax.quickstart import TOKENIZER, TRANSFORMER
 from dar_jax.training.flops import PEAKS, Product, count_flops
+from dar_jax.training.stages import describe
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
@@ -207,7 +208,7 @@ def test_topologies_and_their_errors():
 def test_roofline_and_recipe():
     chip = dataclasses.replace(CHIPS["v5e"], peak=100.0, memory_bandwidth=10.0, ici_bandwidth=2.0)
     assert report.roofline(chip, 300, 40, 4) == {"matrix": 3, "memory": 4, "interconnect": 2, "step": 4}
-    found = report.recipe(steps=3600, batch_size=8, tokens=256, step_seconds=24, chips=4)
+    found = report.recipe(TrainConfig(steps=3600, batch_size=8), tokens=256, step_seconds=24, chips=4)
     assert found == {"steps": 3600, "images": 28_800, "tokens": 7_372_800, "days": 1, "chip_hours": 96}
 
 
@@ -266,7 +267,12 @@ def test_words():
     assert "batch 64 in 2 parts, remat dots, 4 chips" in said and "2 PFLOP, and 50% of them again" in said
     assert "notes       a note" in said and "frozen" not in said and "time" not in said
     seconds = report.roofline(CHIPS["v5e"], 197e12, 8.19e9, 2e9)
-    found = {"seconds": seconds, "mfu": 0.25, "compiled_flops": 3.3e15, "recipe": report.recipe(86_400, 64, 256, 1, 4)}
+    found = {
+        "seconds": seconds,
+        "mfu": 0.25,
+        "compiled_flops": 3.3e15,
+        "recipe": report.recipe(TrainConfig(steps=86_400, batch_size=64), 256, 1, 4),
+    }
     plan = dataclasses.replace(plan, fits=True, **found, collectives=[hlo.Collective("all-reduce", 1200, 2 * GIB, 0)])
     said = report.text(plan)
     for part in ("1.100 of that", "all-reduce: 1,200 calls, each chip sends 2.00 GiB", "at least 1e+03 ms: matrix 1e+03 ms"):
@@ -274,7 +280,7 @@ def test_words():
     assert "86,400 steps, 5.53 M images, 1.42 G tokens: at least 1 days, 96 chip-hours" in said
     header, _, row = report.table([plan]).splitlines()
     assert len(header.split(" | ")) == len(row.split(" | "))
-    assert row.endswith("| 20.0 of 15.8 | 2 | 2.00 | 1000, 10, 10 | 25% | 1 days, 96 chip-hours |")
+    assert " ".join(row.split()).endswith("| 20.0 of 15.8 | 2 | 2.00 | 1000, 10, 10 | 25% | 1 days, 96 chip-hours |")
 
 
 def product(flops, sizes, precision="default", dtype="bfloat16", name="here"):
@@ -336,8 +342,7 @@ def test_jobs_on_shapes_alone():
         config = dataclasses.replace(TOKENIZER, model=model, data=data, loss=loss)
         job = jobs.training_job(Experiment(config), mesh)
         assert (job.memory["frozen"] > 0) == frozen
-        if frozen:
-            assert set(jobs.feature_networks(Experiment(config))) == {"lpips", "dinov2"}
+        assert set(describe(Experiment(config), jnp.float32).frozen) == ({"lpips", "dinov2"} if frozen else set())
     assert job.parameters < job.memory["parameters"] < 4 * job.parameters  # cut over fsdp, but for what is whole
     assert job.memory["optimizer"] > 1.9 * job.memory["parameters"] == 1.9 * job.memory["average"]
 
@@ -386,11 +391,11 @@ def test_errors_in_one_line(capsys, monkeypatch, on_cpu):
 def test_the_mesh_is_that_of_the_real_command(sampling, sizes, monkeypatch):
     """Which for sampling cuts nothing over fsdp."""
 
-    def refuse(experiment, mesh, sampling):
+    def refuse(experiment, mesh):
         raise InputError(f"made for {tuple(mesh.shape.values())}")
 
     monkeypatch.setattr(planner, "open_topology", lambda name: jax.devices())
-    monkeypatch.setattr(jobs, "make_job", refuse)
+    monkeypatch.setattr(jobs, "sampling_job" if sampling else "training_job", refuse)
     config = dataclasses.replace(TRANSFORMER, mesh=MeshConfig(fsdp=-1))
     with pytest.raises(InputError, match=re.escape(f"made for {sizes}")):
         planner.plan(Experiment(config), "v5e:2x4", sampling=sampling)

@@ -107,7 +107,7 @@ def test_download_then_cache(offer, cache, server, capsys):
     found = resolve("net", open_url=open_local)
     assert (found.files, found.sha256, found.where) == ((cache / "net.pth",), (SUM,), "download")
     assert found.files[0].read_bytes() == BODY
-    assert "1.0 MB, licence MIT" in capsys.readouterr().err
+    assert "1.02 MB, licence MIT" in capsys.readouterr().err
     again = resolve("net", open_url=open_local)
     assert dataclasses.replace(again, where="download") == found and again.where == "cache"
     assert str(again) == f"{cache / 'net.pth'} (SHA-256 {SUM})"
@@ -309,5 +309,5 @@ def test_progress_on_a_terminal(offer, cache, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     resolve("net", open_url=open_local)
     lines = capsys.readouterr().err.split("\r\033[K")
-    assert len(lines) > 3 and lines[1].startswith("[#####...............] net.pth 0.3 MB of 1.0 MB, ")
-    assert lines[-1].startswith("[####################] net.pth 1.0 MB of 1.0 MB, ") and "0:00 left\n" in lines[-1]
+    assert len(lines) > 3 and lines[1].startswith("[#####...............] net.pth 262 kB/1.02 MB, ") and "B/s, 0:0" in lines[1]
+    assert lines[-1].startswith("net.pth 1.02 MB/1.02 MB\n")

@@ -93,7 +93,7 @@ def test_the_command(tiny_run, reference, tmp_path, capsys, monkeypatch):
     assert len(report["rows"]) == 4 and report["samples"] == 12
     assert "1:4" in capsys.readouterr().out and Image.open(tmp_path / "out/fid.png").size[0] > 500
     assert main([*command, "--guidance", "1:2:3"]) == 2
-    assert "is not two scales" in capsys.readouterr().err
+    assert "--guidance takes FIRST:LAST,..., not '" in capsys.readouterr().err
 
 
 def test_evaluate_commands(tiny_run, reference, tmp_path, capsys, monkeypatch):

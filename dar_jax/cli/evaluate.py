@@ -2,31 +2,30 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Any, Generic, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from dar_jax.cli.options import (
+    Decoding,
     Floats,
+    Inception,
     Ints,
     Mesh,
     Number,
     OfRun,
+    OnData,
+    OnTransformer,
     Optional,
     Place,
+    Scales,
     Settings,
-    Words,
-    _check_file,
-    _check_folder,
-    _check_sampling,
-    _experiment,
-    _first,
-    _given,
-    _mesh,
-    _pair,
-    _write_json,
+    check_writable,
+    first,
+    make_mesh,
+    write_json,
 )
-from dar_jax.config import Batch, DataConfig, DenoisingSteps, SamplingConfig, Seed, Share, Temperature, Tokens, TopK
+from dar_jax.config import Batch, DataConfig, Seed, Share, Temperature, Tokens, TopK
 from dar_jax.console import show
 
 
@@ -48,8 +47,8 @@ class Evaluate:
     reference: str  # NPZ file, folder or data source
     json: Optional[str] = None  # also write the report to this file
     save_statistics: Optional[str] = None  # also keep the statistics of the samples in this NPZ file, as a later reference
-    weights: Optional[str] = None  # file of the Inception network; else looked for as the README says
-    resize: Literal["tensorflow1", "half_pixel"] = "tensorflow1"  # how images come to 299 pixels; all of ADM's: tensorflow1
+    weights: Optional[str] = None  # file of the Inception network; else looked for as docs/weights.md says
+    resize: Literal["tensorflow1", "half_pixel"] = "tensorflow1"  # how images are resized to 299 x 299; ADM: tensorflow1
     num_images: Optional[Number] = None  # only so many samples, drawn at random with a fixed seed
     batch_size: Batch = 64  # images at a time
     mesh: Optional[Mesh] = None  # devices along data, fsdp and tensor; else all of them along data
@@ -58,17 +57,16 @@ class Evaluate:
         from dar_jax.evaluation.extractor import open_extractor
         from dar_jax.evaluation.fid import evaluate, table
 
-        for path in (self.json, self.save_statistics):
-            _check_file(path)
-        extractor = open_extractor(self.weights, self.resize, self.batch_size, _mesh(self.mesh))
-        keep_as = self.save_statistics if _first() else None
+        check_writable(self.json, self.save_statistics)
+        extractor = open_extractor(self.weights, self.resize, self.batch_size, make_mesh(self.mesh))
+        keep_as = self.save_statistics if first() else None
         report = evaluate(self.samples, self.reference, extractor, self.num_images, keep_as=keep_as)
-        _write_json(self.json, report)
+        write_json(self.json, report)
         show(table(report))
 
 
-@dataclass(frozen=True)
-class EvaluateTokenizer(Generic[Settings]):
+@dataclass(frozen=True, kw_only=True)
+class EvaluateTokenizer(Inception, Decoding, OnData[Settings]):
     """How well does a tokenizer keep images? PSNR, SSIM, LPIPS, rFID and codebook usage on held-out images.
 
     The defaults of `--data.*` are those of the tokenizer's own training, but for the split: test for digits and CIFAR-10, val
@@ -77,56 +75,31 @@ class EvaluateTokenizer(Generic[Settings]):
     Example: dar-jax evaluate-tokenizer runs/tokenizer --json report.json
     """
 
-    checkpoint: Place  # a run's folder, of a tokenizer or a transformer, or one of its checkpoints/STEP; comes first
-    data: Annotated[Settings, tyro.conf.FlagConversionOff]
     json: Optional[str] = None  # also write the report to this file
     num_images: Optional[Number] = None  # only so many, from the first on
-    inception: Optional[str] = None  # file of the Inception network; else looked for as the README says
-    lpips: Optional[str] = None  # file or folder with the weights of LPIPS; else looked for likewise
-    resize: Literal["tensorflow1", "half_pixel"] = "tensorflow1"  # how images come to 299 pixels for rFID
-    solver: OfRun[Literal["adams2", "euler"]] = None  # of the denoising steps
-    num_denoising_steps: OfRun[DenoisingSteps] = None  # steps from noise to image
-    seed: Seed = 0  # image i is denoised from the noise of seed + i
-    experiment: Optional[str] = None  # the run's experiment file, if that replaced the model or the source
-    weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
-    mesh: Optional[Mesh] = None  # devices along data, fsdp and tensor; else along tensor as in the run, the rest along data
-    batch_size: Batch = 64  # images at a time
-
-    @classmethod
-    def with_defaults(cls, checkpoint: str) -> tuple[Any, "EvaluateTokenizer"]:
-        """The type to parse and the values of what is not given."""
-        from dar_jax.data.sources import held_out
-        from dar_jax.training.checkpoint import inspect
-
-        return cls[DataConfig], cls(checkpoint, held_out(inspect(checkpoint).tokenizer.config.data))
+    lpips: Optional[str] = None  # file or folder with the weights of LPIPS; else looked for as docs/weights.md says
 
     def run(self) -> None:
-        from dar_jax.data.sources import open_source
-        from dar_jax.evaluation.extractor import open_extractor
         from dar_jax.evaluation.tokenizer import evaluate_tokenizer, open_lpips, table
-        from dar_jax.inference.trained import load_tokenizer, unless_missing
+        from dar_jax.inference.trained import unless_missing
         from dar_jax.training.checkpoint import inspect
 
-        _check_file(self.json)
-        experiment, model = _experiment(self.experiment), inspect(self.checkpoint).tokenizer.config.model
-        given = {"solver": self.solver, "num_denoising_steps": self.num_denoising_steps}
-        sampling = dataclasses.replace(SamplingConfig(), **_given(given))
-        _check_sampling(sampling, model, experiment)
-        source = ((experiment and experiment.source) or open_source)(self.data)
-        mesh = _mesh(self.mesh)
-        extractor = unless_missing(lambda: open_extractor(self.inception, self.resize, self.batch_size, mesh), self.inception)
+        check_writable(self.json)
+        info, mesh = inspect(self.checkpoint), make_mesh(self.mesh)
+        sampling, source = self.sampling(info), self.open_source(self.data)
+        extractor = unless_missing(lambda: self.open_extractor(mesh), self.inception)
         lpips = unless_missing(lambda: open_lpips(self.lpips), self.lpips)
-        trained = load_tokenizer(self.checkpoint, experiment, self.weights, mesh)
-        data = dataclasses.replace(self.data, image_size=model.image_size)
+        trained = self.load_tokenizer(mesh)
+        data = dataclasses.replace(self.data, image_size=info.tokenizer.config.model.image_size)
         report = evaluate_tokenizer(
             trained, source, data, extractor, lpips, sampling, self.seed, self.batch_size, self.num_images
         )
-        _write_json(self.json, report)
+        write_json(self.json, report)
         show(table(report))
 
 
-@dataclass(frozen=True)
-class EvaluateAr(Generic[Settings]):
+@dataclass(frozen=True, kw_only=True)
+class EvaluateAr(OnData[Settings]):
     """How well does a transformer predict the codes of real images?
 
     Prints bits per token and the share of tokens that it finds most probable, given the class and without it, and writes
@@ -138,38 +111,30 @@ class EvaluateAr(Generic[Settings]):
 
     checkpoint: Place  # a transformer's run folder, or one of its checkpoints/STEP; comes first
     out: str  # the folder to write to
-    data: Annotated[Settings, tyro.conf.FlagConversionOff]
     num_images: Optional[Number] = None  # only so many, from the first on
-    experiment: Optional[str] = None  # the run's experiment file, if that replaced the model or the source
-    weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
-    mesh: Optional[Mesh] = None  # devices along data, fsdp and tensor; else along tensor as in the run, the rest along data
-    batch_size: Batch = 64  # images at a time
 
-    @classmethod
-    def with_defaults(cls, checkpoint: str) -> tuple[Any, "EvaluateAr"]:
-        """The type to parse and the values of what is not given."""
+    @staticmethod
+    def default_data(checkpoint: str) -> DataConfig:
+        """The data of the transformer's training, in the split to evaluate on."""
         from dar_jax.data.sources import held_out
         from dar_jax.inference.trained import inspect_transformer
 
-        return cls[DataConfig], cls(checkpoint, tyro.MISSING, held_out(inspect_transformer(checkpoint).config.data))
+        return held_out(inspect_transformer(checkpoint).config.data)
 
     def run(self) -> None:
-        from dar_jax.data.sources import open_source
         from dar_jax.evaluation.likelihood import describe, evaluate_transformer, write_report
-        from dar_jax.inference.trained import load_sampler
 
-        experiment = _experiment(self.experiment)
-        source = ((experiment and experiment.source) or open_source)(self.data)
-        _check_folder(self.out)
-        trained = load_sampler(self.checkpoint, experiment, self.weights, _mesh(self.mesh))
+        source = self.open_source(self.data)
+        check_writable(self.out, folder=True)
+        trained = self.load_sampler()
         report = evaluate_transformer(trained, source, self.data, self.batch_size, self.num_images)
-        if _first():
+        if first():
             written = write_report(report, self.out, trained.config.num_groups, trained.config.codebook_size)
             show("\n".join([describe(report), *map(str, written)]))
 
 
-@dataclass(frozen=True)
-class Sweep:
+@dataclass(frozen=True, kw_only=True)
+class Sweep(Inception, OnTransformer):
     """Try sampling settings: FID and company of samples for every combination, and for previews.
 
     The samples are of all classes in turn, with seeds from --seed on. Writes report.json and fid.png. The sampler is compiled
@@ -178,36 +143,26 @@ class Sweep:
     Example: dar-jax sweep runs/ar --reference images.npz --guidance 1:1,1.1:4,1.1:8 --groups 2,4,6,8 --out sweep
     """
 
-    checkpoint: Place  # a transformer's run folder, or one of its checkpoints/STEP
     reference: str  # NPZ file, folder or data source, as of `dar-jax evaluate`
     out: str  # the folder to write to
     num: Number = 1000  # samples for each setting
-    guidance: OfRun[Words] = None  # scales of the first and the last token, such as 1:1,1.1:4
+    guidance: OfRun[Scales] = None  # scales of the first and the last token, such as 1:1,1.1:4
     temperature: OfRun[Floats[Temperature]] = None  # such as 0.9,1
     top_k: OfRun[Ints[TopK]] = None  # such as 0,600
     top_p: OfRun[Floats[Share]] = None  # such as 0.9,1
     groups: Optional[Ints[Tokens]] = None  # measure previews after so many groups, such as 2,4,6,8
     seed: Seed = 0  # of the first sample
-    inception: Optional[str] = None  # file of the Inception network; else looked for as the README says
-    resize: Literal["tensorflow1", "half_pixel"] = "tensorflow1"  # how images come to 299 pixels
-    experiment: Optional[str] = None  # the run's experiment file, if that replaced the model or the guidance
-    weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
-    mesh: Optional[Mesh] = None  # devices along data, fsdp and tensor; else along tensor as in the run, the rest along data
-    batch_size: Batch = 64  # samples at a time
 
     def run(self) -> None:
-        from dar_jax.evaluation.extractor import open_extractor
         from dar_jax.evaluation.sweep import sweep, table, variants, write_report
-        from dar_jax.inference.trained import inspect_transformer, load_sampler
+        from dar_jax.inference.trained import inspect_transformer
 
-        info, experiment = inspect_transformer(self.checkpoint), _experiment(self.experiment)
-        base = info.config.sampling
-        pairs = [_pair(text) for text in self.guidance or ()]
-        configs = variants(base, pairs, self.temperature or (), self.top_k or (), self.top_p or ())
-        _check_folder(self.out)
-        mesh = _mesh(self.mesh)
-        extractor = open_extractor(self.inception, self.resize, self.batch_size, mesh)
-        trained = load_sampler(self.checkpoint, experiment, self.weights, mesh)
+        info, mesh = inspect_transformer(self.checkpoint), make_mesh(self.mesh)
+        values = (self.guidance, self.temperature, self.top_k, self.top_p)
+        configs = variants(info.config.sampling, *(each or () for each in values))
+        check_writable(self.out, folder=True)
+        extractor = self.open_extractor(mesh)
+        trained = self.load_sampler(mesh)
         rows = sweep(trained, extractor, self.reference, configs, self.groups, self.num, self.batch_size, self.seed)
         about = {
             "checkpoint": str(info.path),
@@ -217,5 +172,5 @@ class Sweep:
             "weights": f"{extractor.network.weights} (SHA-256 {extractor.network.sha256})",
             "resize": self.resize,
         }
-        if _first():
+        if first():
             show("\n".join([table(rows), *map(str, write_report(rows, self.out, about))]))

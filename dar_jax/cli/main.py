@@ -7,6 +7,7 @@ nobody reads the output.
 
 import argparse
 import contextlib
+import dataclasses
 import difflib
 import errno
 import io
@@ -23,16 +24,14 @@ from typing import Annotated, Any, get_type_hints
 import tyro
 
 from dar_jax import __version__
+from dar_jax.cli.complaint import complaint
 from dar_jax.cli.evaluate import Evaluate, EvaluateAr, EvaluateTokenizer, Sweep
-from dar_jax.cli.options import Listed, _fail, _first, _given, _many_hosts
+from dar_jax.cli.options import Listed, fail, first, given, many_hosts
 from dar_jax.cli.release import Export, Import
 from dar_jax.cli.train import Plan, Quickstart, Train
 from dar_jax.cli.use import Generate, Info, Reconstruct, Sample, Tokenize
-from dar_jax.config import (
-    Range,
-    checked,
-)
-from dar_jax.console import PrintableMessages, escape_unknown_characters
+from dar_jax.config import Range, checked
+from dar_jax.console import PrintableMessages, columns, escape_unknown_characters
 from dar_jax.errors import InputError
 
 # Whatever imports JAX is imported where it is needed, so that --help and mistyped commands answer at once.
@@ -86,8 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
-            code = _fail(_disk_full(error) or error, 2)
-        elif (hosts := _many_hosts()) is not None:
+            code = fail(_disk_full(error) or error, 2)
+        elif (hosts := many_hosts()) is not None:
             hosts.leave(f"{hosts.name()}: nobody reads the output", code)
     return code
 
@@ -101,18 +100,15 @@ def _run(arguments: Sequence[str] | None) -> int:
         use_compilation_cache()
         with _only_first_prints():
             return command.run() or 0
-    except (InputError, OSError) as error:
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
+    except Exception as error:
         if isinstance(error, BrokenPipeError) and _is_unread(sys.stdout):
             raise
-        return _fail(_disk_full(error) or error, 2)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
-    except Exception as error:
-        if isinstance(error, RuntimeError) and "initialize backend" in str(error):  # JAX's, of what JAX_PLATFORMS names
-            return _fail(error, 2)
-        if (full := _disk_full(error)) is not None:
-            return _fail(full, 2)
-        if (hosts := _many_hosts()) is not None:
+        wrong_platform = isinstance(error, RuntimeError) and "initialize backend" in str(error)  # in JAX_PLATFORMS
+        if (full := _disk_full(error)) or wrong_platform or isinstance(error, (InputError, OSError)):
+            return fail(full or error, 2)
+        if (hosts := many_hosts()) is not None:
             hosts.leave(None, 1)
         raise
 
@@ -132,7 +128,7 @@ def join_hosts(arguments: list[str]) -> list[str]:
         options, others = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise InputError(str(error)) from error
-    options = _given(vars(options))
+    options = given(vars(options))
     for name, kind in HOST_NUMBERS.items():
         if name in options:
             checked(kind, options[name], name)
@@ -158,37 +154,36 @@ def parse(arguments: Sequence[str]) -> Any:
         similar = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {similar[0]}?" if similar else f"commands are {', '.join(COMMANDS)}"
         raise InputError(f"there is no command {name!r}; {hint}")
-    command, default = COMMANDS[name], None
+    command, default, prog = COMMANDS[name], None, f"dar-jax {name}"
+    help_wanted = any(argument in ("-h", "--help") for argument in rest)
     if hasattr(command, "with_defaults"):
         if rest and not rest[0].startswith("-"):
             command, default = command.with_defaults(rest[0])
-        else:
+        elif help_wanted:
             command = command[Listed]
-    help_wanted = any(argument in ("-h", "--help") for argument in rest)
-    return _parse(command, default, ["--help"] if help_wanted else rest, f"dar-jax {name}")
+        else:
+            place = dataclasses.fields(command)[0].name.upper()
+            raise InputError(f"Missing from {prog}: {place}, which comes first (see {prog} --help)")
+    return _parse(command, default, ["--help"] if help_wanted else rest, prog)
 
 
 def overview() -> str:
     """What `dar-jax --help` prints."""
-    lines = [f"  {name:20}{command.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: dar-jax COMMAND ...",
-            "",
-            "D-AR, diffusion via autoregressive models: images as tokens whose order is a denoising schedule.",
-            "",
-            *lines,
-            "",
-            "`dar-jax COMMAND --help` explains a command, `dar-jax --version` prints the version.",
-            "",
-            "Many hosts: run the same command on each. On Cloud TPU, under SLURM's srun and Open MPI they find each other;",
-            "elsewhere give --coordinator-address HOST:PORT --num-processes N --process-id 0 .. N-1, or set",
-            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. They wait for each other --start-timeout (300)",
-            f"seconds, and end when one is silent for --heartbeat-timeout (60) seconds. This is for {', '.join(MANY_HOSTS)}.",
-            "",
-            "Example: dar-jax quickstart --workdir runs/digits",
-        ]
-    )
+    commands = columns([(f"  {name}", command.__doc__.splitlines()[0]) for name, command in COMMANDS.items()])
+    return f"""usage: dar-jax COMMAND ...
+
+D-AR, diffusion via autoregressive models: images as tokens whose order is a denoising schedule.
+
+{commands}
+
+`dar-jax COMMAND --help` explains a command, `dar-jax --version` prints the version.
+
+Many hosts: run the same command on each. On Cloud TPU, under SLURM's srun and Open MPI they find each other;
+elsewhere give --coordinator-address HOST:PORT --num-processes N --process-id 0 .. N-1, or set
+JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. They wait for each other --start-timeout (300)
+seconds, and end when one is silent for --heartbeat-timeout (60) seconds. This is for {", ".join(MANY_HOSTS)}.
+
+Example: dar-jax quickstart --workdir runs/digits"""
 
 
 def use_compilation_cache() -> None:
@@ -208,42 +203,23 @@ def use_compilation_cache() -> None:
 
 
 def _parse(command: Any, default: Any, arguments: Sequence[str], prog: str) -> Any:
-    """tyro's parsing, with its boxed complaints made one line, and ranges."""
+    """tyro's parsing, with errors in one line, and ranges."""
     options = {} if default is None else {"default": default}
-    complaint = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(io.StringIO()):  # tyro draws boxes there
             parsed = tyro.cli(command, prog=prog, args=arguments, **options)
     except SystemExit as end:
         if not end.code:
             raise
-        raise InputError(_condense(complaint.getvalue(), prog)) from None
+        raise InputError(f"{complaint(command, arguments, prog)} (see {prog} --help)") from None
     kinds = get_type_hints(type(parsed), include_extras=True)
     for name, value in vars(parsed).items():
         checked(kinds[name], value, "" if name == "config" else name)  # as in --train.steps, without the field's own name
     return parsed
 
 
-def _condense(complaint: str, prog: str) -> str:
-    """The message in a box of tyro's, and the options it thinks were meant."""
-    lines = [re.sub("[╭╮╰╯│]", "", line).rstrip() for line in complaint.splitlines()[1:]]
-    message, *others = re.split(r"\n ─+\n", "\n".join(lines))
-    if message.startswith(" Missing from"):  # each option is followed by its help, deeper to the right
-        first, *options = [line.strip() for line in message.split("\n") if not line.startswith(" " * 9)]
-        message = f"{first} {', '.join(options)}"
-    similar = [
-        line.split()[0]
-        for section in others
-        if section.startswith((" Perhaps", " Arguments similar"))
-        for line in section.split("\n")
-        if line.strip().startswith("--")
-    ]
-    hint = f"; did you mean {' or '.join(dict.fromkeys(similar))}?" if similar else f" (see {prog} --help)"
-    return " ".join(message.split()).rstrip(".") + hint
-
-
 def _is_unread(stream: Any) -> bool:
-    """Whether a stream is a pipe that is closed at its other end."""
+    """True for a pipe that is closed at its other end."""
     try:
         poll = select.poll()
         poll.register(stream.fileno(), 0)
@@ -266,8 +242,8 @@ def _disk_full(error: BaseException | None, depth: int = 0) -> str | None:
 
 @contextlib.contextmanager
 def _only_first_prints() -> Iterator[None]:
-    """Of many hosts, all but the first print only what goes wrong."""
-    if _first():
+    """With many hosts, all but the first print only what goes wrong."""
+    if first():
         yield
         return
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):

@@ -1,29 +1,31 @@
 """Options that several commands share, and small checks."""
 
 import dataclasses
-import math
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from dar_jax.config import (
+    Batch,
     CfgInterval,
+    DataConfig,
     DenoisingSteps,
     Devices,
     Guidance,
     MeshConfig,
     Range,
     SamplingConfig,
+    Seed,
     Share,
     Temperature,
     TokenizerConfig,
     Tokens,
     TopK,
-    checked,
 )
 from dar_jax.console import printable
 from dar_jax.errors import InputError
@@ -40,52 +42,30 @@ def _list_of(kind: Callable[[str], Any], metavar: str) -> PrimitiveConstructorSp
     )
 
 
-T = TypeVar("T")
+def _scales(text: str) -> tuple[float, float]:
+    scales = [float(part) for part in text.split(":")]
+    first, last = scales if len(scales) > 1 else scales * 2
+    return first, last
 
+
+T = TypeVar("T")
+Settings = TypeVar("Settings")
 
 Words = Annotated[tuple[str, ...], _list_of(str, "A,B")]
-
-
 Ints = Annotated[tuple[T, ...], _list_of(int, "N,N")]
-
-
 Floats = Annotated[tuple[T, ...], _list_of(float, "A[,B]")]
-
-
+Scales = Annotated[tuple[tuple[Guidance, Guidance], ...], _list_of(_scales, "FIRST:LAST,...")]
 Number = Annotated[int, Range(1, 10**7)]  # of images or samples
-
-
 Token = Annotated[int, Range(0, 2**24 - 1)]
-
-
 Length = Annotated[int, Range(0, 16384)]  # of a prefix
-
-
 FirstStep = Annotated[int, Range(1, 999)]
-
-
 Tries = Annotated[int, Range(0, 100)]
-
-
 Figure = Annotated[float, Range(1e-3, 1e9)]  # of a chip
-
-
 Mesh = Ints[Devices]
-
-
 Place = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
-
-
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
-
-
 OfRun = Annotated[T | None, tyro.conf.DisallowNone, tyro.conf.arg(help_behavior_hint="(default: of the checkpoint's run)")]
-
-
 Optional = Annotated[T | None, tyro.conf.DisallowNone, tyro.conf.arg(help_behavior_hint="(optional)")]
-
-
-Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True)
@@ -94,128 +74,207 @@ class Listed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
-    """How samples are drawn; what is not given is as the checkpoint's run has it."""
+class OnCheckpoint:
+    """Options of a command that uses the weights of a run."""
+
+    checkpoint: Place  # a run's folder, of a tokenizer or a transformer, or one of its checkpoints/STEP
+    experiment: Optional[str] = None  # the run's experiment file, if that replaced the model, the source or parts of sampling
+    weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
+    mesh: Optional[Mesh] = None  # devices along data, fsdp and tensor; else along tensor as in the run, the rest along data
+    batch_size: Batch = 64  # images at a time
+
+    @functools.cached_property
+    def replaced(self) -> Any:
+        """The experiment of the run, None where no file was given."""
+        from dar_jax.experiment import load_experiment
+
+        return None if self.experiment is None else load_experiment(self.experiment)
+
+    def open_source(self, data: DataConfig) -> Any:
+        """The data, opened as the run's experiment does it."""
+        from dar_jax.data.sources import open_source
+
+        return ((self.replaced and self.replaced.source) or open_source)(data)
+
+    def load_sampler(self, mesh: Any = None, decoder_mesh: Any = None) -> Any:
+        """Both stages of a transformer's run, on `--mesh` unless another is given."""
+        from dar_jax.inference.trained import load_sampler
+
+        return load_sampler(self.checkpoint, self.replaced, self.weights, mesh or make_mesh(self.mesh), decoder_mesh)
+
+    def load_tokenizer(self, mesh: Any = None) -> Any:
+        """The tokenizer of a run of either stage, on `--mesh` unless another is given."""
+        from dar_jax.inference.trained import load_tokenizer
+
+        return load_tokenizer(self.checkpoint, self.replaced, self.weights, mesh or make_mesh(self.mesh))
+
+    def check_sampling(self, sampling: SamplingConfig, tokenizer: TokenizerConfig) -> None:
+        """Raises InputError where the settings do not fit the tokenizer, or the experiment's parts make one void."""
+        from dar_jax.sampling.settings import Method, make_settings
+
+        make_settings(sampling, tokenizer, self.replaced.method if self.replaced else Method())
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnTransformer(OnCheckpoint):
+    """The same for a command that needs a transformer."""
+
+    checkpoint: Place  # a transformer's run folder, or one of its checkpoints/STEP
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnData(OnCheckpoint, Generic[Settings]):
+    """Options of a command that reads a data set; what is not given is as `default_data` has it."""
+
+    checkpoint: Place  # a run's folder, of a tokenizer or a transformer, or one of its checkpoints/STEP; comes first
+    data: Annotated[Settings, tyro.conf.FlagConversionOff]
+
+    @staticmethod
+    def default_data(checkpoint: str) -> DataConfig:
+        """The data of the tokenizer's training, in the split to evaluate on."""
+        from dar_jax.data.sources import held_out
+        from dar_jax.training.checkpoint import inspect
+
+        return held_out(inspect(checkpoint).tokenizer.config.data)
+
+    @classmethod
+    def with_defaults(cls, checkpoint: str) -> tuple[Any, Any]:
+        """The type to parse and the values of what is not given."""
+        return cls[DataConfig], defaults(cls, checkpoint=checkpoint, data=cls.default_data(checkpoint))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnExperiment(Generic[Settings]):
+    """Options of a command that takes an experiment file, and all its settings."""
+
+    experiment: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="EXPERIMENT")]  # its file; comes first
+    config: Annotated[Settings, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+
+    @classmethod
+    def with_defaults(cls, experiment: str) -> tuple[Any, Any]:
+        """The type to parse and the values of what is not given."""
+        from dar_jax.experiment import load_experiment
+
+        config = load_experiment(experiment).config
+        return cls[type(config)], defaults(cls, experiment=experiment, config=config)
+
+    def load(self) -> Any:
+        """The experiment with the settings given."""
+        from dar_jax.experiment import load_experiment
+
+        return load_experiment(self.experiment).with_config(self.config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Denoising:
+    """How images are denoised; what is not given is as the checkpoint's run has it."""
+
+    solver: OfRun[Literal["adams2", "euler"]] = None  # of the denoising steps
+    num_denoising_steps: OfRun[DenoisingSteps] = None  # steps from noise to image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding(Denoising, OnCheckpoint):
+    """Options of a command that encodes and decodes images."""
+
+    seed: Seed = 0  # image i is denoised from the noise of seed + i
+
+    def sampling(self, info: Any) -> SamplingConfig:
+        """The solver and the steps given, else those of the run. Raises InputError where they do not fit the tokenizer."""
+        of_run = SamplingConfig() if info.is_tokenizer else info.config.sampling
+        steps = self.num_denoising_steps or of_run.num_denoising_steps
+        sampling = SamplingConfig(solver=self.solver or of_run.solver, num_denoising_steps=steps)
+        self.check_sampling(sampling, info.tokenizer.config.model)
+        return sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(Denoising, OnTransformer):
+    """Options of a command that samples; what is not given is as the checkpoint's run has it."""
 
     guidance: OfRun[Floats[Guidance]] = None  # classifier-free guidance scale, of the first and the last token; 1: none
     cfg_interval: OfRun[CfgInterval] = None  # N >= 0: tokens with an index above N + 1 are not guided
     temperature: OfRun[Temperature] = None  # 0: always the most probable token
     top_k: OfRun[TopK] = None  # draw from the K most probable tokens only; 0: off
     top_p: OfRun[Share] = None  # draw from the most probable tokens that hold this share only; 1: off
-    solver: OfRun[Literal["adams2", "euler"]] = None  # of the denoising steps
-    num_denoising_steps: OfRun[DenoisingSteps] = None  # steps from noise to image
     groups: OfRun[Tokens] = None  # stop after so many groups of tokens, with their preview
 
-    def sampling(self, of_run: SamplingConfig, **others: Any) -> SamplingConfig:
-        """The run's settings with what was given, here or by `others`."""
-        names = ("cfg_interval", "temperature", "top_k", "top_p", "solver", "num_denoising_steps")
-        given = {name: getattr(self, name) for name in names}
-        given |= {"guidance": _two(self.guidance), "num_groups": self.groups}
-        return dataclasses.replace(of_run, **_given(given | others))
+    def sampling(self, of_run: SamplingConfig) -> SamplingConfig:
+        """The run's settings with those that were given."""
+        if self.guidance is not None and len(self.guidance) > 2:
+            raise InputError(f"guidance is one scale or two, of the first and the last token, not {len(self.guidance)}")
+        options = {field.name: getattr(self, field.name, None) for field in dataclasses.fields(of_run)}
+        options |= {"num_groups": self.groups, "guidance": self.guidance and (self.guidance[0], self.guidance[-1])}
+        return dataclasses.replace(of_run, **given(options))
 
 
-def _fail(what: object, code: int) -> int:
-    """Says what is wrong; a host of many ends here, so that the others do not wait for it."""
-    if (hosts := _many_hosts()) is not None:
-        hosts.leave(f"{hosts.name()}: " + printable(" ".join(str(what).split())), code)
-    return _say(what, code)
+@dataclass(frozen=True, kw_only=True)
+class Inception(OnCheckpoint):
+    """Options of a command that compares Inception's features of images."""
+
+    inception: Optional[str] = None  # file of the Inception network; else looked for as docs/weights.md says
+    resize: Literal["tensorflow1", "half_pixel"] = "tensorflow1"  # how images are resized to 299 x 299; ADM: tensorflow1
+
+    def open_extractor(self, mesh: Any) -> Any:
+        """The Inception network. Raises InputError where its weights are missing."""
+        from dar_jax.evaluation.extractor import open_extractor
+
+        return open_extractor(self.inception, self.resize, self.batch_size, mesh)
 
 
-def _first() -> bool:
-    """Whether this process prints, and writes what is written once: it is alone, or the first of several hosts."""
-    return (hosts := _many_hosts()) is None or hosts.first()
+def defaults(command: type, **values: Any) -> Any:
+    """A command with these values, and without those that have to be given."""
+    required = [field.name for field in dataclasses.fields(command) if field.default is dataclasses.MISSING]
+    return command(**dict.fromkeys(required, tyro.MISSING) | values)
 
 
-def _many_hosts() -> Any:
+def fail(what: object, code: int) -> int:
+    """Prints what is wrong and returns the exit code; one host of many ends here, so that the others do not wait for it."""
+    line = printable(" ".join(str(what).split()))
+    if (hosts := many_hosts()) is not None:
+        hosts.leave(f"{hosts.name()}: {line}", code)
+    print(f"dar-jax: {line}", file=sys.stderr)
+    return code
+
+
+def many_hosts() -> Any:
     """The module `hosts` where this process is one of several hosts, else None."""
     hosts = sys.modules.get("dar_jax.parallel.hosts")
     return hosts if hosts is not None and hosts.many() else None
 
 
-def _say(what: object, code: int) -> int:
-    print("dar-jax: " + printable(" ".join(str(what).split())), file=sys.stderr)
-    return code
+def first() -> bool:
+    """True on the process that prints and writes shared files: the only one, or the first of several hosts."""
+    return (hosts := many_hosts()) is None or hosts.first()
 
 
-def _check_folder(path: str) -> None:
-    """Raises InputError where the process that writes cannot write to a folder."""
-    from dar_jax.files import check_writable
+def check_writable(*paths: str | None, folder: bool = False) -> None:
+    """Raises InputError where the process that writes cannot write to these files (None: not asked for), or folders."""
+    from dar_jax import files
 
-    if _first():
-        check_writable(path)
-
-
-def _check_file(path: str | None) -> None:
-    """The same for a file that may have been asked for."""
-    from dar_jax.files import check_file_writable
-
-    if path is not None and _first():
-        check_file_writable(path)
+    check = files.check_writable if folder else files.check_file_writable
+    for path in paths:
+        if path is not None and first():
+            check(path)
 
 
-def _write_json(path: str | None, values: Any) -> None:
-    """Writes a file that may have been asked for, once."""
-    from dar_jax.files import write_json
+def write_json(path: str | None, values: Any) -> None:
+    """Writes a JSON file, once, where one was asked for."""
+    from dar_jax import files
 
-    if path is not None and _first():
-        write_json(path, values)
+    if path is not None and first():
+        files.write_json(path, values)
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that are not None."""
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _two(guidance: tuple[float, ...] | None) -> tuple[float, float] | None:
-    if guidance is not None and len(guidance) > 2:
-        raise InputError(f"guidance is one scale or two, of the first and the last token, not {len(guidance)}")
-    return guidance and (guidance[0], guidance[-1])
-
-
-def _pair(text: str) -> tuple[float, float]:
-    try:
-        numbers = [float(part) for part in text.split(":")]
-    except ValueError:
-        numbers = []
-    if len(numbers) not in (1, 2):
-        raise InputError(f"guidance {text!r} is not two scales, of the first and the last token, such as 1.1:8")
-    return checked(tuple[Guidance, Guidance], (numbers[0], numbers[-1]), "guidance")
-
-
-def _mesh(sizes: tuple[int, ...] | None, devices: Sequence[Any] | None = None) -> Any:
+def make_mesh(sizes: tuple[int, ...] | None, devices: Sequence[Any] | None = None) -> Any:
     """The mesh of these sizes; without any, all `devices` along data, or None where those are not given either."""
-    from dar_jax.parallel import make_mesh
+    from dar_jax import parallel
 
     if sizes is not None and len(sizes) != 3:
         raise InputError(f"a mesh has three sizes, of data, fsdp and tensor, not {len(sizes)}")
-    return None if sizes is None and devices is None else make_mesh(MeshConfig(*sizes or ()), devices)
-
-
-def _two_meshes(sizes: tuple[int, ...] | None, decoder_sizes: tuple[int, ...] | None, of_run: MeshConfig) -> tuple[Any, Any]:
-    """The mesh of these sizes (default: as `run_mesh`), and that of the last devices where the decoder has sizes of its own."""
-    import jax
-
-    from dar_jax.inference.trained import run_mesh
-
-    if decoder_sizes is None:
-        return _mesh(sizes), None
-    count, devices = math.prod(decoder_sizes), jax.devices()
-    if min(decoder_sizes) < 1 or count >= len(devices) or jax.process_count() > 1:
-        raise InputError(
-            f"a decoder mesh takes some of the devices of one host, not {' x '.join(map(str, decoder_sizes))} of "
-            f"{len(devices)} on {jax.process_count()}"
-        )
-    others = devices[:-count]
-    return _mesh(sizes, others) if sizes else run_mesh(of_run, others), _mesh(decoder_sizes, devices[-count:])
-
-
-def _check_sampling(sampling: SamplingConfig, tokenizer: TokenizerConfig, experiment: Any) -> None:
-    """Raises InputError where the settings do not fit the tokenizer, or an experiment's parts make one void."""
-    from dar_jax.sampling.settings import Method, make_settings
-
-    make_settings(sampling, tokenizer, experiment.method if experiment else Method())
-
-
-def _experiment(path: str | None) -> Any:
-    from dar_jax.experiment import load_experiment
-
-    return None if path is None else load_experiment(path)
+    return None if sizes is None and devices is None else parallel.make_mesh(MeshConfig(*sizes or ()), devices)

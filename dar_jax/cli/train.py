@@ -5,11 +5,9 @@ import functools
 import os
 import signal
 from dataclasses import dataclass
-from typing import Annotated, Any, Generic
+from typing import Any
 
-import tyro
-
-from dar_jax.cli.options import Figure, Flag, Listed, Optional, Settings, Tries, Words, _check_file, _fail, _write_json
+from dar_jax.cli.options import Figure, Flag, OnExperiment, Optional, Settings, Tries, Words, check_writable, fail, write_json
 from dar_jax.config import Batch
 from dar_jax.console import show
 
@@ -29,16 +27,15 @@ class Quickstart:
     fast: Flag = False  # only a few steps, to see that everything works; the pictures will not show digits
 
     def run(self) -> None:
-        from dar_jax.files import check_writable
         from dar_jax.quickstart import quickstart, summary
 
-        check_writable(self.workdir)
+        check_writable(self.workdir, folder=True)
         report = quickstart(self.workdir, self.fast)
         show(f"\n{summary(report)}\n\nThe pictures and report.json are in {self.workdir}")
 
 
-@dataclass(frozen=True)
-class Train(Generic[Settings]):
+@dataclass(frozen=True, kw_only=True)
+class Train(OnExperiment[Settings]):
     """Run an experiment file: train a tokenizer or a transformer.
 
     Every setting of the experiment can be overridden, such as `--train.steps 100` or `--optimizer.learning-rate 3e-4`. To see
@@ -48,42 +45,27 @@ class Train(Generic[Settings]):
     Example: dar-jax train experiments/digits_tokenizer.py --workdir runs/tokenizer --train.steps 500
     """
 
-    experiment: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="EXPERIMENT")]  # its file; comes first
     workdir: str  # the run's folder, for checkpoints and logs; perhaps gs://BUCKET/...
-    config: Annotated[Settings, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
     resume: Flag = False  # go on from the last checkpoint in the folder, or begin if there is none
     init_from: Optional[str] = None  # begin with these weights as far as they fit: a checkpoint, or a file of the release
 
-    @classmethod
-    def with_defaults(cls, experiment: str) -> tuple[Any, "Train"]:
-        """The type to parse and the values of what is not given."""
-        from dar_jax.experiment import load_experiment
-
-        config = load_experiment(experiment).config
-        return cls[type(config)], cls(experiment, tyro.MISSING, config)
-
     def run(self) -> int:
         from dar_jax.evaluation.during_training import Evaluation, log_pictures
-        from dar_jax.experiment import load_experiment
         from dar_jax.release.checkpoints import open_start
         from dar_jax.training.loop import train
         from dar_jax.training.meter import TrainingDiverged
 
-        experiment = load_experiment(self.experiment)
-        if not isinstance(self.config, Listed):
-            experiment = experiment.with_config(self.config)
-        start = None
-        if self.init_from is not None:
-            start = functools.partial(open_start, self.init_from, experiment.config)
+        experiment = self.load()
+        start = None if self.init_from is None else functools.partial(open_start, self.init_from, experiment.config)
         try:
             summary = train(experiment, self.workdir, self.resume, log_pictures, start, Evaluation())
         except TrainingDiverged as error:
-            return _fail(error, 1)
+            return fail(error, 1)
         return 130 if summary.stopped_by == signal.SIGINT else 0
 
 
-@dataclass(frozen=True)
-class Plan(Generic[Settings]):
+@dataclass(frozen=True, kw_only=True)
+class Plan(OnExperiment[Settings]):
     """What would an experiment take on TPUs? Memory, traffic, time and cost, from a compilation without any TPU.
 
     Needs libtpu (pip install "jax[tpu]"), which compiles the real training step, or the sampler, on any machine: seconds for
@@ -95,9 +77,7 @@ class Plan(Generic[Settings]):
     Example: dar-jax plan experiments/imagenet256_ar.py:l --topology v5e:8x8 --mesh.fsdp 8
     """
 
-    experiment: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="EXPERIMENT")]  # its file; comes first
     topology: Words  # as libtpu names them, such as v5e:8x8 or v5p:4x4x4; several make a table
-    config: Annotated[Settings, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
     batch_size: Optional[Batch] = None  # images of all chips together, in place of train.batch_size
     sampling: Flag = False  # plan the sampler instead of the training step
     search: Tries = 6  # at most so many more compilations, for the largest batch and the least remat that fit; 0: none
@@ -108,29 +88,25 @@ class Plan(Generic[Settings]):
     json: Optional[str] = None  # also write everything to this file, in bytes, seconds and operations
 
     @classmethod
-    def with_defaults(cls, experiment: str) -> tuple[Any, "Plan"]:
+    def with_defaults(cls, experiment: str) -> tuple[Any, Any]:
         """The type to parse and the values of what is not given."""
         from dar_jax.plan import ENVIRONMENT
 
         os.environ.update(ENVIRONMENT)
-        from dar_jax.experiment import load_experiment
-
-        config = load_experiment(experiment).config
-        return cls[type(config)], cls(experiment, tyro.MISSING, config)
+        return super().with_defaults(experiment)
 
     def run(self) -> None:
-        from dar_jax.experiment import load_experiment
         from dar_jax.plan.chips import GIB, chip_of
         from dar_jax.plan.planner import plan
         from dar_jax.plan.report import table, text
 
         for topology in self.topology:
             chip_of(topology)
-        _check_file(self.json)
+        check_writable(self.json)
         figures = {"peak": (self.peak, 1e12), "memory": (self.memory, GIB)}
         figures |= {"memory_bandwidth": (self.memory_bandwidth, 1e9), "ici_bandwidth": (self.ici_bandwidth, 1e9)}
         figures = {name: value * unit for name, (value, unit) in figures.items() if value is not None}
-        experiment = load_experiment(self.experiment).with_config(self.config)
+        experiment = self.load()
         plans = [plan(experiment, topology, self.batch_size, self.sampling, self.search, figures) for topology in self.topology]
-        _write_json(self.json, [dataclasses.asdict(found) for found in plans])
+        write_json(self.json, [dataclasses.asdict(each) for each in plans])
         show(text(plans[0]) if len(plans) == 1 else table(plans))

@@ -1,13 +1,13 @@
 """Commands that use a checkpoint."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal
-
-import tyro
+from typing import Any, Literal
 
 from dar_jax.cli.options import (
+    Decoding,
     FirstStep,
     Flag,
     Ints,
@@ -15,24 +15,23 @@ from dar_jax.cli.options import (
     Mesh,
     Number,
     OfRun,
+    OnData,
     Optional,
     Place,
-    SamplingOptions,
+    Sampling,
     Settings,
     Token,
     Words,
-    _check_sampling,
-    _experiment,
-    _given,
-    _mesh,
-    _two_meshes,
+    check_writable,
+    make_mesh,
 )
-from dar_jax.config import Batch, DataConfig, DenoisingSteps, Pixels, SamplingConfig, Seed
+from dar_jax.config import Batch, DataConfig, MeshConfig, Pixels, Seed
 from dar_jax.console import show
+from dar_jax.errors import InputError
 
 
-@dataclass(frozen=True)
-class Sample(SamplingOptions):
+@dataclass(frozen=True, kw_only=True)
+class Sample(Sampling):
     """Sample images from a trained transformer.
 
     One label goes with many seeds, one seed with many labels, and equally many of both pair up one by one. The same label, seed
@@ -45,7 +44,6 @@ class Sample(SamplingOptions):
     dar-jax sample runs/digits --labels 3 --seeds 1,2 --prefix-image seven.png --prefix-length 8 --out samples
     """
 
-    checkpoint: Place  # a transformer's run folder, or one of its checkpoints/STEP
     labels: Words  # classes, by name or number
     seeds: Ints[Seed]  # integers from 0 on
     out: str  # the folder to write to
@@ -58,40 +56,52 @@ class Sample(SamplingOptions):
     start_step: Optional[FirstStep] = None  # the denoising step to start from it at, 1 or more
     resolution: OfRun[Pixels] = None  # pixels along a side while denoising, if more than trained with
     output_resolution: OfRun[Pixels] = None  # resize what is denoised down to this
-    experiment: Optional[str] = None  # the run's experiment file, if that replaced the model or the guidance
-    weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
-    mesh: Optional[Mesh] = None  # devices along data, fsdp and tensor; else along tensor as in the run, the rest along data
     decoder_mesh: Optional[Mesh] = None  # as many for denoising alone, while --mesh, the others, predict the next group
-    batch_size: Batch = 32  # samples at a time
+    batch_size: Batch = 32  # images at a time
 
     def run(self) -> None:
-        from dar_jax.files import check_writable
         from dar_jax.inference.samples import make_request, write_samples
-        from dar_jax.inference.trained import inspect_transformer, load_sampler
+        from dar_jax.inference.trained import inspect_transformer
 
-        info, experiment = inspect_transformer(self.checkpoint), _experiment(self.experiment)
+        info = inspect_transformer(self.checkpoint)
         request = make_request(
             info,
             self.labels,
             self.seeds,
-            self.sampling(info.config.sampling, start_step=self.start_step),
+            self.sampling(info.config.sampling),
             prefix_image=self.prefix_image,
             prefix_tokens=self.prefix_tokens,
             prefix_length=self.prefix_length,
             start_image=self.start_image,
             resolution=self.resolution,
             output_resolution=self.output_resolution,
-            **({"method": experiment.method} if experiment else {}),
+            **({"method": self.replaced.method} if self.replaced else {}),
         )
-        check_writable(self.out)
-        meshes = _two_meshes(self.mesh, self.decoder_mesh, info.config.mesh)
-        trained = load_sampler(self.checkpoint, experiment, self.weights, *meshes)
+        check_writable(self.out, folder=True)
+        trained = self.load_sampler(*self.meshes(info.config.mesh))
         written = write_samples(trained, request, self.out, self.batch_size, self.previews, self.animate)
         show("\n".join(map(str, written)))
 
+    def meshes(self, of_run: MeshConfig) -> tuple[Any, Any]:
+        """The mesh of the transformer, and that of the last devices where denoising has a mesh of its own."""
+        import jax
 
-@dataclass(frozen=True)
-class Generate(SamplingOptions):
+        from dar_jax.inference.trained import run_mesh
+
+        if self.decoder_mesh is None:
+            return make_mesh(self.mesh), None
+        count, devices = math.prod(self.decoder_mesh), jax.devices()
+        if min(self.decoder_mesh) < 1 or count >= len(devices) or jax.process_count() > 1:
+            raise InputError(
+                f"a decoder mesh takes some of the devices of one host, not {' x '.join(map(str, self.decoder_mesh))} of "
+                f"{len(devices)} on {jax.process_count()}"
+            )
+        mesh = make_mesh(self.mesh, devices[:-count]) if self.mesh else run_mesh(of_run, devices[:-count])
+        return mesh, make_mesh(self.decoder_mesh, devices[-count:])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(Sampling):
     """Draw many samples into one NPZ file, for `dar-jax evaluate` and the ADM suite.
 
     The file has the images in `arr_0` (uint8, N x height x width x channels) and their classes in `arr_1`. Sample i has the
@@ -100,31 +110,26 @@ class Generate(SamplingOptions):
     Example: dar-jax generate runs/ar --num 50000 --out samples.npz
     """
 
-    checkpoint: Place  # a transformer's run folder, or one of its checkpoints/STEP
     out: str  # the file to write
     num: Number = 50_000  # samples
     labels: Literal["balanced", "uniform"] = "balanced"  # all classes in turn, or drawn at random
     seed: Seed = 0  # of the first sample, and of the classes drawn
-    experiment: Optional[str] = None  # the run's experiment file, if that replaced the model or the guidance
-    weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
-    mesh: Optional[Mesh] = None  # devices along data, fsdp and tensor; else along tensor as in the run, the rest along data
-    batch_size: Batch = 64  # samples at a time
 
     def run(self) -> None:
         from dar_jax.files import check_file_writable
         from dar_jax.inference.bulk import generate_npz
-        from dar_jax.inference.trained import inspect_transformer, load_sampler
+        from dar_jax.inference.trained import inspect_transformer
 
-        info, experiment = inspect_transformer(self.checkpoint), _experiment(self.experiment)
+        info = inspect_transformer(self.checkpoint)
         sampling = self.sampling(info.config.sampling)
-        _check_sampling(sampling, info.tokenizer.config.model, experiment)
+        self.check_sampling(sampling, info.tokenizer.config.model)
         check_file_writable(self.out)
-        trained = load_sampler(self.checkpoint, experiment, self.weights, _mesh(self.mesh))
+        trained = self.load_sampler()
         show(generate_npz(trained, self.out, self.num, self.labels, sampling, self.batch_size, self.seed))
 
 
-@dataclass(frozen=True)
-class Reconstruct:
+@dataclass(frozen=True, kw_only=True)
+class Reconstruct(Decoding):
     """Encode and decode the images of a folder: how good is the tokenizer?
 
     Writes the decoded images, grid.png with originals beside them, and report.json with the PSNR of each; prints the mean.
@@ -132,35 +137,19 @@ class Reconstruct:
     Example: dar-jax reconstruct runs/tokenizer --images photos --out decoded
     """
 
-    checkpoint: Place  # a run's folder, of a tokenizer or a transformer, or one of its checkpoints/STEP
     images: str  # a folder of images (png, jpg, webp), sub-folders included
     out: str  # the folder to write to
     split: str = "train"  # where the folder has sub-folders train, val or test: which of them
-    solver: OfRun[Literal["adams2", "euler"]] = None  # of the denoising steps
-    num_denoising_steps: OfRun[DenoisingSteps] = None  # steps from noise to image
-    seed: Seed = 0  # image i is denoised from the noise of seed + i
-    experiment: Optional[str] = None  # the run's experiment file, if that replaced the model
-    weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
-    mesh: Optional[Mesh] = None  # devices along data, fsdp and tensor; else along tensor as in the run, the rest along data
-    batch_size: Batch = 64  # images at a time
 
     def run(self) -> None:
-        from dar_jax.files import check_writable
         from dar_jax.inference.reconstruct import open_images, reconstruct_folder
-        from dar_jax.inference.trained import load_tokenizer
         from dar_jax.training.checkpoint import inspect
 
-        info, experiment = inspect(self.checkpoint), _experiment(self.experiment)
-        config = info.tokenizer.config.model
-        of_run = SamplingConfig() if info.is_tokenizer else info.config.sampling
-        given = {"solver": self.solver, "num_denoising_steps": self.num_denoising_steps}
-        sampling = SamplingConfig(solver=of_run.solver, num_denoising_steps=of_run.num_denoising_steps)
-        sampling = dataclasses.replace(sampling, **_given(given))
-        _check_sampling(sampling, config, experiment)
-        source = open_images(self.images, self.split, config)
-        check_writable(self.out)
-        trained = load_tokenizer(self.checkpoint, experiment, self.weights, _mesh(self.mesh))
-        report = reconstruct_folder(trained, source, self.out, sampling, self.seed, self.batch_size)
+        info = inspect(self.checkpoint)
+        sampling = self.sampling(info)
+        source = open_images(self.images, self.split, info.tokenizer.config.model)
+        check_writable(self.out, folder=True)
+        report = reconstruct_folder(self.load_tokenizer(), source, self.out, sampling, self.seed, self.batch_size)
         usage = report["codebook_usage"]
         show(
             f"PSNR {report['psnr']:.2f} dB over {report['images']} images ({report['unreadable']} unreadable)"
@@ -169,50 +158,41 @@ class Reconstruct:
         )
 
 
-@dataclass(frozen=True)
-class Tokenize(Generic[Settings]):
+@dataclass(frozen=True, kw_only=True)
+class Tokenize(OnData[Settings]):
     """Store the codes of a data set, for training a transformer on them.
 
-    Which images and which crops is said by `--data.*`. The defaults are those of the tokenizer's own training, with ten crops
+    `--data.*` say which images and which crops. The defaults are those of the tokenizer's own training, with ten crops
     in place of random ones: dar-jax tokenize CHECKPOINT --help. An interrupted run goes on where it stopped. Train on the
-    result with `--data.source codes --data.path OUT`. Of several hosts each writes its share into the same folder.
+    result with `--data.source codes --data.path OUT`. With several hosts, each writes its share into the same folder.
 
     Example: dar-jax tokenize runs/tokenizer --data.path imagenet --out imagenet_codes
     """
 
-    checkpoint: Place  # a run's folder, of a tokenizer or a transformer, or one of its checkpoints/STEP; comes first
     out: str  # the folder to write to, perhaps gs://BUCKET/...
-    data: Annotated[Settings, tyro.conf.FlagConversionOff]
     shard_size: Batch = 4096  # images per file
-    experiment: Optional[str] = None  # the run's experiment file, if that replaced the model or the source
-    weights: Literal["ema", "params"] = "ema"  # the moving average, or the weights of the last step
     mesh: Optional[Mesh] = None  # each host's devices along data, fsdp and tensor; else all of them along data
     batch_size: Batch = 64  # images, each with all its crops, at a time
 
-    @classmethod
-    def with_defaults(cls, checkpoint: str) -> tuple[Any, "Tokenize"]:
-        """The type to parse and the values of what is not given."""
+    @staticmethod
+    def default_data(checkpoint: str) -> DataConfig:
+        """The data of the tokenizer's training, with ten crops in place of random ones."""
         from dar_jax.training.checkpoint import inspect
 
         data = inspect(checkpoint).tokenizer.config.data
-        if data.crop == "random":
-            data = dataclasses.replace(data, crop="ten_crop", flip=False)
-        return cls[DataConfig], cls(checkpoint, tyro.MISSING, data)
+        return dataclasses.replace(data, crop="ten_crop", flip=False) if data.crop == "random" else data
 
     def run(self) -> None:
         import jax
 
-        from dar_jax.data.sources import open_source
         from dar_jax.files import check_writable
         from dar_jax.inference.tokenize import check_data, tokenize
-        from dar_jax.inference.trained import load_tokenizer
         from dar_jax.training.checkpoint import inspect
 
-        experiment, model = _experiment(self.experiment), inspect(self.checkpoint).tokenizer.config.model
-        check_data(model, self.data)
-        source = ((experiment and experiment.source) or open_source)(self.data)
+        check_data(inspect(self.checkpoint).tokenizer.config.model, self.data)
+        source = self.open_source(self.data)
         check_writable(self.out)
-        trained = load_tokenizer(self.checkpoint, experiment, self.weights, _mesh(self.mesh, jax.local_devices()))
+        trained = self.load_tokenizer(make_mesh(self.mesh, jax.local_devices()))
         info = tokenize(trained, source, self.data, self.out, self.batch_size, self.shard_size)
         show(f"{self.out}: {info.crops} x {info.tokens} codes for each of {info.images} images, in {info.shards} files")
 

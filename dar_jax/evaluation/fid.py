@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dar_jax.config import DataConfig
-from dar_jax.console import Progress
+from dar_jax.console import Progress, columns
 from dar_jax.errors import InputError
 from dar_jax.evaluation.extractor import Extractor
 from dar_jax.evaluation.images import ARRAY, Images, from_npz, open_images, subset
@@ -120,12 +120,12 @@ def compare(samples: Statistics, reference: Statistics) -> dict[str, Any]:
 
 def table(report: dict[str, Any]) -> str:
     """The report as text for people."""
-    lines = []
+    rows = []
     for name, title in NAMES.items():
         if name in report:
             deviation = f" +- {report['inception_score_std']:.4f}" if name == "inception_score" else ""
-            lines.append(f"{title:16} {report[name]:10.4f}{deviation}")
-    lines.append("")
+            rows.append((title, f"{report[name]:10.4f}{deviation}"))
+    rows.append(())
     for side in ("samples", "reference"):
         about = report[side]
         parts = ["the number of images is not said" if about["images"] is None else f"{about['images']:,} images"]
@@ -133,13 +133,12 @@ def table(report: dict[str, Any]) -> str:
             parts.append(f"{about['size'][1]} x {about['size'][0]} pixels")
         if about["precision_recall_images"]:
             parts.append(f"{about['precision_recall_images']:,} for precision and recall")
-        lines.append(f"{side:16} {about['source']}: {', '.join(parts)}")
+        rows.append((side, f"{about['source']}: {', '.join(parts)}"))
     if report["weights"]:
-        lines.append(f"{'network':16} {report['weights']['path']} (SHA-256 {report['weights']['sha256']})")
-        lines.append(f"{'resizing':16} {report['resize']}")
-    lines += [f"{'left out':16} {NAMES[name]}: {why}" for name, why in report["left_out"].items()]
-    lines += [f"{'note':16} {note}" for note in report["notes"]]
-    return "\n".join(lines)
+        rows.append(("network", f"{report['weights']['path']} (SHA-256 {report['weights']['sha256']})"))
+        rows.append(("resizing", report["resize"]))
+    rows += [("left out", f"{NAMES[name]}: {why}") for name, why in report["left_out"].items()]
+    return columns([*rows, *(("note", note) for note in report["notes"])])
 
 
 def _open(what: Given, count: int | None) -> tuple[Statistics | None, Images | None]:

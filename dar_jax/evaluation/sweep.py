@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dar_jax.config import SamplingConfig
-from dar_jax.console import Progress
+from dar_jax.console import Progress, columns
 from dar_jax.errors import InputError
 from dar_jax.evaluation.extractor import Extractor
 from dar_jax.evaluation.fid import SAMPLE_FEATURES, compare, open_reference
@@ -116,9 +116,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as text for people, notes that all share below."""
     names = [name for name in ("guidance", "temperature", "top_k", "top_p", "tokens", *METRICS) if name in rows[0]]
     cells = [names] + [[_cell(row[name]) for name in names] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells]
-    return "\n".join([*lines, *dict.fromkeys(note for row in rows for note in row["notes"])])
+    notes = dict.fromkeys(note for row in rows for note in row["notes"])
+    return "\n".join([columns(cells, ">" * len(names)), *notes])
 
 
 def write_report(rows: Sequence[dict[str, Any]], out: str | os.PathLike, about: dict[str, Any]) -> list[Path]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dar_jax.config import DataConfig, SamplingConfig
-from dar_jax.console import Progress
+from dar_jax.console import Progress, columns
 from dar_jax.data.pipeline import epoch
 from dar_jax.data.sources import Source
 from dar_jax.errors import InputError
@@ -144,16 +144,15 @@ def evaluate_tokenizer(
 
 def table(report: dict[str, Any]) -> str:
     """The report as text for people."""
-    lines = []
+    rows = []
     for name, title in NAMES.items():
         if name in report:
-            value = f"{report[name]:.1%}" if name == "codebook_usage" else f"{report[name]:.4f}"
-            lines.append(f"{title:24} {value:>10}")
+            rows.append((title, f"{report[name]:10.1%}" if name == "codebook_usage" else f"{report[name]:10.4f}"))
     unreadable = f", {report['unreadable']:,} unreadable" if report["unreadable"] else ""
-    lines += ["", f"{'images':24} {report['images']:,}{unreadable}: {report['data']}"]
-    lines += [f"{title:24} {text}" for title, text in report["weights"].items() if text]
-    lines += [f"{'left out':24} {NAMES[name]}: {why}" for name, why in report["left_out"].items()]
-    return "\n".join(lines + [f"{'note':24} {note}" for note in report["notes"]])
+    rows += [(), ("images", f"{report['images']:,}{unreadable}: {report['data']}")]
+    rows += [(title, text) for title, text in report["weights"].items() if text]
+    rows += [("left out", f"{NAMES[name]}: {why}") for name, why in report["left_out"].items()]
+    return columns([*rows, *(("note", note) for note in report["notes"])])
 
 
 _ssim = jax.jit(metrics.ssim)

@@ -27,7 +27,7 @@ class Chip:
 
 GIB = 2**30
 # Google Cloud's pages on the versions, docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e (read in 2026). The interconnect is
-# half of what they give for both directions together. Of the memory, the part that libtpu's compiler gives to a program.
+# half of what they give for both directions together; the memory is the part that libtpu's compiler gives to a program.
 CHIPS = {
     "v4": Chip(PEAKS["TPU v4"], 30.75 * GIB, 1200e9, 300e9, 3, "v4:4x4x4", "megacore"),
     "v5e": Chip(PEAKS["TPU v5 lite"], 15.75 * GIB, 819e9, 200e9, 2, "v5e:8x8", "default"),
@@ -39,7 +39,7 @@ CHIPS = {
 def chip_of(topology: str) -> Chip:
     """The chip of a topology such as v5e:8x8. Raises InputError for a name of another form."""
     examples = ", ".join(chip.example for chip in CHIPS.values())
-    found = re.fullmatch(r"(\w+):([1-9][0-9]{0,2}(?:x[1-9][0-9]{0,2})*)", topology)
-    if not found or found[1] not in CHIPS or found[2].count("x") + 1 != CHIPS[found[1]].axes:
+    parts = re.fullmatch(r"(\w+):([1-9][0-9]{0,2}(?:x[1-9][0-9]{0,2})*)", topology)
+    if not parts or parts[1] not in CHIPS or parts[2].count("x") + 1 != CHIPS[parts[1]].axes:
         raise InputError(f"there is no topology {topology!r}; they are named like {examples}")
-    return CHIPS[found[1]]
+    return CHIPS[parts[1]]

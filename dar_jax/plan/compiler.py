@@ -1,7 +1,7 @@
-"""Compilation for a TPU topology with libtpu, without a TPU, and what has been compiled before.
+"""Compilation for a TPU topology with libtpu, without a TPU, and a cache of compiled programs.
 
-JAX's own compilation cache cannot serve here: executables for devices that are not there can be written to it, not read.
-So the text of the compiled program is kept, and all figures come from it.
+JAX's own compilation cache can write executables for absent devices but not read them. So the text of the compiled program is
+cached, and all figures come from it.
 """
 
 import contextlib
@@ -32,9 +32,8 @@ from dar_jax.plan.chips import chip_of
 class Program:
     """A compiled program, or how it failed to fit.
 
-    needed: bytes of memory on each chip. arguments and temporaries: those of the program's arguments, and of all that it makes.
-    hlo: its text, None where it does not fit. warnings: what the compiler said of arrays that it had to make whole on every
-    chip.
+    needed: bytes of memory on each chip; arguments, temporaries: those of its arguments, and of everything else.
+    hlo: its text, None where it does not fit. warnings: the compiler's, of arrays that it gathers completely on every chip.
     """
 
     needed: float
@@ -54,18 +53,16 @@ def open_topology(name: str) -> Sequence[jax.Device]:
         raise InputError('planning needs libtpu, which compiles without a TPU too: pip install "jax[tpu]"')
     try:
         with capture_stderr():
-            found = topologies.get_topology_desc(topology_name=name, platform="tpu", chip_config_name=chip.config)
+            topology = topologies.get_topology_desc(topology_name=name, platform="tpu", chip_config_name=chip.config)
     except jax.errors.JaxRuntimeError as error:
         raise InputError(f"libtpu knows no topology {name} (one is {chip.example}): {error}") from error
-    return found.devices
+    return topology.devices
 
 
 def compile_for(lowered: jax.stages.Lowered, topology: str, cache: Path | None, starting: Callable[[], None]) -> Program:
-    """The compiled program, from `cache` if the same has been compiled before.
+    """The compiled program, from `cache` if it is there; `starting` is called before a compilation, which may take minutes.
 
-    Args: starting, called before a compilation, which may take minutes.
-
-    Raises InputError where the program cannot be compiled for another reason than memory.
+    Raises InputError where the compilation fails for another reason than memory.
     """
     versions = [importlib.metadata.version(package) for package in ("jax", "libtpu")]
     fields = [field.name for field in dataclasses.fields(Program)]
@@ -84,29 +81,29 @@ def compile_for(lowered: jax.stages.Lowered, topology: str, cache: Path | None, 
 
 
 def cache_folder() -> Path | None:
-    """Where compiled programs are kept: beside JAX's own compiled functions, if these are."""
+    """The folder of cached programs: beside JAX's compilation cache; None where JAX has none on this machine."""
     folder = jax.config.jax_compilation_cache_dir
     return None if folder is None or is_remote(folder) else Path(folder) / "plan"
 
 
 def _compile(lowered: jax.stages.Lowered) -> Program:
-    heard = []
+    lines: list[str] = []
     try:
-        with capture_stderr() as heard:
+        with capture_stderr() as lines:
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = memory_wanted("\n".join([*heard, str(error)]))
+        needed = memory_wanted("\n".join([*lines, str(error)]))
         if needed is None:
             raise InputError(f"the compiler failed: {error}") from error
-        return Program(needed, 0.0, 0.0, None, whole_arrays(heard))
+        return Program(needed, 0.0, 0.0, None, warnings_of(lines))
     memory = compiled.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     parts = (memory.argument_size_in_bytes, memory.temp_size_in_bytes, results, memory.generated_code_size_in_bytes)
-    return Program(sum(parts), parts[0], sum(parts[1:]), compiled.as_text(), whole_arrays(heard))
+    return Program(sum(parts), parts[0], sum(parts[1:]), compiled.as_text(), warnings_of(lines))
 
 
 def memory_wanted(message: str) -> float | None:
-    """Bytes that the compiler's complaint of too little memory says the program needs; None for another complaint."""
+    """Bytes that the program needs, by the compiler's error of too little memory; None for another error."""
     size = r"([\d.]+)([KMGT]?)"
     for pattern in (rf"Used {size} of \S+ hbm", rf"required for [\w ]+ \({size}\) exceeds available HBM"):
         if found := re.search(pattern, message):
@@ -114,14 +111,14 @@ def memory_wanted(message: str) -> float | None:
     return None
 
 
-def whole_arrays(lines: Sequence[str]) -> tuple[str, ...]:
-    """The compiler's warnings of arrays that change places on the mesh in a way it only masters by making them whole."""
+def warnings_of(lines: Sequence[str]) -> tuple[str, ...]:
+    """The compiler's warnings of arrays that it can only reshard by gathering them completely on every chip."""
     return tuple(line[line.index("Involuntary") :] for line in lines if "Involuntary full rematerialization" in line)
 
 
 @contextlib.contextmanager
 def without_jax_cache() -> Iterator[None]:
-    """JAX neither looks for compiled functions nor keeps them, if it has not compiled any before."""
+    """Switches JAX's compilation cache off, which works where nothing has been compiled yet."""
     used = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     try:
@@ -132,7 +129,7 @@ def without_jax_cache() -> Iterator[None]:
 
 @contextlib.contextmanager
 def capture_stderr() -> Iterator[list[str]]:
-    """Takes in what libraries write to the standard error stream; the list has its lines afterwards."""
+    """Captures what libraries write to the standard error stream; the list has its lines afterwards."""
     lines: list[str] = []
     sys.stderr.flush()
     kept = os.dup(2)

@@ -95,8 +95,7 @@ def parse(text: str) -> Computations:
 
 
 def executions(computations: Computations) -> dict[str, float]:
-    """How often each computation runs in one call. Of a conditional, every branch counts; a loop whose number of turns the
-    text does not tell, once."""
+    """How often each computation runs in one call. Every branch of a conditional counts; a loop of unknown length runs once."""
     times = collections.Counter({next(reversed(computations)): 1.0})
     for name in reversed(computations):
         for op in computations[name].values() if times[name] else ():
@@ -107,8 +106,8 @@ def executions(computations: Computations) -> dict[str, float]:
 
 
 def matrix_flops(computations: Computations, times: Mapping[str, float], passes: bool = False) -> float:
-    """Floating-point operations of the products of one device in one call, those that only move numbers left out; with
-    `passes`, these count too, and float32 ones of high precision as often as a TPU's matrix unit takes them."""
+    """Floating-point operations of the matrix products of one device in one call, without those that only permute numbers;
+    with `passes`, these count too, and high-precision float32 products once per pass of a TPU's matrix unit."""
     total = 0.0
     for name, op in _runs(computations, times):
         if op.kind in ("dot", "convolution") and (passes or PERMUTATION not in op.attributes):
@@ -121,14 +120,14 @@ def matrix_flops(computations: Computations, times: Mapping[str, float], passes:
 
 
 def has_kernels(computations: Computations) -> bool:
-    """Whether there are hand-written kernels, inside of which nothing is counted."""
+    """True where there are hand-written kernels, inside of which nothing is counted."""
     return any("tpu_custom_call" in op.attributes for ops in computations.values() for op in ops.values())
 
 
 def collectives(computations: Computations, times: Mapping[str, float], devices: int) -> list[Collective]:
-    """The communication of one call by kind, most bytes first. Every device sends these bytes if rings are used, which are
-    what takes the least: 2 (n - 1) / n of what n devices sum up, (n - 1) / n of what they gather, scatter or exchange."""
-    found, seen = collections.defaultdict(list), set()
+    """The communication of one call by kind, most bytes first. The bytes that each device sends are those of ring algorithms,
+    the fewest possible: 2 (n - 1) / n of what n devices sum up, (n - 1) / n of what they gather, scatter or exchange."""
+    calls, seen = collections.defaultdict(list), set()
     for name, op in _runs(computations, times):
         kind = op.kind.removesuffix("-start")
         if kind not in COLLECTIVES:
@@ -147,24 +146,17 @@ def collectives(computations: Computations, times: Mapping[str, float], devices:
         elif op.kind == "collective-permute-start":
             size = op.shapes[0].bytes
         share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(kind, (n - 1) / n)
-        found[kind].append((times[name], times[name] * share * size))
-    rows = [
-        Collective(
-            kind,
-            count=sum(count for count, _ in calls),
-            bytes=sum(sent for _, sent in calls),
-            bytes_outside_loops=sum(sent for count, sent in calls if count == 1),
-        )
-        for kind, calls in found.items()
-    ]
+        total = times[name] * share * size
+        calls[kind].append((times[name], total, total if times[name] == 1 else 0.0))
+    rows = [Collective(kind, *map(sum, zip(*each))) for kind, each in calls.items()]
     return sorted(rows, key=lambda row: -row.bytes)
 
 
 def hbm_bytes(computations: Computations, times: Mapping[str, float]) -> float:
     """Bytes that one device reads from and writes to its main memory in one call.
 
-    Of an array that a computation only takes slices of, or writes a slice into, the slices count. What stays in the matrix
-    unit's own memory does not, nor does what tiling adds to an array.
+    Where a computation only reads slices of an array, or writes a slice into it, the slices count. What stays in the matrix
+    unit's own memory does not count, nor does the padding of tiles.
     """
     ordinary = {next(reversed(computations))}  # whose operations are carried out one by one
     for _, op in _runs(computations, times):
@@ -195,7 +187,7 @@ def _moved(computations: Computations, ops: dict[str, Op], op: Op) -> float:
 
 
 def _read(computations: Computations, inside: dict[str, Op], name: str) -> float:
-    """Bytes that a fused computation takes of one of its values: those of slices, where it takes nothing else of it."""
+    """Bytes that a fused computation reads of one of its values: those of slices, where it reads nothing else of it."""
     whole, total = sum(shape.bytes for shape in inside[name].shapes), 0.0
     for user in inside.values():
         for place, operand in enumerate(user.operands):
@@ -265,7 +257,7 @@ def _turns(computations: Computations, op: Op) -> int:
 
 
 def _group(op: Op, devices: int) -> int:
-    """How many devices talk to each other."""
+    """The number of devices that communicate with each other."""
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", op.attributes):
         axes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
         parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])

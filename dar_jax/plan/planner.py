@@ -1,6 +1,7 @@
 """`dar-jax plan`: from an experiment and a topology to a `Plan`, and the search for a better batch and remat."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -39,23 +40,24 @@ def plan(
     Raises InputError where libtpu is missing and where experiment, topology and batch do not go together.
     """
     chip = dataclasses.replace(chip_of(topology), **(figures or {}))
-    train, plans = experiment.config.train, {}
+    config = experiment.config
 
-    def answer(batch_size: int, remat: str) -> report.Plan:
-        if (batch_size, remat) not in plans:
-            changed = with_train(experiment, batch_size=batch_size, remat=remat)
-            plans[batch_size, remat] = make_plan(changed, topology, chip, sampling)
-        return plans[batch_size, remat]
+    @functools.cache
+    def plan_of(batch_size: int, remat: str) -> report.Plan:
+        train = dataclasses.replace(config.train, batch_size=batch_size, remat=remat)
+        tried.append(make_plan(experiment.with_config(dataclasses.replace(config, train=train)), topology, chip, sampling))
+        return tried[-1]
 
-    # The sampler computes nothing again.
-    size, remat, remats = batch_size or train.batch_size, *(("none", ("none",)) if sampling else (train.remat, REMATS))
-    first = answer(size, remat)
+    tried: list[report.Plan] = []
+    size = batch_size or config.train.batch_size
+    remat, remats = ("none", ("none",)) if sampling else (config.train.remat, REMATS)  # the sampler computes nothing again
+    first = plan_of(size, remat)
     if search < 1:
         return first
     smallest = first.mesh["data"] * first.mesh["fsdp"] * first.accumulate
-    best = find_best(lambda *choice: answer(*choice).fits, size, remat, remats, smallest, search)
-    tried = [report.attempt(found) for found in plans.values()]
-    return dataclasses.replace(first, tried=tried, suggestion=report.suggestion(best, (size, remat)))
+    best = find_best(lambda *choice: plan_of(*choice).fits, size, remat, remats, smallest, search)
+    suggestion = report.suggestion(best, (size, remat))
+    return dataclasses.replace(first, tried=[report.attempt(each) for each in tried], suggestion=suggestion)
 
 
 def find_best(
@@ -91,28 +93,20 @@ def find_best(
     return batch_size, best
 
 
-def with_train(experiment: Experiment, **settings: Any) -> Experiment:
-    """The experiment with other settings of `config.train`."""
-    config = experiment.config
-    return experiment.with_config(dataclasses.replace(config, train=dataclasses.replace(config.train, **settings)))
-
-
 def make_plan(experiment: Experiment, topology: str, chip: Chip, sampling: bool) -> report.Plan:
     """One compilation, or none where its result is known already, and all figures of it."""
-    config = experiment.config
-    train = config.train
-    make_mesh = run_mesh if sampling else parallel.make_mesh
-    mesh = make_mesh(config.mesh, open_topology(topology))
+    config, train = experiment.config, experiment.config.train
+    mesh = (run_mesh if sampling else parallel.make_mesh)(config.mesh, open_topology(topology))
 
     def starting() -> None:
         what = "the sampler" if sampling else f"the training step with remat {train.remat}"
         log.info("compiling %s for %s, batch %d; of a large model this takes minutes", what, topology, train.batch_size)
 
-    job = jobs.make_job(experiment, mesh, sampling)
+    job = (jobs.sampling_job if sampling else jobs.training_job)(experiment, mesh)
     products = matrix_products(job.traced.jaxpr)
     with jax.set_mesh(mesh):
         program = compile_for(job.traced.lower(), topology, cache_folder(), starting)
-    found = report.Plan(
+    plan = report.Plan(
         experiment=config.name,
         sampling=sampling,
         topology=topology,
@@ -128,29 +122,28 @@ def make_plan(experiment: Experiment, topology: str, chip: Chip, sampling: bool)
         notes=[*job.notes, *report.notes_on_products(products), *program.warnings],
     )
     if program.hlo is None:
-        return found
+        return plan
     computations = hlo.parse(program.hlo)
     times = hlo.executions(computations)
     collectives = hlo.collectives(computations, times, mesh.size)
     compiled_flops = mesh.size * hlo.matrix_flops(computations, times)
-    in_kernels = max(0.0, found.flops - compiled_flops) if hlo.has_kernels(computations) else 0.0
+    in_kernels = max(0.0, plan.flops - compiled_flops) if hlo.has_kernels(computations) else 0.0
     seconds = report.roofline(
         chip,
         hlo.matrix_flops(computations, times, passes=True) + in_kernels / mesh.size,
         hlo.hbm_bytes(computations, times),
         sum(row.bytes for row in collectives),
     )
-    length = config.model.num_tokens
     notes = report.notes_on_program(
-        job.memory, program.arguments, compiled_flops / found.flops, collectives, job.parameters, mesh.shape["fsdp"]
+        job.memory, program.arguments, compiled_flops / plan.flops, collectives, job.parameters, mesh.shape["fsdp"]
     )
     return dataclasses.replace(
-        found,
+        plan,
         compiled_flops=compiled_flops + in_kernels,
         kernel_flops=in_kernels,
         collectives=collectives,
         seconds=seconds,
-        mfu=found.model_flops / (mesh.size * chip.peak * seconds["step"]),
-        recipe=None if sampling else report.recipe(train.steps, train.batch_size, length, seconds["step"], mesh.size),
-        notes=[*found.notes, *notes],
+        mfu=plan.model_flops / (mesh.size * chip.peak * seconds["step"]),
+        recipe=None if sampling else report.recipe(train, config.model.num_tokens, seconds["step"], mesh.size),
+        notes=[*plan.notes, *notes],
     )

@@ -2,9 +2,12 @@
 
 import collections
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from dar_jax.config import TrainConfig
+from dar_jax.console import columns, number
 from dar_jax.plan.chips import GIB, Chip
 from dar_jax.plan.hlo import PASSES, Collective
 from dar_jax.training.flops import Product
@@ -58,23 +61,10 @@ def roofline(chip: Chip, flops: float, memory_bytes: float, sent_bytes: float) -
     return {**seconds, "step": max(seconds.values())}
 
 
-def recipe(steps: int, batch_size: int, tokens: int, step_seconds: float, chips: int) -> dict[str, float]:
+def recipe(train: TrainConfig, tokens: int, step_seconds: float, chips: int) -> dict[str, float]:
     """A whole training run: steps, images, tokens (of `tokens` an image), days, and hours of all chips together."""
-    hours = steps * step_seconds / 3600
-    images = steps * batch_size
-    return {"steps": steps, "images": images, "tokens": images * tokens, "days": hours / 24, "chip_hours": hours * chips}
-
-
-def padding_share(products: Sequence[Product]) -> tuple[float, list[tuple[float, Product]]]:
-    """Of the matrix unit's work, the share that fills products up to its size; and that of single products, most first."""
-    padded = [product.flops * _padding(product.sizes) for product in products]
-    total = sum(padded) or 1.0
-    by_sizes: dict[tuple[int, int, int], tuple[float, Product]] = {}
-    for work, product in zip(padded, products):
-        share = by_sizes.get(product.sizes, (0.0, product))[0] + (work - product.flops) / total
-        by_sizes[product.sizes] = (share, product)
-    each = sorted(by_sizes.values(), key=lambda pair: -pair[0])
-    return sum(share for share, _ in each), each
+    hours, images = train.steps * step_seconds / 3600, train.steps * train.batch_size
+    return {"steps": train.steps, "images": images, "tokens": images * tokens, "days": hours / 24, "chip_hours": hours * chips}
 
 
 def notes_on_products(products: Sequence[Product]) -> list[str]:
@@ -94,12 +84,16 @@ def notes_on_products(products: Sequence[Product]) -> list[str]:
             cost = f"{PASSES[precision]} passes each, {time:.0%} of all passes" if PASSES[precision] > 1 else "one pass each"
             what = f"float32 products of {precision} precision: {share:.1%} of the operations ({cost})"
             notes.append(f"{what}, most of them in {largest.name}")
-    share, each = padding_share(products)
-    if share >= WORTH_A_NOTE:
-        (most, product), sizes = each[0], " x ".join(map(str, each[0][1].sizes))
+    padding = collections.Counter()
+    for product in products:
+        padding[product.sizes] += product.flops * (_padding(product.sizes) - 1)
+    work = total + padding.total()
+    if padding.total() >= WORTH_A_NOTE * work:
+        ((sizes, most),) = padding.most_common(1)
+        name = next(product.name for product in products if product.sizes == sizes)
         notes.append(
-            f"padding: {share:.0%} of the matrix unit's work fills products up to {LANES}; {most:.0%} those of {sizes} "
-            f"(rows x columns x terms), as in {product.name}"
+            f"padding: {padding.total() / work:.0%} of the matrix unit's work fills products up to {LANES}; {most / work:.0%} "
+            f"those of {' x '.join(map(str, sizes))} (rows x columns x terms), as in {name}"
         )
     return notes
 
@@ -112,7 +106,7 @@ def notes_on_program(
     Args:
       memory: bytes of the arguments by name, as their shapes have it; arguments: as compiled, with tiles filled up.
       ratio: operations of all chips by those of the model.
-      parameters: their number, of the whole model; fsdp: into how many parts the mesh cuts them.
+      parameters: their number, of the whole model; fsdp: the number of parts that the mesh shards them into.
     """
     notes = []
     filled = arguments - sum(memory.values())
@@ -126,8 +120,8 @@ def notes_on_program(
         notes.append(f"all-gathers outside of loops bring {row.bytes_outside_loops / GIB:.2f} GiB at once to every chip")
     if fsdp > 1 and (row := by_kind.get("all-reduce")) and row.bytes > whole:
         notes.append(
-            f"all-reduce takes {row.bytes / GIB:.2f} GiB of traffic although fsdp = {fsdp} cuts the parameters: gradients are "
-            "summed up whole, or weights gathered by sums. Compare a smaller --mesh.fsdp, which leaves wider parts"
+            f"all-reduce takes {row.bytes / GIB:.2f} GiB of traffic although fsdp = {fsdp} shards the parameters: gradients "
+            "are summed unsharded, or weights gathered by sums. Compare a smaller --mesh.fsdp, which leaves wider parts"
         )
     return notes
 
@@ -141,9 +135,9 @@ def attempt(plan: Plan) -> str:
 
 
 def suggestion(best: tuple[int, str] | None, given: tuple[int, str]) -> str:
-    """What a search for batch size and remat, from the given ones, comes to."""
+    """The result of a search for batch size and remat that began with the given ones."""
     if best is None:
-        return "nothing that was tried fits; take more chips, or cut the parameters over more of them (--mesh.fsdp)"
+        return "nothing that was tried fits; take more chips, or shard the parameters over more of them (--mesh.fsdp)"
     if best == given:
         return "as given; neither a larger batch nor less remat that fits was found"
     remat = "" if best[1] == given[1] else f" --train.remat {best[1]}"
@@ -165,7 +159,7 @@ def text(plan: Plan) -> str:
             f"{'fits' if plan.fits else 'DOES NOT FIT'}: {total} of {limit} on each chip",
             ", ".join(f"{name} {_gib(size)}" for name, size in memory.items() if size),
         ],
-        "operations": [_number(plan.model_flops, "FLOP") + (f", and {again:.0%} of them again" if again > 1e-3 else "")],
+        "operations": [number(plan.model_flops, "FLOP") + (f", and {again:.0%} of them again" if again > 1e-3 else "")],
     }
     if plan.seconds is not None:
         share = plan.compiled_flops / plan.flops
@@ -180,58 +174,48 @@ def text(plan: Plan) -> str:
             f"MFU at most {plan.mfu:.0%}, at most {plan.batch_size / plan.seconds['step']:,.0f} images/s",
         ]
     if plan.recipe is not None:
-        counts = [f"{plan.recipe['steps']:,} steps", *(_number(plan.recipe[name], name) for name in ("images", "tokens"))]
+        counts = [f"{plan.recipe['steps']:,} steps", *(number(plan.recipe[name], name) for name in ("images", "tokens"))]
         cost = f"at least {plan.recipe['days']:.3g} days, {plan.recipe['chip_hours']:,.0f} chip-hours"
         sections["recipe"] = [f"{', '.join(counts)}: {cost}"]
     sections |= {"notes": plan.notes, "tried": plan.tried, "suggestion": [plan.suggestion] if plan.suggestion else []}
-    lines = [f"{plan.experiment} on {plan.topology}: {work}, {plan.chips} chips ({mesh})"]
-    for name, found in sections.items():
-        lines += [f"  {name if i == 0 else '':12}{line}" for i, line in enumerate(found) if line]
-    return "\n".join(lines)
-
-
-COLUMNS = (
-    "experiment",
-    "topology",
-    "batch, remat",
-    "GiB on a chip",
-    "PFLOP a step",
-    "GiB sent by a chip",
-    "ms of products, memory, interconnect",
-    "MFU at most",
-    "at least",
-)
+    title = f"{plan.experiment} on {plan.topology}: {work}, {plan.chips} chips ({mesh})"
+    rows = [(f"  {name}" if i == 0 else "", line) for name, lines in sections.items() for i, line in enumerate(lines) if line]
+    return f"{title}\n{columns(rows)}"
 
 
 def table(plans: Sequence[Plan]) -> str:
     """The plans as a table in Markdown, one row each."""
-    rows = [COLUMNS, ("---",) * len(COLUMNS), *map(_row, plans)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    rows = [_row(plan) for plan in plans]
+    names = list(max(rows, key=len))
+    cells = [names, ["---"] * len(names), *([row.get(name, "") for name in names] for row in rows)]
+    return textwrap.dedent(columns([("", *row, "") for row in cells], separator=" | "))
 
 
-def _row(plan: Plan) -> tuple[str, ...]:
-    work = f"{plan.batch_size}" + ("" if plan.sampling else f", {plan.remat}")
+def _row(plan: Plan) -> dict[str, str]:
     memory = f"{plan.memory['total'] / GIB:.1f} of {plan.memory['limit'] / GIB:.1f}" + ("" if plan.fits else ": does not fit")
-    first = (plan.experiment, plan.topology, work, memory, f"{plan.model_flops / 1e15:.3g}")
+    row = {
+        "experiment": plan.experiment,
+        "topology": plan.topology,
+        "batch, remat": f"{plan.batch_size}" + ("" if plan.sampling else f", {plan.remat}"),
+        "GiB on a chip": memory,
+        "PFLOP a step": f"{plan.model_flops / 1e15:.3g}",
+    }
     if plan.seconds is None:
-        return (*first, *[""] * (len(COLUMNS) - len(first)))
-    sent = sum(row.bytes for row in plan.collectives) / GIB
-    seconds = [f"{1e3 * plan.seconds[name]:.0f}" for name in ("matrix", "memory", "interconnect")]
+        return row
     cost = f"{plan.batch_size / plan.seconds['step']:,.0f} images/s at most"
     if plan.recipe:
         cost = f"{plan.recipe['days']:.3g} days, {plan.recipe['chip_hours']:,.0f} chip-hours"
-    return (*first, f"{sent:.2f}", ", ".join(seconds), f"{plan.mfu:.0%}", cost)
+    seconds = [f"{1e3 * plan.seconds[name]:.0f}" for name in ("matrix", "memory", "interconnect")]
+    return row | {
+        "GiB sent by a chip": f"{sum(row.bytes for row in plan.collectives) / GIB:.2f}",
+        "ms of products, memory, interconnect": ", ".join(seconds),
+        "MFU at most": f"{plan.mfu:.0%}",
+        "at least": cost,
+    }
 
 
 def _gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.2f} MiB"
-
-
-def _number(value: float, unit: str) -> str:
-    """With three digits and a prefix: 531 TFLOP, 369 M images."""
-    power = min(5, int(math.log10(max(value, 1)) // 3))
-    space = "" if unit == "FLOP" else " "
-    return f"{value / 1000**power:.3g} {' kMGTP'[power].strip()}{space}{unit}".replace("  ", " ")
 
 
 def _passes(product: Product) -> int:
@@ -239,7 +223,7 @@ def _passes(product: Product) -> int:
 
 
 def _padding(sizes: tuple[int, int, int]) -> float:
-    """How much work the matrix unit has with a product, by what it needs: either side may be the rows."""
+    """The matrix unit's work on a padded product, divided by that of the product itself; either side may be the rows."""
 
     def up(size: int, to: int) -> int:
         return math.ceil(size / to) * to

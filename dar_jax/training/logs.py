@@ -17,7 +17,7 @@ from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter
 
-from dar_jax.console import printable_lines
+from dar_jax.console import bar, clock, printable_lines
 from dar_jax.errors import InputError
 from dar_jax.files import is_remote, replacing
 from dar_jax.parallel import hosts
@@ -25,7 +25,6 @@ from dar_jax.parallel import hosts
 logger = logging.getLogger("dar_jax.training")
 
 FLUSH = 120  # seconds after which TensorBoard may see what is new; in a bucket its file is then written as a whole
-BAR = 20  # characters of the progress bar
 
 
 class Log:
@@ -69,11 +68,10 @@ class Log:
         if "images_per_second" in values:
             parts.append(f"{values['images_per_second']:,.0f} images/s")
         if seconds_left is not None:
-            parts.append(f"{_clock(seconds_left)} left")
+            parts.append(f"{clock(seconds_left)} left")
         line = "  ".join(parts)
         if self.live:
-            bar = ("#" * (BAR * step // self.steps)).ljust(BAR, ".")
-            self._write(f"\r\033[K[{bar}] {line}"[: shutil.get_terminal_size().columns + 3])  # 4 of these are invisible
+            self._write(f"{bar(step, self.steps)}{line}"[: shutil.get_terminal_size().columns + 3])  # 4 of these are invisible
         else:
             self._write(line + "\n")
 
@@ -206,9 +204,3 @@ def _records(workdir: str | os.PathLike) -> epath.Path:
 
 def _short(value: float) -> str:
     return str(int(value)) if value == int(value) and abs(value) < 1e9 else f"{value:.4g}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from dar_jax import parallel
+from dar_jax.console import columns
 from dar_jax.data.sources import describe
 from dar_jax.training import checkpoint
 from dar_jax.training.stages import Stage
@@ -123,9 +124,7 @@ def table(name: str, rows: Sequence[Row]) -> list[str]:
         for (fate, part, note), sizes in sorted(taken.items(), key=lambda item: item[0][0], reverse=True)
     ]
     lines = [("what", "parameters", "there", "here", ""), *summed, *lines]
-    widths = [max(len(line[column]) for line in lines) for column in range(4)]
-    body = ["  " + "  ".join([*map(str.ljust, line, widths), line[4]]).rstrip() for line in lines]
-    return [f"start from {name}:", *body]
+    return [f"start from {name}:", *(f"  {line}" for line in columns(lines).split("\n"))]
 
 
 def _merge(name: str, mine: jax.Array, other: Any) -> tuple[jax.Array, Row]:

@@ -7,20 +7,19 @@ import http.client
 import importlib.util
 import os
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, Literal, TextIO
+from typing import BinaryIO, Literal
 
 from dar_jax import __version__
+from dar_jax.console import Progress, number
 from dar_jax.errors import InputError
 from dar_jax.files import replacing, user_cache
 
 TIMEOUT = 30  # seconds that a server may stay silent
 CHUNK = 1 << 18  # bytes
-SECONDS = 10  # between lines of progress where the stream is no terminal
 
 OpenURL = Callable[[str], contextlib.AbstractContextManager[http.client.HTTPResponse]]
 
@@ -265,7 +264,7 @@ def _download(source: Source, file: Path, open_url: OpenURL) -> str:
     """Downloads to `file` and returns the SHA-256. Raises OSError or HTTPException if that fails, InputError on a wrong sum."""
     with open_url(source.url) as response:
         size = _size(source, response)
-        print(f"downloading {source.url} ({_amount(size)}, licence {source.licence}) to {file.parent}", file=sys.stderr)
+        print(f"downloading {source.url} ({number(size, 'B')}, licence {source.licence}) to {file.parent}", file=sys.stderr)
         with replacing(file) as temporary, temporary.open("wb") as out:
             digest = _copy(response, out, size, source.name)
             if source.sha256 is None:
@@ -289,42 +288,12 @@ def _size(source: Source, response: http.client.HTTPResponse) -> int:
 
 
 def _copy(response: http.client.HTTPResponse, out: BinaryIO, size: int, what: str) -> str:
-    digest, done = hashlib.sha256(), 0
-    with _progress(what, size, sys.stderr) as show:
-        while done < size and (chunk := response.read(min(CHUNK, size - done))):
+    digest = hashlib.sha256()
+    with Progress(what, size, sys.stderr, "B") as progress:
+        while progress.done < size and (chunk := response.read(min(CHUNK, size - progress.done))):
             out.write(chunk)
             digest.update(chunk)
-            done += len(chunk)
-            show(done)
-    if done < size:
-        raise OSError(f"the connection ended after {done} of {size} bytes")
+            progress.add(len(chunk))
+    if progress.done < size:
+        raise OSError(f"the connection ended after {progress.done} of {size} bytes")
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _progress(what: str, total: int, stream: TextIO) -> Iterator[Callable[[int], None]]:
-    """show(done) keeps one line of a terminal up to date, or writes a line every ten seconds elsewhere."""
-    live, start = stream.isatty(), time.monotonic()
-    shown = start
-
-    def show(done: int) -> None:
-        nonlocal shown
-        now = time.monotonic()
-        if live or now - shown > SECONDS:
-            rate = done / max(now - start, 1e-3)
-            left = int((total - done) / rate)
-            bar = f"[{('#' * (20 * done // total)).ljust(20, '.')}] "
-            text = f"{what} {_amount(done)} of {_amount(total)}, {_amount(rate)}/s, {left // 60}:{left % 60:02d} left"
-            stream.write(f"\r\033[K{bar}{text}" if live else f"{text}\n")
-            stream.flush()
-            shown = now
-
-    try:
-        yield show
-    finally:
-        if live:
-            stream.write("\n")
-
-
-def _amount(count: float) -> str:
-    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
