@@ -13,7 +13,7 @@ from dar_jax.errors import InputError
 from dar_jax.features.dinov2 import Dinov2Config
 from dar_jax.features.inception import BLOCKS, convolution_names
 from dar_jax.features.vgg_lpips import STAGES
-from dar_jax.weights.table import Convolution, Entry, FusedHeads, Matrix, Same, linear, norm, prefixed
+from dar_jax.weights.table import CONVOLUTION, FUSED_HEADS, SAME, Entry, Layout, linear, matrix, norm, prefixed
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -23,25 +23,13 @@ DINOV2_UNUSED = r"mask_token"  # stands for hidden patches in training
 INCEPTION_UNUSED = r"fc\.bias|.*\.num_batches_tracked"  # the inception score is computed without the bias
 
 
-class Leading:
-    """One axis of size 1 before ours there."""
-
-    def to_ours(self, tensors, shape):
-        return tensors[0].reshape(shape)
-
-    def to_theirs(self, array):
-        return [array[None]]
-
-
-class FusedHeadsBias:
-    """All query heads, then all keys, then all values there; grouped by head here: [N, 3, K]."""
-
-    def to_ours(self, tensors, shape):
-        heads, parts, size = shape
-        return tensors[0].reshape(parts, heads, size).swapaxes(0, 1)
-
-    def to_theirs(self, array):
-        return [array.swapaxes(0, 1).reshape(-1)]
+# One axis of size 1 before ours there.
+LEADING = Layout(lambda tensors, shape: tensors[0].reshape(shape), lambda array: [array[None]])
+# All query heads, then all keys, then all values there; grouped by head here: [N, 3, K].
+FUSED_BIAS = Layout(
+    lambda tensors, shape: tensors[0].reshape(shape[1], shape[0], shape[2]).swapaxes(0, 1),
+    lambda array: [array.swapaxes(0, 1).reshape(-1)],
+)
 
 
 # --- LPIPS ---------------------------------------------------------------------------------------------------------------
@@ -61,8 +49,8 @@ def lpips_entries() -> list[Entry]:
     table = []
     for stage, index, layer in _vgg_layers():
         theirs, ours = f"net.slice{stage}.{layer}", f"vgg/conv{stage}_{index}"
-        table += [(f"{theirs}.weight", f"{ours}/kernel", Convolution()), (f"{theirs}.bias", f"{ours}/bias", Same())]
-    table += [(f"lin{i}.model.1.weight", f"head{i + 1}", Matrix(ones=2)) for i in range(len(STAGES))]
+        table += [(f"{theirs}.weight", f"{ours}/kernel", CONVOLUTION), (f"{theirs}.bias", f"{ours}/bias", SAME)]
+    table += [(f"lin{i}.model.1.weight", f"head{i + 1}", matrix(ones=2)) for i in range(len(STAGES))]
     return prefixed("", "", table)
 
 
@@ -102,23 +90,23 @@ def _kernel(name: str, tensor: np.ndarray) -> np.ndarray:
 def dinov2_entries(config: Dinov2Config) -> list[Entry]:
     """The table for `Dinov2` of these sizes, in the names of its release: `blocks.0.attn.qkv.weight`."""
     table = [
-        ("cls_token", "class_token", Leading()),
-        ("pos_embed", "position_table", Leading()),
-        ("patch_embed.proj.weight", "patchify/kernel", Convolution()),
-        ("patch_embed.proj.bias", "patchify/bias", Same()),
+        ("cls_token", "class_token", LEADING),
+        ("pos_embed", "position_table", LEADING),
+        ("patch_embed.proj.weight", "patchify/kernel", CONVOLUTION),
+        ("patch_embed.proj.bias", "patchify/bias", SAME),
         *norm("norm", "norm"),
     ]
     block = [
         *norm("norm1", "norm1"),
-        ("attn.qkv.weight", "attention/qkv/kernel", FusedHeads()),
-        ("attn.qkv.bias", "attention/qkv/bias", FusedHeadsBias()),
-        ("attn.proj.weight", "attention/out/kernel", Matrix(inputs=2)),
-        ("attn.proj.bias", "attention/out/bias", Same()),
-        ("ls1.gamma", "gate1", Same()),
+        ("attn.qkv.weight", "attention/qkv/kernel", FUSED_HEADS),
+        ("attn.qkv.bias", "attention/qkv/bias", FUSED_BIAS),
+        ("attn.proj.weight", "attention/out/kernel", matrix(inputs=2)),
+        ("attn.proj.bias", "attention/out/bias", SAME),
+        ("ls1.gamma", "gate1", SAME),
         *norm("norm2", "norm2"),
         *linear("mlp.fc1", "mlp/in"),
         *linear("mlp.fc2", "mlp/out"),
-        ("ls2.gamma", "gate2", Same()),
+        ("ls2.gamma", "gate2", SAME),
     ]
     return prefixed("", "", table) + prefixed("blocks.{i}.", "blocks/", block, config.layers)
 
@@ -132,10 +120,10 @@ def inception_entries(classifier: bool) -> list[Entry]:
     for ours in convolution_names():
         theirs = ours.replace("/", ".")
         table += [
-            (f"{theirs}.conv.weight", f"{ours}/kernel", Convolution()),
+            (f"{theirs}.conv.weight", f"{ours}/kernel", CONVOLUTION),
             *norm(f"{theirs}.bn", ours),
-            (f"{theirs}.bn.running_mean", f"{ours}/mean", Same()),
-            (f"{theirs}.bn.running_var", f"{ours}/var", Same()),
+            (f"{theirs}.bn.running_mean", f"{ours}/mean", SAME),
+            (f"{theirs}.bn.running_var", f"{ours}/var", SAME),
         ]
     return prefixed("", "", table + (linear("fc", "fc", bias=False) if classifier else []))
 
