@@ -1,7 +1,7 @@
-"""One table of names for each frozen feature network, read in both directions like those in `names`.
+"""One table of names for each frozen feature network, read in both directions like those in `release.names`.
 
-The tables are in the names of the PyTorch files that most projects use. Files that call the same tensors otherwise are first
-brought to these names by `canonical_lpips` and `canonical_inception`.
+The tables have the names of the PyTorch files that most projects use. `canonical_lpips` and `canonical_inception` rename the
+tensors of files that have other names for them.
 """
 
 import re
@@ -17,7 +17,7 @@ from dar_jax.weights.table import CONVOLUTION, FUSED_HEADS, SAME, Entry, Layout,
 
 Tensors = Mapping[str, np.ndarray]
 
-# Tensors that the files hold and the networks have no use for, as regular expressions of whole names.
+# Tensors of the files that the networks do not need, as regular expressions of whole names.
 LPIPS_UNUSED = r"classifier\..*|scaling_layer\.(shift|scale)"  # of VGG16, and constants
 DINOV2_UNUSED = r"mask_token"  # stands for hidden patches in training
 INCEPTION_UNUSED = r"fc\.bias|.*\.num_batches_tracked"  # the inception score is computed without the bias
@@ -36,7 +36,7 @@ FUSED_BIAS = Layout(
 
 
 def _vgg_layers() -> list[tuple[int, int, int]]:
-    """Stage, convolution within it (both from 1), and layer in torchvision's VGG16, for the 13 convolutions."""
+    """(stage, convolution within it, both from 1, and layer in torchvision's VGG16) of the 13 convolutions."""
     layers, layer = [], 0
     for stage, (count, _) in enumerate(STAGES, 1):
         layers += [(stage, index, layer + 2 * (index - 1)) for index in range(1, count + 1)]  # a ReLU follows each
@@ -61,27 +61,19 @@ def canonical_lpips(tensors: Tensors) -> dict[str, np.ndarray]:
     and the Linen names of the JAX port (`VGG16_0.Conv_0.kernel`, `NetLinLayer_0.Conv_0.kernel`, kernels [rows, columns, in,
     out]). Names that are none of these stay as they are.
     """
-    layers = _vgg_layers()
-    stages = {layer: stage for stage, _, layer in layers}
-
-    def renamed(name: str, tensor: np.ndarray) -> tuple[str, np.ndarray]:
-        if (match := re.fullmatch(r"features\.(\d{1,3})\.(weight|bias)", name)) and int(match[1]) in stages:
-            return f"net.slice{stages[int(match[1])]}.{match[1]}.{match[2]}", tensor
-        if (match := re.fullmatch(r"VGG16_0\.Conv_(\d{1,3})\.(kernel|bias)", name)) and int(match[1]) < len(layers):
-            stage, _, layer = layers[int(match[1])]
-            prefix = f"net.slice{stage}.{layer}"
-            return (f"{prefix}.weight", _kernel(name, tensor)) if match[2] == "kernel" else (f"{prefix}.bias", tensor)
-        if match := re.fullmatch(r"NetLinLayer_(\d+)\.Conv_0\.kernel", name):
-            return f"lin{match[1]}.model.1.weight", _kernel(name, tensor)
-        return name, tensor
-
-    return dict(renamed(*item) for item in tensors.items())
-
-
-def _kernel(name: str, tensor: np.ndarray) -> np.ndarray:
-    if tensor.ndim != 4:
-        raise InputError(f"{name} has the shape {tensor.shape}, a convolution takes four axes")
-    return tensor.transpose(3, 2, 0, 1)
+    names = {f"NetLinLayer_{i}.Conv_0.kernel": f"lin{i}.model.1.weight" for i in range(len(STAGES))}
+    for number, (stage, _, layer) in enumerate(_vgg_layers()):
+        for leaf, linen_leaf in (("weight", "kernel"), ("bias", "bias")):
+            name = f"net.slice{stage}.{layer}.{leaf}"
+            names |= {f"features.{layer}.{leaf}": name, f"VGG16_0.Conv_{number}.{linen_leaf}": name}
+    canonical = {}
+    for name, tensor in tensors.items():
+        if name in names and name.endswith(".kernel"):
+            if tensor.ndim != 4:
+                raise InputError(f"{name} has the shape {tensor.shape}, a convolution takes four axes")
+            tensor = tensor.transpose(3, 2, 0, 1)
+        canonical[names.get(name, name)] = tensor
+    return canonical
 
 
 # --- DINOv2 --------------------------------------------------------------------------------------------------------------
@@ -100,8 +92,7 @@ def dinov2_entries(config: Dinov2Config) -> list[Entry]:
         *norm("norm1", "norm1"),
         ("attn.qkv.weight", "attention/qkv/kernel", FUSED_HEADS),
         ("attn.qkv.bias", "attention/qkv/bias", FUSED_BIAS),
-        ("attn.proj.weight", "attention/out/kernel", matrix(inputs=2)),
-        ("attn.proj.bias", "attention/out/bias", SAME),
+        *linear("attn.proj", "attention/out", inputs=2),
         ("ls1.gamma", "gate1", SAME),
         *norm("norm2", "norm2"),
         *linear("mlp.fc1", "mlp/in"),
@@ -129,7 +120,7 @@ def inception_entries(classifier: bool) -> list[Entry]:
 
 
 def _tensorflow_names() -> dict[str, str]:
-    """What the graph of TensorFlow calls each convolution, and what `inception_entries` does."""
+    """The names of convolutions in TensorFlow's graph, and those of `inception_entries`."""
 
     def numbered(name: str, index: int) -> str:
         return name if index == 0 else f"{name}_{index}"

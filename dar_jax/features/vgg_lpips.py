@@ -1,4 +1,4 @@
-"""LPIPS: how different two images look, by the features of VGG16 (Zhang et al. 2018, arXiv 1801.03924).
+"""LPIPS: the perceptual distance of two images by the features of VGG16 (Zhang et al. 2018, arXiv 1801.03924).
 
 Everything is float32, and products are taken at the highest precision unless another is asked for, so that TPUs and GPUs give
 the same numbers as a CPU.
@@ -60,13 +60,8 @@ class Lpips(nn.Module):
         distance = jnp.zeros(len(images))
         for stage, (a, b) in enumerate(zip(*features), 1):
             weights = self.param(f"head{stage}", nn.initializers.constant(1 / a.shape[-1]), (a.shape[-1],))
-            distance += _compare(a, b, weights)
+            distance += jnp.mean(jnp.sum(weights * jnp.square(unit(a) - unit(b)), axis=-1), axis=(1, 2))
         return distance
-
-
-def _compare(a: Array, b: Array, weights: Array) -> Array:
-    """Mean over the map of the weighted squared difference of unit vectors: [B, H, W, C] twice, [C] -> [B]."""
-    return jnp.mean(jnp.sum(weights * jnp.square(unit(a) - unit(b)), axis=-1), axis=(1, 2))
 
 
 def unit(x: Array, eps: float = 1e-10) -> Array:

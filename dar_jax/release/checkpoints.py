@@ -76,13 +76,6 @@ class Released:
     step: int
     notes: tuple[str, ...]
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The release's files name no classes; a transformer's are numbered."""
-        if isinstance(self.config, TokenizerTraining):
-            return ()
-        return tuple(map(str, range(self.config.model.num_classes)))
-
 
 def read_checkpoint(path: PathLike, tokenizer: TokenizerConfig | None = None, heads: int | None = None) -> Released:
     """Reads a tokenizer or a transformer of the release: a `.pt` file in any of its forms, or `.safetensors`.
@@ -295,8 +288,8 @@ def _tokenizer(path: PathLike, contents: dict[str, Any], tensors: Tensors) -> tu
     """The settings of a tokenizer, and what was assumed about it."""
     shapes = tokenizer_shapes(tensors)
     sizes = _mapping(contents, "config")
-    sizes = _mapping(sizes, "_data") or sizes  # the release's class keeps its mapping there
-    sizes = _mapping(sizes, "model") or sizes
+    for name in ("_data", "model"):  # the release's class keeps its mapping in `_data`
+        sizes = _mapping(sizes, name) or sizes
     image_size, notes = _mapping(contents, "args").get("image_size"), ()
     if type(image_size) is not int:
         image_size, notes = 256, ("the file names no image size: 256",)
@@ -402,7 +395,10 @@ def _some(names: Any) -> str:
 def _write(released: Released, workdir: PathLike) -> None:
     parts = {"params": released.params, "opt_state": released.opt_state, "buffers": released.buffers or None}
     parts = {name: part for name, part in parts.items() if part is not None}
-    checkpoint.save_for_inference(workdir, released.config, released.ema, released.step, released.class_names, others=parts)
+    config, class_names = released.config, ()
+    if isinstance(config, TransformerTraining):  # the release's files name no classes
+        class_names = tuple(map(str, range(config.model.num_classes)))
+    checkpoint.save_for_inference(workdir, config, released.ema, released.step, class_names, others=parts)
 
 
 def _summary(path: PathLike, released: Released) -> str:

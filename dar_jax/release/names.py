@@ -1,25 +1,17 @@
 """One table of names: the PyTorch release's tensors and our parameters, read in both directions.
 
-An entry says which tensor(s) of the release make one parameter of ours and how they are laid out there. `{i}` in their
-names counts layers; ours are stacked along a leading axis.
+An entry names the tensor(s) of the release that make one parameter of ours, and their layout. `{i}` in their names counts
+layers; ours are stacked along a leading axis.
 """
 
 from dar_jax.config import TokenizerConfig, TransformerConfig
-from dar_jax.weights.table import CONVOLUTION, FLAT, FUSED_HEADS, PAIR, SAME, Entry, linear, matrix, norm, prefixed
+from dar_jax.weights.table import CONVOLUTION, FUSED_HEADS, PAIR, SAME, Entry, linear, matrix, norm, prefixed
 
 
 def _attention(theirs: str, ours: str) -> list[tuple]:
-    table = []
-    for name in "qkv":
-        table += [
-            (f"{theirs}.{name}.weight", f"{ours}/{name}/kernel", matrix()),
-            (f"{theirs}.{name}.bias", f"{ours}/{name}/bias", FLAT),
-        ]
-    table += [
-        (f"{theirs}.proj.weight", f"{ours}/out/kernel", matrix(inputs=2)),
-        (f"{theirs}.proj.bias", f"{ours}/out/bias", SAME),
-    ]
-    return table + norm(f"{theirs}.q_norm", f"{ours}/q_norm") + norm(f"{theirs}.k_norm", f"{ours}/k_norm")
+    heads = [row for name in "qkv" for row in linear(f"{theirs}.{name}", f"{ours}/{name}")]
+    out = linear(f"{theirs}.proj", f"{ours}/out", inputs=2)
+    return heads + out + norm(f"{theirs}.q_norm", f"{ours}/q_norm") + norm(f"{theirs}.k_norm", f"{ours}/k_norm")
 
 
 _MLP = linear("mlp.fc1", "mlp/in") + linear("mlp.fc2", "mlp/out")
@@ -80,9 +72,9 @@ def transformer_entries(config: TransformerConfig) -> list[Entry]:
     """The table for an autoregressive transformer of these sizes."""
     block = [
         ("attention.wqkv.weight", "attention/qkv/kernel", FUSED_HEADS),
-        ("attention.wo.weight", "attention/out/kernel", matrix(inputs=2)),
+        *linear("attention.wo", "attention/out", inputs=2, bias=False),
         (("feed_forward.w1.weight", "feed_forward.w3.weight"), "mlp/gate_up/kernel", PAIR),
-        ("feed_forward.w2.weight", "mlp/down/kernel", matrix()),
+        *linear("feed_forward.w2", "mlp/down", bias=False),
         ("attention_norm.weight", "attention_norm/scale", SAME),
         ("ffn_norm.weight", "mlp_norm/scale", SAME),
     ]

@@ -72,9 +72,9 @@ def prefixed(theirs: str, ours: str, table: list[tuple], layers: int | None = No
     return [Entry(tuple(theirs + name for name in names), ours + path, layout, layers) for names, path, layout in rows]
 
 
-def linear(theirs: str, ours: str, ones: int = 0, bias: bool = True) -> list[tuple]:
-    """The rows of a linear, which is a 1x1 convolution there if `ones` is 2."""
-    weight = [(f"{theirs}.weight", f"{ours}/kernel", matrix(ones=ones))]
+def linear(theirs: str, ours: str, inputs: int = 1, ones: int = 0, bias: bool = True) -> list[tuple]:
+    """The rows of a linear, which is a 1x1 convolution there if `ones` is 2; see `matrix`."""
+    weight = [(f"{theirs}.weight", f"{ours}/kernel", matrix(inputs, ones))]
     return weight + ([(f"{theirs}.bias", f"{ours}/bias", FLAT)] if bias else [])
 
 
