@@ -1,6 +1,6 @@
 """One image file, PNG, JPEG or WebP of any mode, to uint8 [H, W, C]: the only reader of such files.
 
-Whatever a file holds, reading it takes bounded memory, and all that can go wrong is one ImageError with the file's name.
+Reading takes bounded memory whatever a file holds, and every failure is one ImageError with the file's name.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ MAX_PIXELS = 1 << 26  # 8192 x 8192; decoding takes up to 8 bytes for each
 MAX_BYTES = 1 << 29  # of a file, that many pixels of 8 bytes
 STRIP = 1 << 22  # pixels converted at a time
 
-# How the pixels are turned so that they stand upright, by the EXIF orientation.
+# The operation that makes an image upright, by its EXIF orientation.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -30,7 +30,7 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata, in lines that do not name the file
+warnings.filterwarnings("ignore", module=r"PIL\.")  # about odd metadata, in lines that do not name the file
 
 
 class ImageError(InputError):
@@ -40,8 +40,8 @@ class ImageError(InputError):
 def read_image(
     file: str | os.PathLike | BinaryIO, channels: int, smaller_side: int = 1, name: str | os.PathLike | None = None
 ) -> np.ndarray:
-    """Decodes an image to uint8 [H, W, channels], upright as its EXIF orientation says, on white where it is transparent;
-    16-bit grey is rounded to 8 bits.
+    """Decodes an image to uint8 [H, W, channels]: upright by its EXIF orientation, on white where it is transparent, 16-bit
+    grey rounded to 8 bits.
 
     Args:
       channels: 1 (grey) or 3 (RGB).
@@ -65,14 +65,14 @@ def read_image(
 
 
 def size_of_image(file: str | os.PathLike) -> tuple[int, int]:
-    """Width and height as stored, of which only the header is read. Raises ImageError if it is damaged."""
+    """Width and height as stored. Only the header is read. Raises ImageError if it is damaged."""
     with _open(file) as image:
         return image.size
 
 
 @contextlib.contextmanager
 def _open(file: str | os.PathLike | BinaryIO, name: str | os.PathLike | None = None) -> Iterator[Image.Image]:
-    """Opens an image; turns what its decoders raise, here and in the body, into ImageError."""
+    """Opens an image. Whatever its decoders raise, here and in the body, becomes an ImageError."""
     try:
         if isinstance(file, (str, os.PathLike)):
             name = name or file

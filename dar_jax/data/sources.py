@@ -260,7 +260,12 @@ class TfdsSource(EncodedImages):
             builder = tfds.builder(dataset, data_dir=path)
             if not builder.info.splits:
                 raise FileNotFoundError("it is not there")
-            self._image, self._label = _image_and_label(tfds, builder.info)
+            keys, kinds = builder.info.supervised_keys or ("image", "label"), (tfds.features.Image, tfds.features.ClassLabel)
+            features = dict(builder.info.features.items())
+            if len(keys) != 2 or not all(isinstance(features.get(key), kind) for key, kind in zip(keys, kinds)):
+                names = ", ".join(sorted(features))
+                raise InputError(f"{builder.info.full_name} of TFDS is no set of images with classes; it holds {names}")
+            self._image, self._label = keys
             self._records = builder.as_data_source(split, decoders={self._image: tfds.decode.SkipDecoding()})
         except InputError:
             raise
@@ -269,7 +274,7 @@ class TfdsSource(EncodedImages):
             prepare = f"tfds build {dataset} --file_format=array_record" + (f" --data_dir={path}" if path else "")
             raise InputError(f"cannot read {split} of {dataset} in {where}: {reason} (not prepared yet? {prepare})") from error
         self._split = f"{builder.info.full_name} {split}"
-        self.class_names = tuple(builder.info.features[self._label].names)
+        self.class_names = tuple(features[self._label].names)
         self.description = f"{self._split} of TFDS: {len(self)} images in {len(self.class_names)} classes"
 
     def __reduce__(self) -> tuple:
@@ -433,15 +438,6 @@ def _by_class(files: list[str], labels: Path, class_names: list[str]) -> dict[st
     for file in files:
         classes[label_of[file][0]].append(file)
     return classes
-
-
-def _image_and_label(tfds: Any, info: Any) -> tuple[str, str]:
-    """The names of the image's and the class's feature in a TFDS data set."""
-    keys, kinds = info.supervised_keys or ("image", "label"), (tfds.features.Image, tfds.features.ClassLabel)
-    features = dict(info.features.items())
-    if len(keys) != 2 or not all(isinstance(features.get(key), kind) for key, kind in zip(keys, kinds)):
-        raise InputError(f"{info.full_name} of TFDS is no set of images with classes; it holds {', '.join(sorted(features))}")
-    return keys
 
 
 def _cifar10_records(path: Path) -> np.ndarray:

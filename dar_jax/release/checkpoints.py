@@ -52,7 +52,7 @@ Tensors = Mapping[str, np.ndarray]
 PREFIX = re.compile(r"^(_orig_mod\.|module\.)+")  # what torch.compile and data parallelism put before names
 CODEBOOK_USED = "quantize.codebook_used"  # statistics the release keeps with its weights: the last 65,536 codes seen
 REPA = "diff_decoder.net.repa_out."
-CACHES = r"freqs_cis|causal_mask|layers\.\d+\.attention\.kv_cache\.[kv]_cache"  # what a transformer may have left behind
+CACHES = r"freqs_cis|causal_mask|layers\.\d+\.attention\.kv_cache\.[kv]_cache"  # that a transformer's file may hold
 MAX_COMPLAINT = 1000  # characters of a message, which may quote the file
 WEIGHTS = ("model", "module", "state_dict")  # names that the trained weights may have in a file
 ENTRIES = (*WEIGHTS, "ema", "config", "steps", "args", "optimizer")  # of a file, as far as they are read
@@ -126,11 +126,12 @@ def import_checkpoint(
     """Writes a file of the release as an ordinary checkpoint into a new WORKDIR.
 
     Args:
-      path: a file, or one of the names `dar_tokenizer_v1`, `dar_l` and `dar_xl`, see `weights.resolve`.
+      path: a file, or one of the names `dar_tokenizer_v1`, `dar_l` and `dar_xl`, see `weights.published`.
       tokenizer: of a transformer, a file of the release, its name or a run's folder; it is put into WORKDIR/tokenizer.
       heads: see `read_checkpoint`.
 
-    Returns what was done, line by line. Raises InputError, before anything is written, where files or folder are unfit.
+    Returns lines for people that say what was imported. Raises InputError, before anything is written, where files or folder
+    are unfit.
     """
     folder = checkpoint.absolute(workdir)
     check_writable(folder)
@@ -165,7 +166,7 @@ def import_checkpoint(
 
 
 def open_weights(path: PathLike) -> Released:
-    """Weights to start from or to use: a file of the release, or a run's folder (or one of its checkpoints/STEP).
+    """The weights of a file of the release, or of a run's folder (or one of its checkpoints/STEP).
 
     Raises InputError where there are none.
     """
@@ -192,7 +193,7 @@ def export_checkpoint(path: PathLike, file: PathLike, kind: Literal["pt", "safet
       file: to write. A `.pt` file holds `model` and, where they differ, `ema`, with `config` and `steps`, and is loaded by the
         release with strict checking; `.safetensors` holds the moving average, with the same as text in its metadata.
 
-    Returns what is notable, line by line. Raises InputError where the checkpoint is unfit.
+    Returns lines for people: the tensors written, and warnings. Raises InputError where the checkpoint is unfit.
     """
     info = checkpoint.inspect(path)
     if "model" in info.hooks:
@@ -223,7 +224,7 @@ def export_checkpoint(path: PathLike, file: PathLike, kind: Literal["pt", "safet
 
 
 def _located(path: PathLike) -> PathLike:
-    """The file behind one of the names in `weights.SOURCES`, downloaded where needed; other paths are as they are."""
+    """The file of one of the names in `published.SOURCES`, downloaded where needed; other paths are returned unchanged."""
     if os.fspath(path) in SOURCES and not os.path.exists(path):
         return resolve(os.fspath(path)).files[0]
     return path
@@ -273,7 +274,7 @@ def _plain_names(path: PathLike, state: Any) -> dict[str, np.ndarray]:
 
 
 def _step(path: PathLike, contents: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
-    """The step that the file names, within or in its name."""
+    """The step in the file's contents or in its name, and a note where it is not in the contents."""
     step = contents.get("steps")
     if type(step) is int and 0 <= step < 2**31:
         return step, ()

