@@ -11,24 +11,13 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dar_jax.errors import InputError
 
 MAX_PIXELS = 1 << 26  # 8192 x 8192; decoding takes up to 8 bytes for each
 MAX_BYTES = 1 << 29  # of a file, that many pixels of 8 bytes
 STRIP = 1 << 22  # pixels converted at a time
-
-# The operation that makes an image upright, by its EXIF orientation.
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # about odd metadata, in lines that do not name the file
 
@@ -55,7 +44,8 @@ def read_image(
         if width * height * max(1, smaller_side / min(width, height)) ** 2 > MAX_PIXELS:
             raise ValueError(f"{width} x {height} pixels are too many or too narrow")
         image.load()
-        image = _upright(image)
+        with contextlib.suppress(Exception):  # about other metadata, which may be odd; the pixels are transposed before
+            ImageOps.exif_transpose(image, in_place=True)
         pixels = np.empty((image.height, image.width, channels), np.uint8)
         rows = max(1, STRIP // image.width)
         for top in range(0, image.height, rows):
@@ -91,14 +81,6 @@ def _open(file: str | os.PathLike | BinaryIO, name: str | os.PathLike | None = N
         else:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"the image {name} cannot be read: {reason}") from error
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # metadata may be odd in as many ways as images; the pixels are there
-        turn = None
-    return image if turn is None else image.transpose(turn)
 
 
 def _eight_bits(image: Image.Image, channels: int) -> np.ndarray:
