@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import secrets
@@ -113,3 +114,9 @@ def check_file_writable(path: str | os.PathLike) -> None:
     if not is_remote(path) and os.path.isdir(path):
         raise InputError(f"cannot write to the file {path}, it is a folder")
     check_writable(Path(path).absolute().parent)
+
+
+def hash_file(path: str | os.PathLike) -> str:
+    """The SHA-256 of a file, on a disk or in a bucket, in hexadecimal."""
+    with epath.Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,7 +17,7 @@ from dar_jax.errors import InputError
 from dar_jax.weights import published
 from dar_jax.weights.published import Source, resolve
 
-BODY = bytes(range(256)) * 4000  # several chunks
+BODY = bytes(range(256)) * 4000  # almost 1 MiB
 SUM = hashlib.sha256(BODY).hexdigest()
 HEADS = b"heads"
 open_local = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
@@ -57,7 +57,7 @@ def server():
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache folder; networks are forbidden unless a test hands over `open_local`."""
+    """An empty cache folder."""
     monkeypatch.setenv("DAR_JAX_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -76,6 +76,12 @@ def offer(server, cache, monkeypatch):
 
 
 @pytest.fixture
+def online(monkeypatch):
+    """The local server is reached without encryption, which is refused otherwise."""
+    monkeypatch.setattr(published, "open_https", open_local)
+
+
+@pytest.fixture
 def package(tmp_path, monkeypatch):
     """package(name, **files) puts a Python package on the path that cannot be imported."""
 
@@ -90,9 +96,13 @@ def package(tmp_path, monkeypatch):
     return package
 
 
-def complaint(*args, **options):
+def offline(url):
+    raise urllib.error.URLError(OSError("no route\nto host"))
+
+
+def complaint(*args):
     with pytest.raises(InputError) as caught:
-        resolve(*args, **options)
+        resolve(*args)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -102,31 +112,31 @@ def contents(folder):
     return sorted(path.name for path in folder.rglob("*"))
 
 
-def test_download_then_cache(offer, cache, server, capsys):
+def test_download_then_cache(offer, online, cache, server, capsys):
     offer(BODY, size=len(BODY), sha256=SUM)
-    found = resolve("net", open_url=open_local)
-    assert (found.files, found.sha256, found.where) == ((cache / "net.pth",), (SUM,), "download")
-    assert found.files[0].read_bytes() == BODY
-    assert "1.02 MB, licence MIT" in capsys.readouterr().err
-    again = resolve("net", open_url=open_local)
-    assert dataclasses.replace(again, where="download") == found and again.where == "cache"
-    assert str(again) == f"{cache / 'net.pth'} (SHA-256 {SUM})"
+    weights = resolve("net")
+    assert (weights.files, weights.sha256) == ((cache / "net.pth",), (SUM,))
+    assert weights.files[0].read_bytes() == BODY
+    messages = capsys.readouterr().err
+    assert "1.02 MB, licence MIT" in messages and messages.endswith("net.pth 1.02 MB/1.02 MB\n")
+    assert resolve("net") == weights
+    assert str(weights) == f"{cache / 'net.pth'} (SHA-256 {SUM})"
     assert server.asked == ["/net.pth"] and contents(cache) == ["net.pth"]
 
 
-def test_unknown_sum_is_printed_and_kept(offer, cache, capsys):
+def test_unknown_sum_is_printed_and_kept(offer, online, cache, capsys, server):
     offer(BODY)
-    resolve("net", open_url=open_local)
+    resolve("net")
     assert SUM in capsys.readouterr().err
     assert (cache / "net.pth.sha256").read_text() == f"{SUM}  net.pth\n"
-    assert resolve("net", download=False).sha256 == (SUM,)
+    assert resolve("net").sha256 == (SUM,)
     (cache / "net.pth").write_bytes(HEADS)
-    message = complaint("net", download=False)
+    message = complaint("net")
     assert "expected by net.pth.sha256" in message and SUM[:16] in message and "delete it" in message
     (cache / "net.pth").unlink()
     offer(HEADS)  # the authors changed their file
-    resolve("net", open_url=open_local)
-    assert resolve("net").where == "cache"
+    resolve("net")
+    assert resolve("net").sha256 == (hashlib.sha256(HEADS).hexdigest(),) and server.asked == ["/net.pth"]
 
 
 @pytest.mark.parametrize(
@@ -139,16 +149,16 @@ def test_unknown_sum_is_printed_and_kept(offer, cache, capsys):
     ],
     ids=["wrong sum", "truncated", "other size", "no size"],
 )
-def test_failed_download_leaves_nothing(offer, cache, fields, length, reason):
+def test_failed_download_leaves_nothing(offer, online, cache, fields, length, reason):
     url = offer(BODY, length, **fields)
-    message = complaint("net", open_url=open_local)
+    message = complaint("net")
     assert reason in message and url in message
     assert contents(cache) == []
 
 
-def test_interrupted_download_leaves_nothing(offer, cache):
+def test_interrupted_download_leaves_nothing(offer, cache, monkeypatch):
     class Interrupted:
-        headers = {"Content-Length": str(len(BODY))}
+        headers = {"Content-Length": str(3 * published.CHUNK)}
         reads = 0
 
         def __enter__(self):
@@ -162,28 +172,23 @@ def test_interrupted_download_leaves_nothing(offer, cache):
             if self.reads > 2:
                 assert any(name.endswith(".tmp") for name in contents(cache))
                 raise KeyboardInterrupt
-            return BODY[:count]
+            return bytes(count)
 
     offer(BODY)
+    monkeypatch.setattr(published, "open_https", lambda url: Interrupted())
     with pytest.raises(KeyboardInterrupt):
-        resolve("net", open_url=lambda url: Interrupted())
+        resolve("net")
     assert contents(cache) == []
 
 
-def test_without_network_one_line_says_what_to_put_where(offer, cache, server):
+def test_without_network_one_line_says_what_to_put_where(offer, online, cache, server, monkeypatch):
     url = offer(BODY)
-    assert complaint("net", download=False) == f"net is not on this machine: put net.pth ({url}) into {cache}"
     server.bodies = {}
-    assert complaint("net", open_url=open_local) == (
+    assert complaint("net") == (
         f"net.pth could not be downloaded (HTTP Error 404: Not Found): put net.pth ({url}) into {cache}"
     )
-
-    def offline(url):
-        raise urllib.error.URLError(OSError("no route\nto host"))
-
-    assert complaint("net", open_url=offline) == (
-        f"net.pth could not be downloaded (no route to host): put net.pth ({url}) into {cache}"
-    )
+    monkeypatch.setattr(published, "open_https", offline)
+    assert complaint("net") == (f"net.pth could not be downloaded (no route to host): put net.pth ({url}) into {cache}")
     assert not cache.exists()
 
 
@@ -215,29 +220,28 @@ def test_redirects_lead_to_https_only(offer, server, monkeypatch):
     assert server.asked == ["/same", "/net.pth", "/plain"]
 
 
-def test_order_of_places(offer, cache, package, server, tmp_path):
+def test_order_of_places(offer, online, cache, package, server, tmp_path):
     known = {"sha256": SUM, "package": "dar_jax_carrier", "inside": "net.pth"}
     offer(BODY, **known)
-    assert resolve("net", open_url=open_local).where == "download"
+    assert resolve("net").files == (cache / "net.pth",)
     (cache / "net.pth").unlink()
     package("dar_jax_carrier", net=BODY)
-    found = resolve("net")
-    assert found.where == "package" and found.files == (tmp_path / "site" / "dar_jax_carrier" / "net.pth",)
+    assert resolve("net").files == (tmp_path / "site" / "dar_jax_carrier" / "net.pth",)
     assert "dar_jax_carrier" not in sys.modules
     (cache / "net.pth").write_bytes(BODY)
-    assert resolve("net").where == "cache"
-    (tmp_path / "mine.pth").write_bytes(HEADS)
-    found = resolve("net", tmp_path / "mine.pth")  # taken as it is, whatever it holds
-    assert (found.where, found.sha256) == ("path", (hashlib.sha256(HEADS).hexdigest(),))
+    assert resolve("net").files == (cache / "net.pth",)
+    mine = tmp_path / "mine.pth"
+    mine.write_bytes(HEADS)
+    assert resolve("net", mine) == published.Resolved((mine,), (hashlib.sha256(HEADS).hexdigest(),))  # whatever it holds
     assert server.asked == ["/net.pth"]
 
 
 def test_wrong_sums_of_files_found(offer, cache, package):
     url = offer(BODY, sha256=SUM, package="dar_jax_carrier", inside="net.pth")
     package("dar_jax_carrier", net=HEADS)
-    found = hashlib.sha256(HEADS).hexdigest()[:16]
+    digest = hashlib.sha256(HEADS).hexdigest()[:16]
     message = complaint("net")
-    assert f"SHA-256 {found}..., expected was {SUM[:16]}..." in message and "reinstall dar_jax_carrier" in message
+    assert f"SHA-256 {digest}..., expected was {SUM[:16]}..." in message and "reinstall dar_jax_carrier" in message
     cache.mkdir()
     (cache / "net.pth").write_bytes(HEADS)
     assert complaint("net").endswith(f"expected was {SUM[:16]}...: delete it and download {url} again")
@@ -252,13 +256,13 @@ def test_files_that_belong_together(cache, package, monkeypatch, tmp_path):
     heads = dataclasses.replace(heads, package="dar_jax_heads", inside="heads.pth")
     monkeypatch.setitem(published.SOURCES, "net", ((whole,), (body, heads)))
     both = "put body.pth (https://a.org/body.pth) and heads.pth (https://a.org/heads.pth) into"
-    assert both in complaint("net", download=False)
+    monkeypatch.setattr(published, "open_https", offline)
+    assert both in complaint("net")
     package("dar_jax_heads", heads=HEADS)
-    assert "put body.pth (https://a.org/body.pth) into" in complaint("net", download=False)
+    assert "put body.pth (https://a.org/body.pth) into" in complaint("net")
     cache.mkdir()
     (cache / "body.pth").write_bytes(BODY)
-    found = resolve("net")
-    assert [path.name for path in found.files] == ["body.pth", "heads.pth"] and found.where == "package"
+    assert resolve("net").files == (cache / "body.pth", tmp_path / "site" / "dar_jax_heads" / "heads.pth")
 
     package("dar_jax_whole", whole=BODY)
     assert [path.name for path in resolve("net").files] == ["whole.pth"]
@@ -304,10 +308,10 @@ def test_table():
                 assert source.sha256.startswith(digits)
 
 
-def test_progress_on_a_terminal(offer, cache, monkeypatch, capsys):
-    offer(BODY)
+def test_progress_on_a_terminal(offer, online, cache, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    resolve("net", open_url=open_local)
+    offer(BODY * 4)
+    resolve("net")
     lines = capsys.readouterr().err.split("\r\033[K")
-    assert len(lines) > 3 and lines[1].startswith("[#####...............] net.pth 262 kB/1.02 MB, ") and "B/s, 0:0" in lines[1]
-    assert lines[-1].startswith("net.pth 1.02 MB/1.02 MB\n")
+    assert len(lines) > 3 and lines[1].startswith("[#") and "net.pth 262 kB/4.1 MB, " in lines[1] and "B/s, 0:0" in lines[1]
+    assert lines[-1].startswith("net.pth 4.1 MB/4.1 MB\n")

@@ -82,7 +82,9 @@ def test_an_imported_tokenizer_gives_the_stored_numbers(parity):
     quantized = model.apply({"params": params}, jnp.asarray(images), method=lambda m, x: m.quantize(m.encode(x)))
     np.testing.assert_array_equal(quantized.codes, expected["tokenizer_checkpoint"]["codes"])
     settings = make_settings(SamplingConfig(), config)
-    decoded = decode(trained.networks, trained.params, settings, quantized.values, jnp.asarray(noise)).images
+    decoded = decode(
+        trained.networks, trained.params, settings, quantized.values, jnp.arange(batch), noise=jnp.asarray(noise)
+    ).images
     stored = expected["tokenizer_checkpoint"]["decoded"]
     step = -(-config.resolution // stored.shape[-1])
     np.testing.assert_allclose(np.asarray(decoded).transpose(0, 3, 1, 2)[:, :, ::step, ::step], stored, rtol=0, atol=2e-4)

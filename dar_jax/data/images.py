@@ -1,6 +1,6 @@
 """One image file, PNG, JPEG or WebP of any mode, to uint8 [H, W, C]: the only reader of such files.
 
-Whatever a file holds, reading it takes bounded memory, and all that can go wrong is one ImageError with the file's name.
+Reading takes bounded memory whatever a file holds, and every failure is one ImageError with the file's name.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dar_jax.errors import InputError
 
@@ -19,18 +19,7 @@ MAX_PIXELS = 1 << 26  # 8192 x 8192; decoding takes up to 8 bytes for each
 MAX_BYTES = 1 << 29  # of a file, that many pixels of 8 bytes
 STRIP = 1 << 22  # pixels converted at a time
 
-# How the pixels are turned so that they stand upright, by the EXIF orientation.
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata, in lines that do not name the file
+warnings.filterwarnings("ignore", module=r"PIL\.")  # about odd metadata, in lines that do not name the file
 
 
 class ImageError(InputError):
@@ -40,8 +29,8 @@ class ImageError(InputError):
 def read_image(
     file: str | os.PathLike | BinaryIO, channels: int, smaller_side: int = 1, name: str | os.PathLike | None = None
 ) -> np.ndarray:
-    """Decodes an image to uint8 [H, W, channels], upright as its EXIF orientation says, on white where it is transparent;
-    16-bit grey is rounded to 8 bits.
+    """Decodes an image to uint8 [H, W, channels]: upright by its EXIF orientation, on white where it is transparent, 16-bit
+    grey rounded to 8 bits.
 
     Args:
       channels: 1 (grey) or 3 (RGB).
@@ -55,7 +44,8 @@ def read_image(
         if width * height * max(1, smaller_side / min(width, height)) ** 2 > MAX_PIXELS:
             raise ValueError(f"{width} x {height} pixels are too many or too narrow")
         image.load()
-        image = _upright(image)
+        with contextlib.suppress(Exception):  # about other metadata, which may be odd; the pixels are transposed before
+            ImageOps.exif_transpose(image, in_place=True)
         pixels = np.empty((image.height, image.width, channels), np.uint8)
         rows = max(1, STRIP // image.width)
         for top in range(0, image.height, rows):
@@ -65,14 +55,14 @@ def read_image(
 
 
 def size_of_image(file: str | os.PathLike) -> tuple[int, int]:
-    """Width and height as stored, of which only the header is read. Raises ImageError if it is damaged."""
+    """Width and height as stored. Only the header is read. Raises ImageError if it is damaged."""
     with _open(file) as image:
         return image.size
 
 
 @contextlib.contextmanager
 def _open(file: str | os.PathLike | BinaryIO, name: str | os.PathLike | None = None) -> Iterator[Image.Image]:
-    """Opens an image; turns what its decoders raise, here and in the body, into ImageError."""
+    """Opens an image. Whatever its decoders raise, here and in the body, becomes an ImageError."""
     try:
         if isinstance(file, (str, os.PathLike)):
             name = name or file
@@ -91,14 +81,6 @@ def _open(file: str | os.PathLike | BinaryIO, name: str | os.PathLike | None = N
         else:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"the image {name} cannot be read: {reason}") from error
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # metadata may be odd in as many ways as images; the pixels are there
-        turn = None
-    return image if turn is None else image.transpose(turn)
 
 
 def _eight_bits(image: Image.Image, channels: int) -> np.ndarray:

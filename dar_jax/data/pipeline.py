@@ -1,9 +1,10 @@
-"""From a source to batches: shuffled and augmented without end for training, or every element once, in order.
+"""Batches of a source's elements: shuffled and augmented without end for training, or every element once, in order.
 
-Everything is a pure function of an index, so a batch depends on (seed, step) alone: not on where the run began, on the number
-of threads, worker processes or hosts, nor on any state to be saved.
+Everything is a pure function of an index, so a batch depends on (seed, step) alone: not on the step at which a run was resumed,
+the number of threads, worker processes or hosts, or any state to be saved.
 """
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -39,14 +40,14 @@ def batches(
 ) -> Iterator[Batch]:
     """Batches for training, from step `start_step` on, without end.
 
-    The elements come in a new random order every epoch; a batch may reach over the end of an epoch. Batch k of all hosts
-    together, `batch_size` elements, is a function of (seed, k). Host h gets its h-th part: the parts of all hosts, one after
-    another, are the batch that a single host would get.
+    The elements come in a new random order every epoch; a batch may reach over the end of an epoch. The global batch k,
+    `batch_size` elements, is a function of (seed, k). Host h gets its h-th part: the parts of all hosts, concatenated, are the
+    batch that a single host would get.
 
     Yields {"image": uint8 [B, S, S, C], "label": int32 [B]}, cropped and flipped as `config` says, or for stored codes
-    {"codes": int32 [B, T], "label": int32 [B]} of a random one of the stored crops; B = batch_size / hosts.
-    Raises InputError if `batch_size` does not divide by `hosts`, the seed is not in [0, 2**32), the source is empty,
-    or the crop settings make no sense.
+    {"codes": int32 [B, T], "label": int32 [B]} of a random one of the stored crops; B = batch_size / hosts. Further keys of the
+    elements stay, batched. Raises InputError if `batch_size` is not a multiple of `hosts`, the seed is not in [0, 2**32), the
+    source is empty, or the crop settings make no sense.
     """
     if batch_size < 1 or batch_size % hosts:
         raise InputError(f"the batch size {batch_size} should be a multiple of the number of hosts, {hosts}")
@@ -86,26 +87,24 @@ def elements(
 ) -> Iterator[Batch]:
     """The elements of these indices [N] in this order, in batches of one size.
 
-    crop: image uint8 [H, W, C] -> uint8 of one shape for all images; None: `center_crop` to `config.image_size`. It has to be
-    a plain function or a lambda where `config.workers` > 0.
+    crop: image uint8 [H, W, C] -> uint8 of one shape for all images; None: `center_crop` to `config.image_size`, or none where
+    `config.crop` is "none". It has to be a plain function or a lambda where `config.workers` > 0.
 
-    Yields {"image": uint8 [B, ...], "label": int32 [B], "valid": bool [B]}, or for stored codes, of which the first crop is
-    taken, {"codes": int32 [B, T], ...}. B is always `batch_size`: rows past the end, rows of the index -1, and rows whose file
-    cannot be read are zeros and not valid. Raises InputError if the source is empty or the crop settings make no sense.
+    Yields {"image": uint8 [B, ...], "label": int32 [B], "valid": bool [B]}, or for stored codes {"codes": int32 [B, T], ...} of
+    the first crop. B is always `batch_size`: rows past the end, rows of the index -1, and rows whose file cannot be read are
+    zeros and not valid. Raises InputError if the source is empty or the crop settings make no sense.
     """
     if batch_size < 1:
         raise InputError(f"the batch size {batch_size} should be at least 1")
     _check(source, config)
-    if crop is None:
-        crop = (
-            (lambda image: image) if config.crop == "none" else lambda image: transforms.center_crop(image, config.image_size)
-        )
+    if crop is None and config.crop != "none":
+        crop = functools.partial(transforms.center_crop, size=config.image_size)
     read = getattr(source, "read", source.__getitem__)
 
     def prepare(element: dict[str, Any]) -> dict[str, Any]:
         if "codes" in element:
             return _with(element, "codes", element["codes"][0])
-        return _with(element, "image", crop(element["image"]))
+        return _with(element, "image", crop(element["image"]) if crop else element["image"])
 
     blank = {name: np.zeros_like(value) for name, value in prepare(source[0]).items()} | {"valid": np.bool_(False)}
     padded = np.full(-(-len(indices) // batch_size) * batch_size, -1)
@@ -138,12 +137,12 @@ def _augment(image: np.ndarray, config: DataConfig, rng: np.random.Generator) ->
 
 
 def _with(element: dict[str, Any], name: str, value: np.ndarray) -> dict[str, Any]:
-    """The element with one value replaced. Whatever else a source gives stays, an array of one shape for all elements."""
+    """The element with one value replaced. Further values, arrays of one shape for all elements, stay."""
     return {**element, name: value, "label": np.int32(element["label"])}
 
 
 def _iterate(dataset: grain.MapDataset, workers: int) -> Iterator[Batch]:
-    """The elements of a data set in order, made ahead by threads of this process or by worker processes."""
+    """The elements of a data set in order, prefetched by threads of this process or by worker processes."""
     if workers:
         if not flags.FLAGS.is_parsed():  # grain reads its own flags before it starts workers
             flags.FLAGS.mark_as_parsed()

@@ -1,4 +1,4 @@
-"""Random access to labelled images: the embedded digits, a folder of images, CIFAR-10's files, TFDS, stored codes."""
+"""Random access to labelled images: scikit-learn's digits, a folder of images, CIFAR-10's files, TFDS, stored codes."""
 
 import csv
 import dataclasses
@@ -27,18 +27,18 @@ log = logging.getLogger("dar_jax.data")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SPLITS = ("train", "val", "test")
 MAX_LABELS = 1 << 28  # bytes of a file of labels
-MAX_TITLE = 4096  # characters of its first line that tell how it separates its columns
+MAX_TITLE = 4096  # characters of its first line that are searched for a separator of columns
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 _report_lock = threading.Lock()
 
 
 class Source(Protocol):
-    """What the pipeline reads from. Reading is a pure function of the index and safe in several threads.
+    """Labelled elements by index. Reading is a pure function of the index and safe in several threads.
 
-    A source of images gives {"image": uint8 [H, W, C], "label": int}, in the image's own size; one of stored codes gives
-    {"codes": int32 [crops, T], "label": int}. A source some of whose elements may turn out unreadable gives a neighbour in
-    their place, and has a method `read(index)` besides, which gives None for them.
+    An element of a source of images is {"image": uint8 [H, W, C], "label": int}, in the image's own size; of stored codes it is
+    {"codes": int32 [crops, T], "label": int}. A source with unreadable elements returns a neighbour in their place, and has
+    a method `read(index)` that returns None for them.
     """
 
     class_names: tuple[str, ...]
@@ -56,9 +56,14 @@ def held_out(config: DataConfig) -> DataConfig:
 
 
 def open_source(config: DataConfig) -> Source:
-    """Opens what `config.source`, `path`, `dataset` and `split` name; images come with `config.channels` channels.
+    """Opens the data set that `config.source`, `path`, `dataset` and `split` name.
 
-    Raises InputError if the path is not given, is missing, holds nothing to read, or is damaged.
+    Returns a source with `len(source)`, `source.class_names` and elements `source[index]`:
+    {"image": uint8 [H, W, channels], "label": int}, before any crop, or for stored codes
+    {"codes": int32 [crops, T], "label": int}.
+
+    Raises InputError if the path is not given, is missing, holds nothing to read, or is damaged, if there is no such split, or
+    if images are to have another number of channels than 1 or 3.
     """
     if config.channels not in (1, 3):
         raise InputError(f"data.channels is {config.channels}, it should be 1 (grey) or 3 (RGB)")
@@ -83,7 +88,7 @@ def open_source(config: DataConfig) -> Source:
 
 
 def describe(source: Source) -> str:
-    """How many images of which classes a source has, one line."""
+    """One line with the number of images, the first ten class names, and the source's `description` if it has one."""
     names = [name if len(name) <= 30 else name[:27] + "..." for name in source.class_names[:10]]
     more = [f"and {len(source.class_names) - 10:,} more"] if len(source.class_names) > 10 else []
     about = getattr(source, "description", type(source).__name__)  # an experiment's own may have none
@@ -98,7 +103,7 @@ def _largest_side(config: DataConfig) -> int:
 
 
 class DigitsSource:
-    """The 1,797 handwritten digits of 8 x 8 pixels that scikit-learn brings along: 1,500 train, 297 test, by class alike."""
+    """The 1,797 handwritten digits of 8 x 8 pixels that come with scikit-learn: 1,500 train, 297 test, stratified by class."""
 
     class_names = tuple("0123456789")
 
@@ -110,9 +115,9 @@ class DigitsSource:
             raise InputError(f"data.split is {split}, the digits have train and test")
         images, labels = load_digits(return_X_y=True)
         train, test = train_test_split(np.arange(1797), train_size=1500, test_size=297, stratify=labels, random_state=0)
-        chosen = train if split == "train" else test
-        pixels = np.rint(images[chosen] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
-        self._images, self._labels = np.repeat(pixels, channels, axis=3), labels[chosen].tolist()
+        indices = train if split == "train" else test
+        pixels = np.rint(images[indices] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+        self._images, self._labels = np.repeat(pixels, channels, axis=3), labels[indices].tolist()
         self.description = f"handwritten digits, {split}: {len(self)} images in 10 classes"
 
     def __len__(self) -> int:
@@ -123,12 +128,13 @@ class DigitsSource:
 
 
 class EncodedImages:
-    """Images that lie encoded as PNG, JPEG or WebP and are decoded by `read_image` when asked for.
+    """Images stored as PNG, JPEG or WebP, decoded by `read_image` when they are read.
 
     One that cannot be read, or would have too many pixels once its smaller side is scaled up to `smaller_side`, is logged once
     by name and counted in `unreadable` (by each process for itself), and its neighbour takes its place.
 
-    A subclass has `__len__`, `encoded(index)`, the image (a path or an open file) and its label, and `name(index)`.
+    A subclass has `__len__`, `encoded(index)`, which returns the image (a path or an open file) and its label, and
+    `name(index)`.
     """
 
     def __init__(self, channels: int, smaller_side: int):
@@ -137,7 +143,7 @@ class EncodedImages:
 
     @property
     def unreadable(self) -> int:
-        """How many images this process found unreadable so far."""
+        """The number of images that this process could not read so far."""
         return len(self._unreadable)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -164,53 +170,54 @@ class EncodedImages:
 
 
 class FolderSource(EncodedImages):
-    """Images in a folder: each sub-folder with images, whatever lies deeper included, is a class; without such, all is one.
+    """Images in a folder: each sub-folder with images, at any depth, is a class; without such sub-folders all are one class.
 
-    If the folder has a sub-folder named like `split`, that one is read. Files ending in .png, .jpg, .jpeg or .webp count.
-    Files and folders whose names begin with a dot do not, at any depth. Linked folders are followed, each one once in a class.
+    If the folder has a sub-folder named like `split`, that one is read. Images are the files ending in .png, .jpg, .jpeg or
+    .webp. Files and folders whose names begin with a dot are ignored, at any depth. Linked folders are followed, each one once
+    in a class.
 
-    labels: a file that names the classes of images that lie in no class folders, such as ImageNet's validation images; see
-    `read_labels`. The classes are those of the folder `train` beside the split, or else of its images.
+    Args:
+      labels: a file that names the classes of images that lie in no class folders, such as ImageNet's validation images; see
+        `read_labels`. The classes are those of the folder `train` beside the split, or else of its images.
 
     `files` are the paths by index, all of them in `folder`.
 
-    Raises InputError if there are no images or some lie beside class folders, the split is not there, or an image has no class
-    among those that there are.
+    Raises InputError if there are no images or some lie beside class folders, the split is not there, or an image has no known
+    class.
     """
 
     def __init__(self, path: Path, split: str, channels: int, smaller_side: int, labels: str | None = None):
         super().__init__(channels, smaller_side)
-        folders, of_training = _subfolders(path), []
+        (folders, images), training_classes = _list(path), []
         if split in folders:
             if "train" in folders and labels is not None:
                 train = path / "train"
-                of_training = [name for name in _subfolders(train) if any(_image_files(train / name))]
-            if any(_is_image(entry) for entry in _entries(path)):
+                training_classes = [name for name in _list(train)[0] if any(_image_files(train / name))]
+            if images:
                 raise InputError(f"{path} holds images and the split {split}; move the images away")
-            others = [name for name in folders if name not in (split, *SPLITS) and any(_image_files(path / name))]
+            siblings = [name for name in folders if name not in (split, *SPLITS) and any(_image_files(path / name))]
             path = path / split
-            folders = _subfolders(path)
-            if others and not any(any(_image_files(path / name)) for name in folders):
+            folders, images = _list(path)
+            if siblings and not any(any(_image_files(path / name)) for name in folders):
                 raise InputError(
-                    f"{path} may be a class like {others[0]} beside it, or the split {split}; "
+                    f"{path} may be a class like {siblings[0]} beside it, or the split {split}; "
                     f"rename it, or give {path} itself as data.path"
                 )
         elif present := [name for name in SPLITS if name in folders]:
             raise InputError(f"{path} has {' and '.join(present)} but no {split}; give data.split as one that is there")
         self.folder = path
-        classes = {name: sorted(_image_files(path / name)) for name in folders}
-        empty = [name for name, files in classes.items() if not files]
-        classes = {name: files for name, files in classes.items() if files}
-        beside = sorted(entry.path for entry in _entries(path) if _is_image(entry))
-        if classes and beside:
+        files_of = {name: sorted(_image_files(path / name)) for name in folders}
+        classes = {name: files for name, files in files_of.items() if files}
+        if classes and images:
             raise InputError(
-                f"{path} holds images ({len(beside)}) and folders with images ({', '.join(list(classes)[:3])}); "
+                f"{path} holds images ({len(images)}) and folders with images ({', '.join(list(classes)[:3])}); "
                 "give one of the folders, or move the images away"
             )
-        if classes and empty:
+        if classes and (empty := [name for name in folders if name not in classes]):
             log.warning("%s of the folders in %s hold no images and are no classes, such as %s", len(empty), path, empty[0])
         if not classes:
-            classes = {path.resolve().name: beside} if labels is None else _by_class(beside, Path(labels), of_training)
+            files = [os.path.join(path, name) for name in images]
+            classes = {path.resolve().name: files} if labels is None else _by_class(files, Path(labels), training_classes)
         self.class_names = tuple(classes)
         self.files = [file for files in classes.values() for file in files]
         self._labels = [label for label, files in enumerate(classes.values()) for _ in files]
@@ -231,7 +238,7 @@ class FolderSource(EncodedImages):
 class TfdsSource(EncodedImages):
     """A split of a data set of TensorFlow Datasets that was prepared in its ArrayRecord format, with its own class names.
 
-    TensorFlow is not needed: records come from what `tfds.data_source` gives, images are decoded as EncodedImages says.
+    TensorFlow is not needed: records come from `tfds.data_source`, and images are decoded as in EncodedImages.
 
     Args:
       dataset: name, configuration and version as TFDS takes them, such as imagenet2012:5.1.0.
@@ -253,7 +260,12 @@ class TfdsSource(EncodedImages):
             builder = tfds.builder(dataset, data_dir=path)
             if not builder.info.splits:
                 raise FileNotFoundError("it is not there")
-            self._image, self._label = _image_and_label(tfds, builder.info)
+            keys, kinds = builder.info.supervised_keys or ("image", "label"), (tfds.features.Image, tfds.features.ClassLabel)
+            features = dict(builder.info.features.items())
+            if len(keys) != 2 or not all(isinstance(features.get(key), kind) for key, kind in zip(keys, kinds)):
+                names = ", ".join(sorted(features))
+                raise InputError(f"{builder.info.full_name} of TFDS is no set of images with classes; it holds {names}")
+            self._image, self._label = keys
             self._records = builder.as_data_source(split, decoders={self._image: tfds.decode.SkipDecoding()})
         except InputError:
             raise
@@ -262,7 +274,7 @@ class TfdsSource(EncodedImages):
             prepare = f"tfds build {dataset} --file_format=array_record" + (f" --data_dir={path}" if path else "")
             raise InputError(f"cannot read {split} of {dataset} in {where}: {reason} (not prepared yet? {prepare})") from error
         self._split = f"{builder.info.full_name} {split}"
-        self.class_names = tuple(builder.info.features[self._label].names)
+        self.class_names = tuple(features[self._label].names)
         self.description = f"{self._split} of TFDS: {len(self)} images in {len(self.class_names)} classes"
 
     def __reduce__(self) -> tuple:
@@ -296,10 +308,13 @@ class Cifar10Source:
             raise InputError(f"data.split is {split}, CIFAR-10 has train and test")
         if (path / "cifar-10-batches-bin").is_dir():
             path = path / "cifar-10-batches-bin"
-        names = [f"data_batch_{number}.bin" for number in range(1, 6)] if split == "train" else ["test_batch.bin"]
-        self._files = [_cifar10_records(path / name) for name in names]
+        files = [f"data_batch_{number}.bin" for number in range(1, 6)] if split == "train" else ["test_batch.bin"]
+        self._files = [_cifar10_records(path / file) for file in files]
         self._starts = np.cumsum([0, *map(len, self._files)])
-        self.class_names = _cifar10_names(path / "batches.meta.txt")
+        names = path / "batches.meta.txt"
+        self.class_names = tuple(names.read_text(errors="replace").split()) if names.is_file() else CIFAR10_CLASSES
+        if len(self.class_names) != 10:
+            raise InputError(f"{names} names {len(self.class_names)} classes, it should be 10")
         self.description = f"CIFAR-10 in {path}, {split}: {len(self)} images in 10 classes"
 
     def __reduce__(self) -> tuple:
@@ -317,29 +332,18 @@ class Cifar10Source:
         return {"image": image, "label": int(record[0])}
 
 
-def _entries(folder: Path | str) -> list[os.DirEntry]:
-    """What a folder holds, less names that begin with a dot."""
-    try:
-        with os.scandir(folder) as entries:
-            return [entry for entry in entries if not entry.name.startswith(".")]
-    except OSError as error:
+def _list(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
+    """Names of the sub-folders and of the images in a folder, in order, without those that begin with a dot.
+
+    Images go by their names: pipes and links into nowhere are among the images that cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
         raise InputError(f"cannot read the folder {folder}: {error.strerror}") from error
 
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def _is_image(entry: os.DirEntry) -> bool:
-    """By its name: pipes and links into nowhere count among the images that cannot be read."""
-    return entry.name.lower().endswith(IMAGE_SUFFIXES) and not _is_folder(entry)
-
-
-def _subfolders(path: Path) -> list[str]:
-    return sorted(entry.name for entry in _entries(path) if _is_folder(entry))
+    _, folders, files = next(os.walk(folder, onerror=refuse))
+    names, files = (sorted(name for name in each if not name.startswith(".")) for each in (folders, files))
+    return names, [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
 
 
 def _image_files(folder: Path) -> Iterator[str]:
@@ -351,11 +355,9 @@ def _image_files(folder: Path) -> Iterator[str]:
             log.warning("%s is not read: it is a link to a folder that is read already", folder)
             continue
         seen.add(identity)
-        for entry in _entries(folder):
-            if _is_folder(entry):
-                pending.append(entry.path)
-            elif _is_image(entry):
-                yield entry.path
+        folders, images = _list(folder)
+        pending += [os.path.join(folder, name) for name in folders]
+        yield from (os.path.join(folder, name) for name in images)
 
 
 def _identity(folder: Path | str) -> tuple[int, int]:
@@ -366,10 +368,10 @@ def _identity(folder: Path | str) -> tuple[int, int]:
 def read_labels(path: Path) -> Iterator[tuple[int, str, str]]:
     """The lines of a file of labels: the line's number, the name of an image and that of its class.
 
-    Where its first line has a comma, semicolon or tab outside of quotes, that one separates the columns of all lines, as in CSV
-    files: the image, its class, and others, which do not count. Else the last word of a line is the class, what is before it
-    the image. Empty lines do not count. Of Kaggle's files (ImageId,PredictionString) the first word of the second column is
-    the class.
+    A comma, semicolon or tab outside of quotes in its first line separates the columns of all lines, as in CSV files: the
+    image, its class, and others, which are ignored. Without one, the last word of a line is the class, and the text before it
+    the image. Empty lines are ignored. In Kaggle's files (ImageId,PredictionString) the class is the first word of the second
+    column.
 
     Raises InputError if the file cannot be read or a line has no class.
     """
@@ -400,10 +402,10 @@ def read_labels(path: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def _by_class(files: list[str], labels: Path, class_names: list[str]) -> dict[str, list[str]]:
-    """Image files of one folder by class, as the file `labels` has it.
+    """Groups the image files of one folder by class, as the file `labels` has it.
 
-    An image goes by its name with or without ending, perhaps after the folders that it lies in. Lines of other images do not
-    count, but are reported; the first line may be one of titles.
+    A line names an image with or without its ending, perhaps after the folders that it lies in. Lines of other images are
+    reported and ignored; the first line may be one of titles.
     """
     by_name: dict[str, list[str]] = {}
     for file in files:
@@ -438,15 +440,6 @@ def _by_class(files: list[str], labels: Path, class_names: list[str]) -> dict[st
     return classes
 
 
-def _image_and_label(tfds: Any, info: Any) -> tuple[str, str]:
-    """Names of the features of a TFDS data set that are its image and its class."""
-    keys, kinds = info.supervised_keys or ("image", "label"), (tfds.features.Image, tfds.features.ClassLabel)
-    features = dict(info.features.items())
-    if len(keys) != 2 or not all(isinstance(features.get(key), kind) for key, kind in zip(keys, kinds)):
-        raise InputError(f"{info.full_name} of TFDS is no set of images with classes; it holds {', '.join(sorted(features))}")
-    return keys
-
-
 def _cifar10_records(path: Path) -> np.ndarray:
     if not path.is_file():
         raise InputError(f"{path} is missing; data.path should hold the files of the binary version of CIFAR-10")
@@ -457,12 +450,3 @@ def _cifar10_records(path: Path) -> np.ndarray:
     if records[:, 0].max() > 9:
         raise InputError(f"{path} holds labels above 9; it is not a CIFAR-10 file")
     return records
-
-
-def _cifar10_names(path: Path) -> tuple[str, ...]:
-    if not path.is_file():
-        return CIFAR10_CLASSES
-    names = tuple(path.read_text(errors="replace").split())
-    if len(names) != 10:
-        raise InputError(f"{path} names {len(names)} classes, it should be 10")
-    return names

@@ -10,35 +10,35 @@ from PIL import Image
 def center_crop(image: np.ndarray, size: int) -> np.ndarray:
     """The middle square of an image whose smaller side is first scaled to `size`, up or down.
 
-    image: uint8 [H, W, C]. Returns uint8 [size, size, C]; an image whose smaller side is `size` already is only cut.
+    image: uint8 [H, W, C]. Returns uint8 [size, size, C]; an image whose smaller side is `size` already is only cropped.
     """
     image = _scale_to(image, size)
-    return _cut(image, (image.shape[0] - size) // 2, (image.shape[1] - size) // 2, size)
+    return _crop(image, (image.shape[0] - size) // 2, (image.shape[1] - size) // 2, size)
 
 
 def random_crop(image: np.ndarray, size: int, fraction: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
     """A random square that covers a random share of an image's smaller side (the tokenizer's augmentation).
 
     image: uint8 [H, W, C]. fraction: least and greatest share, 0 < least <= greatest <= 1. The smaller side is scaled to a
-    length drawn uniformly from ceil(size / greatest) .. ceil(size / least), then the place of the square is drawn uniformly.
+    length drawn uniformly from ceil(size / greatest) .. ceil(size / least), then the position of the square.
     Returns uint8 [size, size, C].
     """
     least, greatest = fraction
     image = _scale_to(image, int(rng.integers(math.ceil(size / greatest), math.ceil(size / least) + 1)))
     top, left = (int(rng.integers(side - size + 1)) for side in image.shape[:2])
-    return _cut(image, top, left, size)
+    return _crop(image, top, left, size)
 
 
 def ten_crops(image: Any, size: int) -> list[Any]:
     """The four corners and the middle of square images, then those of their mirror images.
 
     image: NumPy or JAX array [..., S, S, C], S >= size. Returns ten arrays [..., size, size, C] in the order top left, top
-    right, bottom left, bottom right, middle, and the same five places of the mirror image; those of NumPy are views.
+    right, bottom left, bottom right, middle, and the same five crops of the mirror image; those of NumPy are views.
     """
     spare = image.shape[-3] - size
     middle = round(spare / 2)
-    places = ((0, 0), (0, spare), (spare, 0), (spare, spare), (middle, middle))
-    return [_cut(side, top, left, size) for side in (image, flip(image)) for top, left in places]
+    corners = ((0, 0), (0, spare), (spare, 0), (spare, spare), (middle, middle))
+    return [_crop(side, top, left, size) for side in (image, flip(image)) for top, left in corners]
 
 
 def one_of_ten(image: np.ndarray, size: int, scale: float, rng: np.random.Generator) -> np.ndarray:
@@ -55,7 +55,7 @@ def flip(image: np.ndarray) -> np.ndarray:
 
 
 def _scale_to(image: np.ndarray, side: int) -> np.ndarray:
-    """Scales the smaller side to `side`: halved by box filter while it is at least twice that, the rest bicubic."""
+    """Scales the smaller side to `side`: halved by box filter while it is at least twice that, then bicubic."""
     if min(image.shape[:2]) == side:
         return image
     grey = image.shape[2] == 1
@@ -67,5 +67,5 @@ def _scale_to(image: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(picture)[..., None] if grey else np.asarray(picture)
 
 
-def _cut(image: Any, top: int, left: int, size: int) -> Any:
+def _crop(image: Any, top: int, left: int, size: int) -> Any:
     return image[..., top : top + size, left : left + size, :]

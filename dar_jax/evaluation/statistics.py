@@ -20,9 +20,8 @@ from dar_jax.evaluation.extractor import Extractor, Network
 from dar_jax.evaluation.images import Images, choose
 from dar_jax.evaluation.metrics import Moments, RunningMoments, RunningScore, Score
 from dar_jax.features.inception import InceptionFeatures
-from dar_jax.files import replacing
+from dar_jax.files import hash_file, replacing
 from dar_jax.inference import npz
-from dar_jax.weights.published import hash_file
 
 LARGEST = 1 << 12  # features that a file may have; Inception has 2048
 LARGEST_VALUE = 1e9  # of a mean, a covariance or a feature in a file

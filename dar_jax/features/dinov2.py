@@ -1,4 +1,4 @@
-"""The features that REPA pulls the velocity network towards: patch tokens of DINOv2 (Oquab et al. 2023, arXiv 2304.07193).
+"""The features that REPA aligns the velocity network with: patch tokens of DINOv2 (Oquab et al. 2023, arXiv 2304.07193).
 
 Shapes: B batch, H W pixels, P patches, T tokens (class token and patches), D width, N heads, K head size.
 """
@@ -23,7 +23,7 @@ STD = (0.229, 0.224, 0.225)
 
 @dataclasses.dataclass(frozen=True)
 class Dinov2Config:
-    """Sizes of the vision transformer; the values given are those of ViT-B/14."""
+    """Sizes of the vision transformer; the defaults are those of ViT-B/14."""
 
     width: int = 768
     layers: int = 12
@@ -48,8 +48,8 @@ def preprocess(images: Array, size: int = 224) -> Array:
 def resize_positions(table: Array, side: int, rows: int, columns: int) -> Array:
     """The position table [side * side, D] for a map of rows x columns patches, as DINOv2 resizes it.
 
-    Its release asks PyTorch for the factors (rows + 0.1) / side and (columns + 0.1) / side, bicubic, and these, rather than the
-    ratio of the sizes, say where the table is sampled.
+    Its release passes the factors (rows + 0.1) / side and (columns + 0.1) / side to PyTorch's bicubic resizing, and these, not
+    the ratio of the sizes, determine where the table is sampled.
     """
     if rows == columns == side:
         return table

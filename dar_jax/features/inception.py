@@ -40,7 +40,7 @@ class Conv:
 
 @dataclasses.dataclass(frozen=True)
 class Parallel:
-    """Chains of steps that all start from the same map; what they give is concatenated."""
+    """Chains of steps that all start from the same map; their results are concatenated."""
 
     chains: tuple[tuple["Step", ...], ...]
 
@@ -140,7 +140,7 @@ def convolution_names() -> list[str]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class InceptionFeatures:
-    """What the metrics look at."""
+    """The features that the metrics are computed from."""
 
     pool: Array  # [B, 2048]: FID, precision and recall
     spatial: Array  # [B, 17, 17, 7]: sFID, the first channels of the 1 x 1 branch of Mixed_6d
@@ -150,7 +150,8 @@ class InceptionFeatures:
 class Inception(nn.Module):
     """The network. Without `classifier` it ends at the pooled features.
 
-    `resize` says how images come to 299 x 299: as in the published graph ("tensorflow1"), or about the centres of pixels.
+    `resize`: the convention by which images are resized to 299 x 299, that of the published graph ("tensorflow1") or about the
+    centres of pixels.
     """
 
     classifier: bool
@@ -181,7 +182,7 @@ class Block(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """A convolution with its batch norm, whose statistics are parameters here and are folded into the kernel, and ReLU."""
+    """Convolution, batch norm and ReLU. The norm's statistics are parameters here, and folded into the kernel."""
 
     layout: Conv
 

@@ -1,7 +1,7 @@
-"""One table of names for each frozen feature network, read in both directions like those in `names`.
+"""One table of names for each frozen feature network, read in both directions like those in `release.names`.
 
-The tables are in the names of the PyTorch files that most projects use. Files that call the same tensors otherwise are first
-brought to these names by `canonical_lpips` and `canonical_inception`.
+The tables have the names of the PyTorch files that most projects use. `canonical_lpips` and `canonical_inception` rename the
+tensors of files that have other names for them.
 """
 
 import re
@@ -13,42 +13,30 @@ from dar_jax.errors import InputError
 from dar_jax.features.dinov2 import Dinov2Config
 from dar_jax.features.inception import BLOCKS, convolution_names
 from dar_jax.features.vgg_lpips import STAGES
-from dar_jax.weights.table import Convolution, Entry, FusedHeads, Matrix, Same, linear, norm, prefixed
+from dar_jax.weights.table import CONVOLUTION, FUSED_HEADS, SAME, Entry, Layout, linear, matrix, norm, prefixed
 
 Tensors = Mapping[str, np.ndarray]
 
-# Tensors that the files hold and the networks have no use for, as regular expressions of whole names.
+# Tensors of the files that the networks do not need, as regular expressions of whole names.
 LPIPS_UNUSED = r"classifier\..*|scaling_layer\.(shift|scale)"  # of VGG16, and constants
 DINOV2_UNUSED = r"mask_token"  # stands for hidden patches in training
 INCEPTION_UNUSED = r"fc\.bias|.*\.num_batches_tracked"  # the inception score is computed without the bias
 
 
-class Leading:
-    """One axis of size 1 before ours there."""
-
-    def to_ours(self, tensors, shape):
-        return tensors[0].reshape(shape)
-
-    def to_theirs(self, array):
-        return [array[None]]
-
-
-class FusedHeadsBias:
-    """All query heads, then all keys, then all values there; grouped by head here: [N, 3, K]."""
-
-    def to_ours(self, tensors, shape):
-        heads, parts, size = shape
-        return tensors[0].reshape(parts, heads, size).swapaxes(0, 1)
-
-    def to_theirs(self, array):
-        return [array.swapaxes(0, 1).reshape(-1)]
+# One axis of size 1 before ours there.
+LEADING = Layout(lambda tensors, shape: tensors[0].reshape(shape), lambda array: [array[None]])
+# All query heads, then all keys, then all values there; grouped by head here: [N, 3, K].
+FUSED_BIAS = Layout(
+    lambda tensors, shape: tensors[0].reshape(shape[1], shape[0], shape[2]).swapaxes(0, 1),
+    lambda array: [array.swapaxes(0, 1).reshape(-1)],
+)
 
 
 # --- LPIPS ---------------------------------------------------------------------------------------------------------------
 
 
 def _vgg_layers() -> list[tuple[int, int, int]]:
-    """Stage, convolution within it (both from 1), and layer in torchvision's VGG16, for the 13 convolutions."""
+    """(stage, convolution within it, both from 1, and layer in torchvision's VGG16) of the 13 convolutions."""
     layers, layer = [], 0
     for stage, (count, _) in enumerate(STAGES, 1):
         layers += [(stage, index, layer + 2 * (index - 1)) for index in range(1, count + 1)]  # a ReLU follows each
@@ -61,8 +49,8 @@ def lpips_entries() -> list[Entry]:
     table = []
     for stage, index, layer in _vgg_layers():
         theirs, ours = f"net.slice{stage}.{layer}", f"vgg/conv{stage}_{index}"
-        table += [(f"{theirs}.weight", f"{ours}/kernel", Convolution()), (f"{theirs}.bias", f"{ours}/bias", Same())]
-    table += [(f"lin{i}.model.1.weight", f"head{i + 1}", Matrix(ones=2)) for i in range(len(STAGES))]
+        table += [(f"{theirs}.weight", f"{ours}/kernel", CONVOLUTION), (f"{theirs}.bias", f"{ours}/bias", SAME)]
+    table += [(f"lin{i}.model.1.weight", f"head{i + 1}", matrix(ones=2)) for i in range(len(STAGES))]
     return prefixed("", "", table)
 
 
@@ -73,27 +61,19 @@ def canonical_lpips(tensors: Tensors) -> dict[str, np.ndarray]:
     and the Linen names of the JAX port (`VGG16_0.Conv_0.kernel`, `NetLinLayer_0.Conv_0.kernel`, kernels [rows, columns, in,
     out]). Names that are none of these stay as they are.
     """
-    layers = _vgg_layers()
-    stages = {layer: stage for stage, _, layer in layers}
-
-    def renamed(name: str, tensor: np.ndarray) -> tuple[str, np.ndarray]:
-        if (match := re.fullmatch(r"features\.(\d{1,3})\.(weight|bias)", name)) and int(match[1]) in stages:
-            return f"net.slice{stages[int(match[1])]}.{match[1]}.{match[2]}", tensor
-        if (match := re.fullmatch(r"VGG16_0\.Conv_(\d{1,3})\.(kernel|bias)", name)) and int(match[1]) < len(layers):
-            stage, _, layer = layers[int(match[1])]
-            prefix = f"net.slice{stage}.{layer}"
-            return (f"{prefix}.weight", _kernel(name, tensor)) if match[2] == "kernel" else (f"{prefix}.bias", tensor)
-        if match := re.fullmatch(r"NetLinLayer_(\d+)\.Conv_0\.kernel", name):
-            return f"lin{match[1]}.model.1.weight", _kernel(name, tensor)
-        return name, tensor
-
-    return dict(renamed(*item) for item in tensors.items())
-
-
-def _kernel(name: str, tensor: np.ndarray) -> np.ndarray:
-    if tensor.ndim != 4:
-        raise InputError(f"{name} has the shape {tensor.shape}, a convolution takes four axes")
-    return tensor.transpose(3, 2, 0, 1)
+    names = {f"NetLinLayer_{i}.Conv_0.kernel": f"lin{i}.model.1.weight" for i in range(len(STAGES))}
+    for number, (stage, _, layer) in enumerate(_vgg_layers()):
+        for leaf, linen_leaf in (("weight", "kernel"), ("bias", "bias")):
+            name = f"net.slice{stage}.{layer}.{leaf}"
+            names |= {f"features.{layer}.{leaf}": name, f"VGG16_0.Conv_{number}.{linen_leaf}": name}
+    canonical = {}
+    for name, tensor in tensors.items():
+        if name in names and name.endswith(".kernel"):
+            if tensor.ndim != 4:
+                raise InputError(f"{name} has the shape {tensor.shape}, a convolution takes four axes")
+            tensor = tensor.transpose(3, 2, 0, 1)
+        canonical[names.get(name, name)] = tensor
+    return canonical
 
 
 # --- DINOv2 --------------------------------------------------------------------------------------------------------------
@@ -102,23 +82,22 @@ def _kernel(name: str, tensor: np.ndarray) -> np.ndarray:
 def dinov2_entries(config: Dinov2Config) -> list[Entry]:
     """The table for `Dinov2` of these sizes, in the names of its release: `blocks.0.attn.qkv.weight`."""
     table = [
-        ("cls_token", "class_token", Leading()),
-        ("pos_embed", "position_table", Leading()),
-        ("patch_embed.proj.weight", "patchify/kernel", Convolution()),
-        ("patch_embed.proj.bias", "patchify/bias", Same()),
+        ("cls_token", "class_token", LEADING),
+        ("pos_embed", "position_table", LEADING),
+        ("patch_embed.proj.weight", "patchify/kernel", CONVOLUTION),
+        ("patch_embed.proj.bias", "patchify/bias", SAME),
         *norm("norm", "norm"),
     ]
     block = [
         *norm("norm1", "norm1"),
-        ("attn.qkv.weight", "attention/qkv/kernel", FusedHeads()),
-        ("attn.qkv.bias", "attention/qkv/bias", FusedHeadsBias()),
-        ("attn.proj.weight", "attention/out/kernel", Matrix(inputs=2)),
-        ("attn.proj.bias", "attention/out/bias", Same()),
-        ("ls1.gamma", "gate1", Same()),
+        ("attn.qkv.weight", "attention/qkv/kernel", FUSED_HEADS),
+        ("attn.qkv.bias", "attention/qkv/bias", FUSED_BIAS),
+        *linear("attn.proj", "attention/out", inputs=2),
+        ("ls1.gamma", "gate1", SAME),
         *norm("norm2", "norm2"),
         *linear("mlp.fc1", "mlp/in"),
         *linear("mlp.fc2", "mlp/out"),
-        ("ls2.gamma", "gate2", Same()),
+        ("ls2.gamma", "gate2", SAME),
     ]
     return prefixed("", "", table) + prefixed("blocks.{i}.", "blocks/", block, config.layers)
 
@@ -132,16 +111,16 @@ def inception_entries(classifier: bool) -> list[Entry]:
     for ours in convolution_names():
         theirs = ours.replace("/", ".")
         table += [
-            (f"{theirs}.conv.weight", f"{ours}/kernel", Convolution()),
+            (f"{theirs}.conv.weight", f"{ours}/kernel", CONVOLUTION),
             *norm(f"{theirs}.bn", ours),
-            (f"{theirs}.bn.running_mean", f"{ours}/mean", Same()),
-            (f"{theirs}.bn.running_var", f"{ours}/var", Same()),
+            (f"{theirs}.bn.running_mean", f"{ours}/mean", SAME),
+            (f"{theirs}.bn.running_var", f"{ours}/var", SAME),
         ]
     return prefixed("", "", table + (linear("fc", "fc", bias=False) if classifier else []))
 
 
 def _tensorflow_names() -> dict[str, str]:
-    """What the graph of TensorFlow calls each convolution, and what `inception_entries` does."""
+    """The names of convolutions in TensorFlow's graph, and those of `inception_entries`."""
 
     def numbered(name: str, index: int) -> str:
         return name if index == 0 else f"{name}_{index}"

@@ -1,4 +1,4 @@
-"""LPIPS: how different two images look, by the features of VGG16 (Zhang et al. 2018, arXiv 1801.03924).
+"""LPIPS: the perceptual distance of two images by the features of VGG16 (Zhang et al. 2018, arXiv 1801.03924).
 
 Everything is float32, and products are taken at the highest precision unless another is asked for, so that TPUs and GPUs give
 the same numbers as a CPU.
@@ -43,11 +43,11 @@ class Lpips(nn.Module):
     precision: jax.lax.Precision = jax.lax.Precision.HIGHEST
 
     @nn.compact
-    def __call__(self, images: Array, others: Array) -> Array:
-        """[B, H, W, 3] float32 in [-1, 1], twice -> distances [B] float32.
+    def __call__(self, images: Array, references: Array) -> Array:
+        """Images and references [B, H, W, 3] float32 in [-1, 1] -> distances [B] float32.
 
-        The two are encoded one after the other: where gradients are asked for one of them only, as in training, nothing of
-        the other has to be kept for the backward pass. As one batch, all of both would be.
+        The two are encoded one after the other: where only one of them needs gradients, as in training, no activations of the
+        other are kept for the backward pass. In one batch, those of both would be.
 
         Raises InputError for images of less than 16 pixels, which leave nothing to compare in the last stage.
         """
@@ -56,17 +56,12 @@ class Lpips(nn.Module):
                 f"LPIPS needs images of at least {SMALLEST} pixels, these have {images.shape[1]}x{images.shape[2]}"
             )
         vgg = Vgg16(self.precision, name="vgg")
-        features = [vgg((x - jnp.asarray(SHIFT)) / jnp.asarray(SCALE)) for x in (images, others)]
+        features = [vgg((x - jnp.asarray(SHIFT)) / jnp.asarray(SCALE)) for x in (images, references)]
         distance = jnp.zeros(len(images))
         for stage, (a, b) in enumerate(zip(*features), 1):
             weights = self.param(f"head{stage}", nn.initializers.constant(1 / a.shape[-1]), (a.shape[-1],))
-            distance += _compare(a, b, weights)
+            distance += jnp.mean(jnp.sum(weights * jnp.square(unit(a) - unit(b)), axis=-1), axis=(1, 2))
         return distance
-
-
-def _compare(a: Array, b: Array, weights: Array) -> Array:
-    """Mean over the map of the weighted squared difference of unit vectors: [B, H, W, C] twice, [C] -> [B]."""
-    return jnp.mean(jnp.sum(weights * jnp.square(unit(a) - unit(b)), axis=-1), axis=(1, 2))
 
 
 def unit(x: Array, eps: float = 1e-10) -> Array:

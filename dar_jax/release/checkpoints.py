@@ -1,4 +1,4 @@
-"""The release's checkpoints made ours, and ours made the release's."""
+"""Import of the release's checkpoints, and export to its format."""
 
 import dataclasses
 import functools
@@ -52,8 +52,10 @@ Tensors = Mapping[str, np.ndarray]
 PREFIX = re.compile(r"^(_orig_mod\.|module\.)+")  # what torch.compile and data parallelism put before names
 CODEBOOK_USED = "quantize.codebook_used"  # statistics the release keeps with its weights: the last 65,536 codes seen
 REPA = "diff_decoder.net.repa_out."
-CACHES = r"freqs_cis|causal_mask|layers\.\d+\.attention\.kv_cache\.[kv]_cache"  # what a transformer may have left behind
+CACHES = r"freqs_cis|causal_mask|layers\.\d+\.attention\.kv_cache\.[kv]_cache"  # that a transformer's file may hold
 MAX_COMPLAINT = 1000  # characters of a message, which may quote the file
+WEIGHTS = ("model", "module", "state_dict")  # names that the trained weights may have in a file
+ENTRIES = (*WEIGHTS, "ema", "config", "steps", "args", "optimizer")  # of a file, as far as they are read
 GUIDANCE = {TRANSFORMER_SIZES["XL"]["layers"]: (1.1, 10.0)}  # the paper's, where it is not the default
 
 
@@ -61,9 +63,9 @@ GUIDANCE = {TRANSFORMER_SIZES["XL"]["layers"]: (1.1, 10.0)}  # the paper's, wher
 class Released:
     """A network from a file of the release.
 
-    ema: what is used, the moving average if there is one. params: what was trained, None where the file holds one set of
-    weights only. opt_state: the optimizer, as `make_optimizer` has it, None where there is none. buffers: what belongs to none
-    of these. notes: what was assumed or left out, for people.
+    ema: the weights in use, the moving average if there is one. params: the trained weights, None where the file holds one set
+    of weights only. opt_state: of `make_optimizer`, None where there is none. buffers: tensors that belong to none of these.
+    notes: what was assumed or left out, for people.
     """
 
     config: TokenizerTraining | TransformerTraining
@@ -73,13 +75,6 @@ class Released:
     buffers: dict[str, np.ndarray]
     step: int
     notes: tuple[str, ...]
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The release's files name no classes; a transformer's are numbered."""
-        if isinstance(self.config, TokenizerTraining):
-            return ()
-        return tuple(map(str, range(self.config.model.num_classes)))
 
 
 def read_checkpoint(path: PathLike, tokenizer: TokenizerConfig | None = None, heads: int | None = None) -> Released:
@@ -94,35 +89,35 @@ def read_checkpoint(path: PathLike, tokenizer: TokenizerConfig | None = None, he
     if not os.path.isfile(path):
         raise InputError(f"there is no file {path}")
     contents = _contents(path)
-    model, ema = _state_dicts(path, contents)
+    trained, average = _state_dicts(path, contents)
     step, notes = _step(path, contents)
-    tensors = ema if ema is not None else model
+    tensors = trained if average is None else average
     try:
         if "patchify.weight" in tensors:
-            config, entries, unused, assumed = _tokenizer(path, contents, tensors)
+            unused, (config, assumptions) = re.escape(CODEBOOK_USED), _tokenizer(path, contents, tensors)
         elif "cls_embedding.embedding_table.weight" in tensors:
-            config, entries, unused, assumed = _transformer(path, tensors, tokenizer, heads)
+            unused, (config, assumptions) = CACHES, _transformer(path, tensors, tokenizer, heads)
         else:
             raise InputError(f"neither a tokenizer nor a transformer of the release; it holds {_some(tensors)}")
-        experiment = Experiment(config)
+        experiment = Experiment(from_dict(to_dict(config)))  # checks every size
         network = experiment.build_model()
         abstract = jax.eval_shape(lambda: experiment.init_params(network))
-        convert = functools.partial(from_release, entries, abstract=abstract, unused=unused)
-        converted = {"ema": convert(tensors), "params": None if ema is None or model is None else convert(model)}
+        convert = functools.partial(from_release, _entries(experiment.config), abstract=abstract, unused=unused)
+        ema = convert(tensors)
+        params = None if average is None or trained is None else convert(trained)
     except InputError as error:
         raise InputError(f"{path}: {str(error)[:MAX_COMPLAINT]}") from error
     try:
-        names = [name for name in model or {} if not re.fullmatch(unused, name)]
-        converted["opt_state"] = _optimizer(_mapping(contents, "optimizer"), model, names, convert, config)
+        names = [name for name in trained or {} if not re.fullmatch(unused, name)]
+        opt_state = _optimizer(_mapping(contents, "optimizer"), trained, names, convert, experiment.config)
     except InputError as error:
-        converted["opt_state"], notes = None, (*notes, f"its optimizer does not fit its weights, {error}")
+        opt_state, notes = None, (*notes, f"its optimizer does not fit its weights, {error}")
     buffers = {name: np.array(tensors[name]) for name in (CODEBOOK_USED,) if name in tensors}
-    taken = {"model", "module", "state_dict", "ema", "config", "steps", "args", "optimizer"}
-    if left := [name for name, value in contents.items() if name not in taken and not isinstance(value, np.ndarray)]:
-        notes += (f"not taken: {_some(left)}",)
+    if ignored := [name for name, value in contents.items() if name not in ENTRIES and not isinstance(value, np.ndarray)]:
+        notes += (f"not read: {_some(ignored)}",)
     if narrow := {str(tensor.dtype) for tensor in tensors.values()} - {"float32"}:
         notes += (f"stored as {', '.join(sorted(narrow))}, held as float32",)
-    return Released(config, step=step, notes=notes + assumed, buffers=buffers, **converted)
+    return Released(experiment.config, ema, params, opt_state, buffers, step, notes + assumptions)
 
 
 def import_checkpoint(
@@ -131,16 +126,17 @@ def import_checkpoint(
     """Writes a file of the release as an ordinary checkpoint into a new WORKDIR.
 
     Args:
-      path: a file, or one of the names `dar_tokenizer_v1`, `dar_l` and `dar_xl`, see `weights.resolve`.
+      path: a file, or one of the names `dar_tokenizer_v1`, `dar_l` and `dar_xl`, see `weights.published`.
       tokenizer: of a transformer, a file of the release, its name or a run's folder; it is put into WORKDIR/tokenizer.
       heads: see `read_checkpoint`.
 
-    Returns what was done, line by line. Raises InputError, before anything is written, where files or folder are unfit.
+    Returns lines for people that say what was imported. Raises InputError, before anything is written, where files or folder
+    are unfit.
     """
     folder = checkpoint.absolute(workdir)
     check_writable(folder)
-    if (found := checkpoint.latest_step(folder)) is not None:
-        raise InputError(f"{folder} already holds a run (step {found}); choose another folder")
+    if (step := checkpoint.latest_step(folder)) is not None:
+        raise InputError(f"{folder} already holds a run (step {step}); choose another folder")
     path = _located(path)
     if tokenizer is None and (folder / "tokenizer").is_dir():
         tokenizer = folder / "tokenizer"
@@ -155,7 +151,11 @@ def import_checkpoint(
         if donor is None:
             lines.append(f"to sample from it, import its tokenizer into {folder / 'tokenizer'}")
         else:
-            _check_codes(released, donor)
+            vocabulary, codebook = released.config.model.vocab_size, donor.config.model.codebook_size
+            if not donor.config.model.vq_enable:
+                raise InputError("the tokenizer is continuous (vq_enable is false), it makes no codes")
+            if vocabulary != codebook:
+                raise InputError(f"the transformer predicts {vocabulary} codes, the tokenizer has {codebook}")
             if checkpoint.absolute(tokenizer).resolve() != (folder / "tokenizer").resolve():
                 _write(donor, folder / "tokenizer")
             lines.append(_summary(tokenizer, donor))
@@ -166,7 +166,7 @@ def import_checkpoint(
 
 
 def open_weights(path: PathLike) -> Released:
-    """Weights to start from or to use: a file of the release, or a run's folder (or one of its checkpoints/STEP).
+    """The weights of a file of the release, or of a run's folder (or one of its checkpoints/STEP).
 
     Raises InputError where there are none.
     """
@@ -193,7 +193,7 @@ def export_checkpoint(path: PathLike, file: PathLike, kind: Literal["pt", "safet
       file: to write. A `.pt` file holds `model` and, where they differ, `ema`, with `config` and `steps`, and is loaded by the
         release with strict checking; `.safetensors` holds the moving average, with the same as text in its metadata.
 
-    Returns what is notable, line by line. Raises InputError where the checkpoint is unfit.
+    Returns lines for people: the tensors written, and warnings. Raises InputError where the checkpoint is unfit.
     """
     info = checkpoint.inspect(path)
     if "model" in info.hooks:
@@ -224,7 +224,7 @@ def export_checkpoint(path: PathLike, file: PathLike, kind: Literal["pt", "safet
 
 
 def _located(path: PathLike) -> PathLike:
-    """The file behind one of the names in `weights.SOURCES`, downloaded where needed; other paths are as they are."""
+    """The file of one of the names in `published.SOURCES`, downloaded where needed; other paths are returned unchanged."""
     if os.fspath(path) in SOURCES and not os.path.exists(path):
         return resolve(os.fspath(path)).files[0]
     return path
@@ -236,16 +236,12 @@ def _located(path: PathLike) -> PathLike:
 def _contents(path: PathLike) -> dict[str, Any]:
     with open(path, "rb") as file:
         start = file.read(9)
-    if start[8:] == b"{" and int.from_bytes(start[:8], "little") < 2**32:  # the length of the header, which is JSON
-        return _safetensors(path)
-    contents = torch_file.read(path)
-    if not isinstance(contents, dict):
-        raise InputError(f"{path} holds no weights by name")
-    return contents
-
-
-def _safetensors(path: PathLike) -> dict[str, Any]:
-    try:
+    if start[8:] != b"{" or int.from_bytes(start[:8], "little") >= 2**32:
+        contents = torch_file.read(path)
+        if not isinstance(contents, dict):
+            raise InputError(f"{path} holds no weights by name")
+        return contents
+    try:  # safetensors begin with the length of the header, which is JSON
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             about = {name: json.loads(metadata[name]) for name in ("steps", "args", "config") if name in metadata}
@@ -256,7 +252,7 @@ def _safetensors(path: PathLike) -> dict[str, Any]:
 
 def _state_dicts(path: PathLike, contents: dict[str, Any]) -> tuple[dict[str, np.ndarray] | None, dict[str, np.ndarray] | None]:
     """The trained weights and their moving average, of which one may be missing; a file may also be bare weights."""
-    trained = next((contents[name] for name in ("model", "module", "state_dict") if name in contents), None)
+    trained = next((contents[name] for name in WEIGHTS if name in contents), None)
     average = contents.get("ema")
     if trained is None and average is None:
         trained = contents
@@ -278,7 +274,7 @@ def _plain_names(path: PathLike, state: Any) -> dict[str, np.ndarray]:
 
 
 def _step(path: PathLike, contents: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
-    """The step that the file names, within or in its name."""
+    """The step in the file's contents or in its name, and a note where it is not in the contents."""
     step = contents.get("steps")
     if type(step) is int and 0 <= step < 2**31:
         return step, ()
@@ -289,24 +285,26 @@ def _step(path: PathLike, contents: dict[str, Any]) -> tuple[int, tuple[str, ...
     return 0, ("the file names no step: step 0",)
 
 
-Recognised = tuple[TokenizerTraining | TransformerTraining, list[Entry], str, tuple[str, ...]]
-
-
-def _tokenizer(path: PathLike, contents: dict[str, Any], tensors: Tensors) -> Recognised:
-    seen = tokenizer_shapes(tensors)
-    told = _mapping(contents, "config")
-    told = _mapping(told, "_data") or told  # the release's class keeps its mapping there
-    told = _mapping(told, "model") or told
+def _tokenizer(path: PathLike, contents: dict[str, Any], tensors: Tensors) -> tuple[TokenizerTraining, tuple[str, ...]]:
+    """The settings of a tokenizer, and what was assumed about it."""
+    shapes = tokenizer_shapes(tensors)
+    sizes = _mapping(contents, "config")
+    for name in ("_data", "model"):  # the release's class keeps its mapping in `_data`
+        sizes = _mapping(sizes, name) or sizes
     image_size, notes = _mapping(contents, "args").get("image_size"), ()
     if type(image_size) is not int:
         image_size, notes = 256, ("the file names no image size: 256",)
-    if not told:
+    if sizes:
+        _require_same_sizes(sizes, shapes)
+    else:
+        paper = TokenizerConfig()
         notes += (
-            f"the file has no configuration: sizes by its shapes, and {seen['num_all_queries']} tokens in "
-            f"{seen['num_query_groups']} groups, {seen['num_denoising_steps']} steps",
+            f"the file has no configuration: sizes by its shapes, and {paper.num_tokens} tokens in "
+            f"{paper.num_groups} groups, {paper.num_denoising_steps} steps",
         )
-    _require_same_sizes(told, seen)
-    model = tokenizer_config(told or seen, image_size)
+        sizes = release_config(paper)
+        sizes |= shapes | {"diff_decoder": sizes["diff_decoder"] | shapes["diff_decoder"]}
+    model = tokenizer_config(sizes, image_size)
     repa = {name: shape_of(tensors, name, 2) for name in tensors if name.startswith(REPA) and name.endswith("weight")}
     if repa:
         velocity = {"repa_hidden": max(shape[0] for shape in repa.values()), "repa_width": repa[max(repa)][0]}
@@ -316,21 +314,21 @@ def _tokenizer(path: PathLike, contents: dict[str, Any], tensors: Tensors) -> Re
     velocity = dataclasses.replace(model.velocity, **velocity)
     model = dataclasses.replace(model, velocity=velocity, max_tokens=shape_of(tensors, "decoder_embedding.weight")[0])
     data = DataConfig(image_size=image_size, channels=model.channels)
-    config = _valid(TokenizerTraining(name=Path(path).stem, model=model, data=data))
-    return config, tokenizer_entries(config.model), re.escape(CODEBOOK_USED), notes
+    return TokenizerTraining(name=Path(path).stem, model=model, data=data), notes
 
 
-def _transformer(path: PathLike, tensors: Tensors, tokenizer: TokenizerConfig | None, heads: int | None) -> Recognised:
+def _transformer(
+    path: PathLike, tensors: Tensors, tokenizer: TokenizerConfig | None, heads: int | None
+) -> tuple[TransformerTraining, tuple[str, ...]]:
     notes = () if tokenizer else (f"for the {TokenizerConfig.num_tokens} tokens of the released tokenizer",)
     tokenizer = tokenizer or TokenizerConfig()
-    model = transformer_config(tensors, tokenizer.num_tokens, heads)
-    config = TransformerTraining(name=Path(path).stem, model=model)
-    config = dataclasses.replace(
+    config = TransformerTraining(name=Path(path).stem, model=transformer_config(tensors, tokenizer.num_tokens, heads))
+    guidance = GUIDANCE.get(config.model.layers, config.sampling.guidance)
+    return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, image_size=tokenizer.image_size, channels=tokenizer.channels),
-        sampling=dataclasses.replace(config.sampling, guidance=GUIDANCE.get(model.layers, config.sampling.guidance)),
-    )
-    return _valid(config), transformer_entries(model), CACHES, notes
+        sampling=dataclasses.replace(config.sampling, guidance=guidance),
+    ), notes
 
 
 def _optimizer(
@@ -379,21 +377,13 @@ def _mapping(values: dict[str, Any], name: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _require_same_sizes(told: dict[str, Any], seen: dict[str, Any], where: str = "") -> None:
-    """What tensors show has to be what the configuration says; the rest can be known from the configuration alone."""
-    free = {"num_denoising_steps", "num_query_groups", "num_all_queries", "queries_per_step", "sampling_resolution"}
-    free |= {"output_resolution", "rope_base_len", "data_std", "time_shift", "repa_layer"}
-    free |= set() if seen.get("vq_enable", True) else {"vq_codebook_size"}
-    for name, size in seen.items():
+def _require_same_sizes(sizes: dict[str, Any], shapes: dict[str, Any], where: str = "") -> None:
+    """Raises InputError where the file's configuration contradicts its tensors."""
+    for name, size in shapes.items():
         if isinstance(size, dict):
-            _require_same_sizes(_mapping(told, name), size, f"{name}.")
-        elif name in told and name not in free and (type(told[name]) is not type(size) or told[name] != size):
-            raise InputError(f"its configuration says {where}{name} is {told[name]!r:.50}, its tensors say {size}")
-
-
-def _valid(config):
-    """The same settings, after checks of every type and of how they fit together."""
-    return from_dict(to_dict(config))
+            _require_same_sizes(_mapping(sizes, name), size, f"{name}.")
+        elif name in sizes and (type(sizes[name]) is not type(size) or sizes[name] != size):
+            raise InputError(f"its configuration says {where}{name} is {sizes[name]!r:.50}, its tensors say {size}")
 
 
 def _some(names: Any) -> str:
@@ -404,10 +394,12 @@ def _some(names: Any) -> str:
 
 
 def _write(released: Released, workdir: PathLike) -> None:
-    others = {"params": released.params, "opt_state": released.opt_state, "buffers": released.buffers or None}
-    others = {name: part for name, part in others.items() if part is not None}
-    names = released.class_names
-    checkpoint.save_for_inference(workdir, released.config, released.ema, released.step, names, others=others)
+    parts = {"params": released.params, "opt_state": released.opt_state, "buffers": released.buffers or None}
+    parts = {name: part for name, part in parts.items() if part is not None}
+    config, class_names = released.config, ()
+    if isinstance(config, TransformerTraining):  # the release's files name no classes
+        class_names = tuple(map(str, range(config.model.num_classes)))
+    checkpoint.save_for_inference(workdir, config, released.ema, released.step, class_names, others=parts)
 
 
 def _summary(path: PathLike, released: Released) -> str:
@@ -419,14 +411,6 @@ def _summary(path: PathLike, released: Released) -> str:
     return f"{Path(path).name}: {kind} of {count:,} parameters at step {released.step}, {weights}{notes}"
 
 
-def _check_codes(transformer: Released, tokenizer: Released) -> None:
-    vocabulary, codebook = transformer.config.model.vocab_size, tokenizer.config.model.codebook_size
-    if not tokenizer.config.model.vq_enable:
-        raise InputError("the tokenizer is continuous (vq_enable is false), it makes no codes")
-    if vocabulary != codebook:
-        raise InputError(f"the transformer predicts {vocabulary} codes, the tokenizer has {codebook}")
-
-
 def _entries(config: TokenizerTraining | TransformerTraining) -> list[Entry]:
     return (tokenizer_entries if isinstance(config, TokenizerTraining) else transformer_entries)(config.model)
 
@@ -436,16 +420,16 @@ def _buffers(info: checkpoint.Info) -> dict[str, np.ndarray]:
 
 
 def _completed(info: checkpoint.Info, tensors: Tensors) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """What the release's strict loading wants besides: its statistics, and a REPA head as at the start of training."""
+    """Tensors that the release's strict loading needs besides: its statistics, and a newly initialised REPA head."""
     config, added, notes = info.config, _buffers(info), ()
     if config.model.vq_enable and CODEBOOK_USED not in added:
         added[CODEBOOK_USED] = np.zeros(65536, np.float32)
     if config.model.velocity.repa_layer is None:
         velocity = dataclasses.replace(config.model.velocity, repa_layer=0)
-        whole = Experiment(dataclasses.replace(config, model=dataclasses.replace(config.model, velocity=velocity)))
-        head = jax.jit(lambda: whole.init_params(whole.build_model())["velocity"]["repa"])()
+        with_head = Experiment(dataclasses.replace(config, model=dataclasses.replace(config.model, velocity=velocity)))
+        head = jax.jit(lambda: with_head.init_params(with_head.build_model())["velocity"]["repa"])()
         flat = traverse_util.flatten_dict({"velocity": {"repa": jax.device_get(head)}}, sep="/")
-        entries = [entry for entry in _entries(whole.config) if entry.ours in flat]
+        entries = [entry for entry in _entries(with_head.config) if entry.ours in flat]
         added |= to_release(entries, traverse_util.unflatten_dict(flat, sep="/"))
         notes = ("a new REPA head was added, which only the release's training uses",)
     return added, notes

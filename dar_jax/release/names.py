@@ -1,30 +1,22 @@
 """One table of names: the PyTorch release's tensors and our parameters, read in both directions.
 
-An entry says which tensor(s) of the release make one parameter of ours and how they are laid out there. `{i}` in their
-names counts layers; ours are stacked along a leading axis.
+An entry names the tensor(s) of the release that make one parameter of ours, and their layout. `{i}` in their names counts
+layers; ours are stacked along a leading axis.
 """
 
 from dar_jax.config import TokenizerConfig, TransformerConfig
-from dar_jax.weights.table import Convolution, Entry, Flat, FusedHeads, Matrix, Pair, Same, linear, norm, prefixed
+from dar_jax.weights.table import CONVOLUTION, FUSED_HEADS, PAIR, SAME, Entry, linear, matrix, norm, prefixed
 
 
 def _attention(theirs: str, ours: str) -> list[tuple]:
-    table = []
-    for name in "qkv":
-        table += [
-            (f"{theirs}.{name}.weight", f"{ours}/{name}/kernel", Matrix()),
-            (f"{theirs}.{name}.bias", f"{ours}/{name}/bias", Flat()),
-        ]
-    table += [
-        (f"{theirs}.proj.weight", f"{ours}/out/kernel", Matrix(inputs=2)),
-        (f"{theirs}.proj.bias", f"{ours}/out/bias", Same()),
-    ]
-    return table + norm(f"{theirs}.q_norm", f"{ours}/q_norm") + norm(f"{theirs}.k_norm", f"{ours}/k_norm")
+    heads = [row for name in "qkv" for row in linear(f"{theirs}.{name}", f"{ours}/{name}")]
+    out = linear(f"{theirs}.proj", f"{ours}/out", inputs=2)
+    return heads + out + norm(f"{theirs}.q_norm", f"{ours}/q_norm") + norm(f"{theirs}.k_norm", f"{ours}/k_norm")
 
 
 _MLP = linear("mlp.fc1", "mlp/in") + linear("mlp.fc2", "mlp/out")
 _BLOCK = (
-    [("gate1", "gate1", Same()), ("gate2", "gate2", Same())]
+    [("gate1", "gate1", SAME), ("gate2", "gate2", SAME)]
     + _attention("attention", "attention")
     + _MLP
     + norm("norm1", "norm1")
@@ -45,17 +37,17 @@ def tokenizer_entries(config: TokenizerConfig) -> list[Entry]:
     """The table for a tokenizer of these sizes and options."""
     velocity = config.velocity
     table = [
-        ("patchify.weight", "encoder/patchify/kernel", Convolution()),
-        ("patchify.bias", "encoder/patchify/bias", Same()),
-        ("query_embedding.weight", "encoder/query_table", Same()),
+        ("patchify.weight", "encoder/patchify/kernel", CONVOLUTION),
+        ("patchify.bias", "encoder/patchify/bias", SAME),
+        ("query_embedding.weight", "encoder/query_table", SAME),
         *linear("quant_in_conv", "encoder/to_code", ones=2, bias=False),
         *linear("quant_out_conv", "token_decoder/from_code", ones=2, bias=False),
-        ("decoder_embedding.weight", "token_decoder/position_table", Same()),
+        ("decoder_embedding.weight", "token_decoder/position_table", SAME),
     ]
     if config.query_low_rank:
         table += linear("query_linear", "encoder/query_linear")
     if config.vq_enable:
-        table += [("quantize.embedding.weight", "quantizer/codebook", Same())]
+        table += [("quantize.embedding.weight", "quantizer/codebook", SAME)]
     entries = prefixed("", "", table)
     entries += prefixed("encoder_layers.{i}.", "encoder/blocks/", _BLOCK, config.encoder_layers)
     entries += prefixed("decoder_layers.{i}.", "token_decoder/blocks/", _BLOCK, config.decoder_layers)
@@ -79,17 +71,17 @@ def tokenizer_entries(config: TokenizerConfig) -> list[Entry]:
 def transformer_entries(config: TransformerConfig) -> list[Entry]:
     """The table for an autoregressive transformer of these sizes."""
     block = [
-        ("attention.wqkv.weight", "attention/qkv/kernel", FusedHeads()),
-        ("attention.wo.weight", "attention/out/kernel", Matrix(inputs=2)),
-        (("feed_forward.w1.weight", "feed_forward.w3.weight"), "mlp/gate_up/kernel", Pair()),
-        ("feed_forward.w2.weight", "mlp/down/kernel", Matrix()),
-        ("attention_norm.weight", "attention_norm/scale", Same()),
-        ("ffn_norm.weight", "mlp_norm/scale", Same()),
+        ("attention.wqkv.weight", "attention/qkv/kernel", FUSED_HEADS),
+        *linear("attention.wo", "attention/out", inputs=2, bias=False),
+        (("feed_forward.w1.weight", "feed_forward.w3.weight"), "mlp/gate_up/kernel", PAIR),
+        *linear("feed_forward.w2", "mlp/down", bias=False),
+        ("attention_norm.weight", "attention_norm/scale", SAME),
+        ("ffn_norm.weight", "mlp_norm/scale", SAME),
     ]
     table = [
-        ("cls_embedding.embedding_table.weight", "class_table", Same()),
-        ("tok_embeddings.weight", "token_table", Same()),
-        ("norm.weight", "norm/scale", Same()),
-        ("output.weight", "output", Matrix()),
+        ("cls_embedding.embedding_table.weight", "class_table", SAME),
+        ("tok_embeddings.weight", "token_table", SAME),
+        ("norm.weight", "norm/scale", SAME),
+        ("output.weight", "output", matrix()),
     ]
     return prefixed("", "", table) + prefixed("layers.{i}.", "blocks/", block, config.layers)

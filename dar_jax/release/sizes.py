@@ -14,6 +14,37 @@ from dar_jax.errors import InputError
 HEAD_SIZE = 64  # of every network of the release but its text models
 
 
+# By names in the release's configuration: the fields of `TokenizerConfig` and `VelocityConfig`, and the release's defaults.
+TOKENIZER_FIELDS: dict[str, tuple] = {
+    "encoder_patch_size": ("encoder_patch_size",),
+    "num_encoder_layers": ("encoder_layers",),
+    "num_decoder_layers": ("decoder_layers",),
+    "query_low_rank": ("query_low_rank", True),
+    "encoder_dim": ("encoder_width",),
+    "decoder_dim": ("decoder_width",),
+    "vq_dim": ("code_dim",),
+    "vq_codebook_size": ("codebook_size",),
+    "num_denoising_steps": ("num_denoising_steps",),
+    "num_query_groups": ("num_groups",),
+    "num_all_queries": ("num_tokens",),
+    "queries_per_step": ("queries_per_step", None),
+    "vq_enable": ("vq_enable", True),
+    "sampling_resolution": ("sampling_resolution", 256),
+    "output_resolution": ("output_resolution", 0),
+    "rope_base_len": ("rope_theta", 10000.0),
+}
+VELOCITY_FIELDS: dict[str, tuple] = {
+    "dim": ("width",),
+    "patch_size": ("patch_size",),
+    "depth": ("layers",),
+    "data_std": ("data_std", 1.0),
+    "time_shift": ("time_shift", 1.0),
+    "mlp_head": ("mlp_head", False),
+    "share_time_encoding": ("share_time_encoding", False),
+    "repa_layer": ("repa_layer", 8),
+}
+
+
 def tokenizer_config(release: Mapping[str, Any], image_size: int) -> TokenizerConfig:
     """The sizes of a tokenizer from the release's own configuration (its YAML or a checkpoint's `config`).
 
@@ -21,77 +52,30 @@ def tokenizer_config(release: Mapping[str, Any], image_size: int) -> TokenizerCo
     Raises: InputError where a key is missing or the sizes are none.
     """
     try:
-        core, output = release["diff_decoder"], release.get("output_resolution", 0)
+        core = release["diff_decoder"]
         if not isinstance(core, Mapping):
             raise InputError("the release's configuration has no sizes in 'diff_decoder'")
-        velocity = VelocityConfig(
-            width=core["dim"],
-            layers=core["depth"],
-            patch_size=core["patch_size"],
-            data_std=core.get("data_std", 1.0),
-            time_shift=core.get("time_shift", 1.0),
-            share_time_encoding=core.get("share_time_encoding", False),
-            mlp_head=core.get("mlp_head", False),
-            repa_layer=core.get("repa_layer", 8),
+        fields, velocity = (
+            {field: table.get(name, *default) if default else table[name] for name, (field, *default) in names.items()}
+            for table, names in ((release, TOKENIZER_FIELDS), (core, VELOCITY_FIELDS))
         )
-        return TokenizerConfig(
-            image_size=image_size,
-            channels=core["in_dim"],
-            encoder_patch_size=release["encoder_patch_size"],
-            encoder_layers=release["num_encoder_layers"],
-            encoder_width=release["encoder_dim"],
-            decoder_layers=release["num_decoder_layers"],
-            decoder_width=release["decoder_dim"],
-            num_tokens=release["num_all_queries"],
-            num_groups=release["num_query_groups"],
-            queries_per_step=release.get("queries_per_step"),
-            num_denoising_steps=release["num_denoising_steps"],
-            query_low_rank=release.get("query_low_rank", True),
-            vq_enable=release.get("vq_enable", True),
-            codebook_size=release["vq_codebook_size"],
-            code_dim=release["vq_dim"],
-            sampling_resolution=release.get("sampling_resolution", 256),
-            output_resolution=None if type(output) is int and output == 0 else output,
-            rope_theta=release.get("rope_base_len", 10000.0),
-            velocity=velocity,
-        )
+        if type(fields["output_resolution"]) is int and fields["output_resolution"] == 0:
+            fields["output_resolution"] = None
+        return TokenizerConfig(image_size=image_size, channels=core["in_dim"], velocity=VelocityConfig(**velocity), **fields)
     except KeyError as error:
         raise InputError(f"the release's configuration has no {error}") from None
 
 
 def release_config(config: TokenizerConfig) -> dict[str, Any]:
-    """The inverse of `tokenizer_config`: what the release wants to be told of a tokenizer."""
-    velocity = config.velocity
-    return {
-        "encoder_patch_size": config.encoder_patch_size,
-        "num_encoder_layers": config.encoder_layers,
-        "num_decoder_layers": config.decoder_layers,
-        "query_low_rank": config.query_low_rank,
-        "encoder_dim": config.encoder_width,
-        "decoder_dim": config.decoder_width,
-        "vq_dim": config.code_dim,
-        "vq_codebook_size": config.codebook_size,
-        "num_denoising_steps": config.num_denoising_steps,
-        "num_query_groups": config.num_groups,
-        "num_all_queries": config.num_tokens,
+    """The inverse of `tokenizer_config`: the release's configuration of a tokenizer."""
+    core = {name: getattr(config.velocity, field) for name, (field, *_) in VELOCITY_FIELDS.items()}
+    core |= {"in_dim": config.channels, "out_dim": config.channels, "cond_dim": config.decoder_width}
+    core["repa_layer"] = 8 if core["repa_layer"] is None else core["repa_layer"]
+    return {name: getattr(config, field) for name, (field, *_) in TOKENIZER_FIELDS.items()} | {
         "queries_per_step": config.tokens_per_step,
-        "vq_enable": config.vq_enable,
         "sampling_resolution": config.resolution,
         "output_resolution": config.output_resolution or 0,
-        "rope_base_len": config.rope_theta,
-        "diff_decoder": {
-            "in_dim": config.channels,
-            "out_dim": config.channels,
-            "dim": velocity.width,
-            "cond_dim": config.decoder_width,
-            "patch_size": velocity.patch_size,
-            "depth": velocity.layers,
-            "data_std": velocity.data_std,
-            "time_shift": velocity.time_shift,
-            "mlp_head": velocity.mlp_head,
-            "share_time_encoding": velocity.share_time_encoding,
-            "repa_layer": 8 if velocity.repa_layer is None else velocity.repa_layer,
-        },
+        "diff_decoder": core,
     }
 
 
@@ -112,15 +96,13 @@ def beyond_release(config: TokenizerConfig) -> list[str]:
 
 
 def tokenizer_shapes(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """What the shapes of the release's tensors say about a tokenizer, in the form of `release_config`.
+    """The sizes of a tokenizer that the shapes of the release's tensors show, in the form of `release_config`.
 
-    How tokens are grouped, the number of steps and the scale of pixels cannot be seen in them; they are the paper's.
+    Raises InputError where the shapes are not those of such a tokenizer.
     """
-    paper = release_config(TokenizerConfig())
     patchify, codes = shape_of(tensors, "patchify.weight", 4), shape_of(tensors, "quant_in_conv.weight")
-    vq_enable = "quantize.embedding.weight" in tensors
     patches = shape_of(tensors, "diff_decoder.net.conv_in.weight")
-    core = paper["diff_decoder"] | {
+    core = {
         "in_dim": patchify[1],
         "out_dim": patchify[1],
         "dim": patches[0],
@@ -130,7 +112,7 @@ def tokenizer_shapes(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
         "mlp_head": "diff_decoder.net.linear_out.linear.weight" in tensors,
         "share_time_encoding": "diff_decoder.net.time_embed.mlp.0.weight" in tensors,
     }
-    return paper | {
+    sizes = {
         "encoder_patch_size": patchify[2],
         "num_encoder_layers": _layers(tensors, r"encoder_layers\.(\d+)\."),
         "num_decoder_layers": _layers(tensors, r"decoder_layers\.(\d+)\."),
@@ -138,10 +120,12 @@ def tokenizer_shapes(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
         "encoder_dim": patchify[0],
         "decoder_dim": shape_of(tensors, "quant_out_conv.weight")[0],
         "vq_dim": codes[0],
-        "vq_codebook_size": shape_of(tensors, "quantize.embedding.weight")[0] if vq_enable else paper["vq_codebook_size"],
-        "vq_enable": vq_enable,
+        "vq_enable": "quantize.embedding.weight" in tensors,
         "diff_decoder": core,
     }
+    if sizes["vq_enable"]:
+        sizes["vq_codebook_size"] = shape_of(tensors, "quantize.embedding.weight")[0]
+    return sizes
 
 
 def transformer_config(tensors: Mapping[str, np.ndarray], num_tokens: int, heads: int | None = None) -> TransformerConfig:
@@ -163,8 +147,8 @@ def transformer_config(tensors: Mapping[str, np.ndarray], num_tokens: int, heads
         heads = known[0] if known else width // HEAD_SIZE
     if heads < 1 or width % heads:
         raise InputError(f"the width {width} is not that of {heads} heads; pass the right number of heads")
-    kv_heads, rest = divmod(fused - width, 2 * width // heads)
-    if rest or kv_heads < 1:
+    kv_heads, remainder = divmod(fused - width, 2 * width // heads)
+    if remainder or kv_heads < 1:
         raise InputError(f"{fused} rows of queries, keys and values do not fit {heads} heads of {width // heads}")
     config = TransformerConfig(
         layers=layers,
@@ -190,7 +174,7 @@ def shape_of(tensors: Mapping[str, np.ndarray], name: str, rank: int | None = No
 
 
 def _layers(tensors: Mapping[str, np.ndarray], pattern: str) -> int:
-    """How many layers there are: as many as different numbers in the names, however large these are."""
+    """The number of layers: that of different numbers in the names, however large these are."""
     numbers = {match[1] for name in tensors if (match := re.match(pattern, name))}
     for number in map(str, range(len(numbers))):
         if number not in numbers:

