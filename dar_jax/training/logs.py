@@ -61,7 +61,7 @@ class Log:
             self._board.write_event(Event(wall_time=time.time(), step=start + 1, session_log=started))
 
     def record(self, step: int, values: Mapping[str, float], seconds_left: float | None) -> None:
-        """One set of scalars after `step` steps. The console shows the loss, the rate and what is evaluated."""
+        """One set of scalars after `step` steps. The console shows the loss, the rate and evaluations."""
         if not self.active:
             return
         self._lines.append(json.dumps({"step": step, **values}) + "\n")

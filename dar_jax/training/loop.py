@@ -1,4 +1,4 @@
-"""A whole training run, of either stage: data, steps, logs, checkpoints, resuming and stopping."""
+"""A training run of either stage: data, steps, logs, checkpoints, resuming and stopping."""
 
 import contextlib
 import os
@@ -58,9 +58,9 @@ def train(
     lost, the others end.
 
     Args:
-      pictures: makes what is logged every `sample_every` steps; called on every host.
+      pictures: for the log every `sample_every` steps; called on every host.
       start: gives weights to begin with, as far as they fit; called where there is no checkpoint to resume from.
-      evaluate: makes what is logged every `evaluate_every` steps, just after a checkpoint; called on every host. If it has a
+      evaluate: scalars for the log every `evaluate_every` steps, just after a checkpoint; called on every host. If it has a
         method `open`, that is called with the stage before the first step: it raises InputError where something is missing, and
         returns notes to print. Later failures, here or in `pictures`, are logged and do not end the run of a single host.
 

@@ -70,10 +70,10 @@ def opening(stage: Stage, params: Params, mesh: Mesh, step: int | None, resume: 
 def start_from(start: Start, state: TrainState) -> tuple[TrainState, list[str]]:
     """A new run's state with the parameters that fit replaced by those of `start`, and lines that say which do not.
 
-    A parameter of the same name and shape is loaded. Of stacks of blocks and tables of positions with another number of rows,
-    the first ones that both have are loaded. A class table for other classes is newly initialised but for its null class, the
-    last row. So is a parameter of another shape; one that the model does not have is skipped. The moving average starts equal
-    to the parameters.
+    A parameter of the same name and shape is loaded. If stacks of blocks and tables of positions have another number of rows,
+    their first rows are loaded. A class table for other classes is newly initialised but for its null class, the last row. So
+    is a parameter of another shape; one that the model does not have is skipped. The moving average starts equal to the
+    parameters.
     """
     theirs = {parallel.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(start.params)}
     total, rows = len(theirs), []  # (how it was initialised, name, shape there, shape here, note)
