@@ -2,7 +2,7 @@
 
 Nothing here imports JAX. The defaults are the paper's (arXiv 2505.23660) and the released files'; an experiment file changes
 what it needs with keyword arguments or `dataclasses.replace`, and the command line overrides single fields by their path
-(`--optimizer.learning-rate 3e-4`). A field never holds a function: parts to replace are handed over by `training.Experiment`.
+(`--optimizer.learning-rate 3e-4`). A field never holds a function: parts to replace are handed over by `experiment.Experiment`.
 Every number has its range, in the type of its field; `checked` applies them to whatever becomes a setting.
 """
 
@@ -42,13 +42,10 @@ Step = Annotated[int, Range(0, INT32)]  # or 0: never
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 Batch = Annotated[int, Range(1, 2**20)]
 Pixels = Annotated[int, Range(1, 4096)]  # along a side
-Channels = Annotated[int, Range(1, 64)]
 Layers = Annotated[int, Range(1, 1024)]
 Width = Annotated[int, Range(1, 65536)]
-HiddenWidth = Annotated[int, Range(1, 2**20)]
 Heads = Annotated[int, Range(1, 1024)]
 Tokens = Annotated[int, Range(1, 16384)]
-Classes = Annotated[int, Range(1, 10**6)]
 Codes = Annotated[int, Range(1, 2**24)]
 DenoisingSteps = Annotated[int, Range(1, 1000)]
 Devices = Annotated[int, Range(1, 2**20, also=(-1, "what the others leave"))]
@@ -62,7 +59,6 @@ Guidance = Annotated[float, Range(0, 1000)]
 CfgInterval = Annotated[int, Range(-1, 16384)]
 Temperature = Annotated[float, Range(1e-6, 1000, also=(0, "greedy"))]
 TopK = Annotated[int, Range(0, INT32)]
-Speed = Annotated[float, Range(1, 1e21)]  # operations/s
 Own = dict[str, bool | Annotated[int, FINITE] | Annotated[float, FINITE] | str]  # settings of a fork's own, by name
 CropFraction = Annotated[float, Range(0.1, 1)]
 
@@ -86,7 +82,7 @@ class VelocityConfig:
 
     @property
     def has_repa(self) -> bool:
-        """Whether the REPA features can be computed; a head beyond the last block, as small test files have, cannot."""
+        """True where the REPA features can be computed; not by a head beyond the last block, as small test files have."""
         return self.repa_layer is not None and self.repa_layer < self.layers
 
 
@@ -95,7 +91,7 @@ class TokenizerConfig:
     """Images <-> codes <-> condition tokens -> velocity. The defaults are the released size: 307,444,672 parameters."""
 
     image_size: Pixels = 256
-    channels: Channels = 3
+    channels: Annotated[int, Range(1, 64)] = 3
     encoder_patch_size: Pixels = 16
     encoder_layers: Layers = 8
     encoder_width: Width = 768
@@ -143,8 +139,8 @@ class TransformerConfig:
     width: Width = 1024
     num_tokens: Tokens = 256
     vocab_size: Codes = 16384
-    num_classes: Classes = 1000  # the class table has one more row, the null class of guidance
-    mlp_multiple: HiddenWidth = 256  # the SwiGLU hidden size, 8/3 of the width, is rounded up to a multiple of this
+    num_classes: Annotated[int, Range(1, 10**6)] = 1000  # the class table has one more row, the null class of guidance
+    mlp_multiple: Annotated[int, Range(1, 2**20)] = 256  # the SwiGLU size, 8/3 of the width, is rounded up to a multiple of it
     rope_theta: RopeBase = 10000.0
     norm_eps: Annotated[float, Range(1e-12, 1)] = 1e-5
     init_std: Weight | None = 0.02  # None: 1 / sqrt(fan in), which small widths need
@@ -201,7 +197,7 @@ class DataConfig:
     channels: Annotated[int, Range(1, 3)] = 3  # 1: grey, 3: RGB
     crop: Literal["random", "center", "ten_crop", "none"] = "random"  # ADM random or centre crop, one of ten crops, as it is
     crop_fraction: tuple[CropFraction, CropFraction] = (0.8, 1.0)  # of the random crop
-    ten_crop_scale: Annotated[float, Range(1, 4)] = 1.1  # ten crops are cut from a centre crop of this times image_size
+    ten_crop_scale: Annotated[float, Range(1, 4)] = 1.1  # ten crops are taken from a centre crop of this times image_size
     flip: bool = True  # mirror half of the images
     workers: Annotated[int, Range(0, 1024)] = 0  # worker processes; 0: threads of this process
 
@@ -244,12 +240,12 @@ class TokenizerLossConfig:
 class MeshConfig:
     """Devices along each mesh axis. One of them, or data and fsdp, may be -1: whatever the others leave.
 
-    By default all devices share the batch and each holds the whole state; for models that leave no room for activations then,
-    `data=-1, fsdp=-1` cuts the state over some of them. See `parallel`.
+    By default all devices share the batch and each holds the complete state; where that leaves no room for activations,
+    `data=-1, fsdp=-1` shards the state over some of them. See `parallel`.
     """
 
     data: Devices = -1  # batch
-    fsdp: Devices = 1  # batch, and parameters cut along their width
+    fsdp: Devices = 1  # batch, and parameters along their width
     tensor: Devices = 1  # heads and hidden units
 
 
@@ -271,7 +267,7 @@ class TrainConfig:
     evaluate_every: Step = 0  # metrics on held-out images in the log every so many steps; 0: never
     evaluate_images: Count = 256  # on so many of them
     profile: tuple[Count, Count] | None = None  # a profiler trace of these steps, first and last, in the folder of the logs
-    peak_flops: Speed | None = None  # bfloat16 operations/s of one device, for the MFU in the log; None: by its kind, if known
+    peak_flops: Annotated[float, Range(1, 1e21)] | None = None  # bfloat16 operations/s of a device, for MFU; None: by its kind
 
 
 @dataclass(frozen=True)
@@ -331,7 +327,7 @@ def from_dict(values: Any) -> TokenizerTraining | TransformerTraining:
 
 
 def checked(kind: Any, value: Any, name: str = "", limits: Range = FINITE) -> Any:
-    """A value, perhaps of JSON, as what a type hint says, such as `Annotated[int, Range(1, 9)] | None` or a dataclass.
+    """Converts a value, perhaps of JSON, to the type of a hint, such as `Annotated[int, Range(1, 9)] | None` or a dataclass.
 
     Numbers are finite and within their `Range`. Tables become dataclasses, lists tuples, whole numbers floats where these are
     expected; dataclasses are looked at field by field.
@@ -404,63 +400,71 @@ def _shown(value: Any) -> str:
 def validate(config: TokenizerTraining | TransformerTraining) -> None:
     """Raises InputError, in one line, where settings are out of range or contradict each other."""
     checked(type(config), config)
-    train, data = config.train, config.data
-    _require(
+    train, data, model = config.train, config.data, config.model
+    require(
         train.batch_size % train.accumulate == 0,
         f"train.batch_size {train.batch_size} should be a multiple of train.accumulate {train.accumulate}",
     )
-    if train.profile is not None:
-        first, last = train.profile
-        _require(
-            first <= last <= train.steps,
-            f"train.profile is {first} {last}, it should be a first and a last step between 1 and train.steps {train.steps}",
-        )
+    first, last = train.profile or (1, 1)
+    require(
+        first <= last <= train.steps,
+        f"train.profile is {first} {last}, it should be a first and a last step between 1 and train.steps {train.steps}",
+    )
     least, greatest = data.crop_fraction
-    _require(least <= greatest, f"data.crop_fraction is {least} {greatest}, it should be rising")
-    _require(data.channels in (1, 3), f"data.channels is {data.channels}, it should be 1 (grey) or 3 (RGB)")
+    require(least <= greatest, f"data.crop_fraction is {least} {greatest}, it should be rising")
+    require(data.channels in (1, 3), f"data.channels is {data.channels}, it should be 1 (grey) or 3 (RGB)")
     if isinstance(config, TokenizerTraining):
-        validate_tokenizer(config.model)
-        _require(
-            (data.image_size, data.channels) == (config.model.image_size, config.model.channels),
+        validate_tokenizer(model)
+        require(
+            (data.image_size, data.channels) == (model.image_size, model.channels),
             f"data gives {data.image_size} pixels and {data.channels} channels, "
-            f"the model takes {config.model.image_size} and {config.model.channels}",
+            f"the model takes {model.image_size} and {model.channels}",
         )
-        _require(data.source != "codes", "a tokenizer is trained on images, data.source is codes")
-        loss, velocity = config.loss, config.model.velocity
-        _require(
-            loss.repa == 0 or velocity.has_repa,
-            f"loss.repa needs the REPA head, but velocity.repa_layer is {velocity.repa_layer} "
-            f"in a network of {velocity.layers} layers",
+        require(data.source != "codes", "a tokenizer is trained on images, data.source is codes")
+        layer, layers = model.velocity.repa_layer, model.velocity.layers
+        require(
+            config.loss.repa == 0 or model.velocity.has_repa,
+            f"loss.repa needs the REPA head, but velocity.repa_layer is {layer} in a network of {layers} layers",
         )
     else:
-        model = config.model
-        _require(model.width % model.heads == 0, f"model.width {model.width} should be a multiple of model.heads {model.heads}")
+        require(model.width % model.heads == 0, f"model.width {model.width} should be a multiple of model.heads {model.heads}")
         size, kv_heads = model.width // model.heads, model.kv_heads or model.heads
-        _require(size % 2 == 0, f"model.width / model.heads, the size of a head, is {size}, it should be even (RoPE)")
-        _require(model.heads % kv_heads == 0, f"model.heads {model.heads} should be a multiple of model.kv_heads {kv_heads}")
+        require(size % 2 == 0, f"model.width / model.heads, the size of a head, is {size}, it should be even (RoPE)")
+        require(model.heads % kv_heads == 0, f"model.heads {model.heads} should be a multiple of model.kv_heads {kv_heads}")
 
 
 def validate_tokenizer(model: TokenizerConfig) -> None:
     """Raises InputError where the sizes of a tokenizer are out of range or do not fit together."""
     checked(TokenizerConfig, model, "tokenizer")
-    patches = max(model.image_size // model.encoder_patch_size, model.resolution // model.velocity.patch_size) ** 2
-    checks = [
+    velocity = model.velocity
+    patches = max(model.image_size // model.encoder_patch_size, model.resolution // velocity.patch_size) ** 2
+    checks = (
         (patches <= MOST_PATCHES, f"an image has {patches} patches, there should be at most {MOST_PATCHES}"),
         (model.image_size % model.encoder_patch_size == 0, "image_size should be a multiple of encoder_patch_size"),
-        (model.resolution % model.velocity.patch_size == 0, "the denoised size should be a multiple of velocity.patch_size"),
+        (model.resolution % velocity.patch_size == 0, "the denoised size should be a multiple of velocity.patch_size"),
         (model.num_tokens % model.num_groups == 0, "num_tokens should be a multiple of num_groups"),
         (model.num_tokens <= model.max_tokens, "num_tokens should not exceed max_tokens"),
         (model.tokens_per_step <= model.num_tokens, "queries_per_step should not exceed num_tokens"),
         (model.encoder_width % model.head_size == 0, "encoder_width should be a multiple of head_size"),
         (model.decoder_width % model.head_size == 0, "decoder_width should be a multiple of head_size"),
-        (model.velocity.width % model.velocity.head_size == 0, "velocity.width should be a multiple of velocity.head_size"),
-        (model.head_size % 4 == 0 and model.velocity.head_size % 4 == 0, "head sizes should be multiples of 4 (2-D RoPE)"),
-        (model.velocity.share_time_encoding or not model.velocity.mlp_head, "velocity.mlp_head needs share_time_encoding"),
-    ]
+        (velocity.width % velocity.head_size == 0, "velocity.width should be a multiple of velocity.head_size"),
+        (model.head_size % 4 == 0 and velocity.head_size % 4 == 0, "head sizes should be multiples of 4 (2-D RoPE)"),
+        (velocity.share_time_encoding or not velocity.mlp_head, "velocity.mlp_head needs share_time_encoding"),
+    )
     for holds, message in checks:
-        _require(holds, f"tokenizer: {message}")
+        require(holds, f"tokenizer: {message}")
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raises InputError with this message where the condition does not hold."""
     if not condition:
         raise InputError(message)
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every setting by its path, such as `model.velocity.width`."""
+    settings = {}
+    for each in dataclasses.fields(config):
+        name, value = prefix + each.name, getattr(config, each.name)
+        settings |= flat(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: value}
+    return settings

@@ -3,3 +3,8 @@
 
 class InputError(Exception):
     """Something the user gave is wrong. The message is one line that says what and how to mend it; the command exits with 2."""
+
+
+def one_line(value: object, most: int = 200) -> str:
+    """A value as one line of at most so many characters, for a message."""
+    return " ".join(str(value).split())[:most]

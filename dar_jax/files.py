@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written completely or not at all."""
 
 import contextlib
 import fcntl
@@ -17,12 +17,12 @@ from dar_jax.errors import InputError
 
 
 def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path is in a bucket, `gs://...`, and not on a disk of this machine."""
+    """True for a path in a bucket, `gs://...`; False for one on a disk of this machine."""
     return "://" in os.fspath(path)
 
 
 def user_cache() -> Path | None:
-    """Where what can be made again is kept: `dar_jax` in XDG_CACHE_HOME or ~/.cache; None for a user without a home folder."""
+    """The folder of caches: `dar_jax` in XDG_CACHE_HOME or ~/.cache; None for a user without a home folder."""
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(folder) / "dar_jax" if os.path.isabs(folder) else None
 
@@ -36,17 +36,17 @@ def size_of(path: epath.Path) -> int:
 def replacing(path: str | os.PathLike, unique: bool = False) -> Iterator[Path]:
     """Yields a temporary name to write to; the file takes the place of `path` if nothing is raised.
 
-    Folders above are made where needed. To a bucket (`gs://...`), which takes objects whole or not at all, it is copied.
-    What a killed process leaves behind is NAME.dar_jax.tmp, which the next one that writes NAME takes over. It is locked while
-    it is written; where somebody else holds it, or the disk has no locks, the name is a random one, which a kill leaves behind.
+    Folders above are created where needed. To a bucket (`gs://...`), whose objects are complete or not there, it is copied.
+    A killed process leaves NAME.dar_jax.tmp behind, which the next one that writes NAME takes over. It is locked while it is
+    written; where another process holds it, or the disk has no locks, the name is a random one, which a kill leaves behind.
 
     Args:
-      unique: take a random name in any case, NAME.*.tmp, and leave it to the caller to delete what is left behind: for what
-        several hosts may write at once, since not every shared disk locks for all of them.
+      unique: take a random name in any case, NAME.*.tmp, and leave it to the caller to delete leftovers: for files that several
+        hosts may write at once, since not every shared disk locks for all of them.
     """
     if is_remote(path):
         with tempfile.TemporaryDirectory() as folder:
-            temporary = Path(folder) / "whole"
+            temporary = Path(folder) / "temporary"
             yield temporary
             epath.Path(temporary).copy(path, overwrite=True)
         return
@@ -67,9 +67,9 @@ def replacing(path: str | os.PathLike, unique: bool = False) -> Iterator[Path]:
 
 
 def _lock(path: Path) -> int | None:
-    """Makes or takes over a file that no living process holds, and empties it: a descriptor that holds it until it is closed.
+    """Creates or takes over a file that no living process holds, and empties it: a descriptor that holds it until it is closed.
 
-    None where somebody holds it, it is not an ordinary file, or it cannot be locked; then none is made.
+    None where another process holds it, it is not an ordinary file, or it cannot be locked; then none is created.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)

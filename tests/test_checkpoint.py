@@ -17,8 +17,9 @@ from dar_jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from dar_jax.data.sources import open_source
 from dar_jax.errors import InputError
 from dar_jax.experiment import Experiment
-from dar_jax.training import checkpoint
+from dar_jax.training import checkpoint, integrity
 from dar_jax.training.optimizer import make_optimizer
+from dar_jax.training.resume import class_numbers, require_same_run
 from dar_jax.training.state import abstract_state, init_state
 
 OPTIMIZER = make_optimizer(OptimizerConfig(), 10)
@@ -70,12 +71,13 @@ def test_load_reads_the_ema_and_nothing_else(written, tmp_path):
                 file.write_bytes(b"")
     loaded = checkpoint.load(tmp_path / "run", PLAIN)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, jax.device_get(state_on(2, 2, 2).ema))
-    assert (loaded.config, loaded.step, loaded.class_names, loaded.hooks) == (stand_in.config, 5, NAMES, ("model",))
-    assert loaded.workdir == tmp_path / "run" and len(loaded.params["in"]["bias"].devices()) == 1
+    path = tmp_path / "run/checkpoints/5"
+    assert loaded.info == checkpoint.Info(path, tmp_path / "run", 5, stand_in.config, NAMES, ("model",))
+    assert len(loaded.params["in"]["bias"].devices()) == 1
 
     by_step = checkpoint.load(written / "checkpoints/5", PLAIN, weights="params", mesh=parallel.make_mesh(MeshConfig(1, 4, 2)))
     jax.tree.map(np.testing.assert_array_equal, by_step.params, jax.device_get(state_on(2, 2, 2).params))
-    assert by_step.params["in"]["kernel"].sharding.shard_shape((64, 32)) == (16, 16) and by_step.workdir == written
+    assert by_step.params["in"]["kernel"].sharding.shard_shape((64, 32)) == (16, 16) and by_step.info.workdir == written
 
 
 def test_keeps_the_newest_and_every_so_many(tmp_path):
@@ -88,10 +90,10 @@ def test_weights_alone(written, tmp_path):
     loaded = checkpoint.load(written, PLAIN)
     for scale in (3, 1):  # the second replaces the first
         params = jax.tree.map(lambda leaf, scale=scale: scale * leaf, loaded.params)
-        checkpoint.save_for_inference(tmp_path, loaded.config, params, loaded.step, loaded.class_names)
+        checkpoint.save_for_inference(tmp_path, stand_in.config, params, 5, NAMES)
     again = checkpoint.load(tmp_path, PLAIN)
     jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
-    assert again.config == loaded.config and again.step == 5
+    assert again.info.config == stand_in.config and again.info.step == 5
     state = checkpoint.restore(tmp_path, abstract_state(init_params, OPTIMIZER, parallel.make_mesh(MeshConfig())))
     jax.tree.map(np.testing.assert_array_equal, (state.params, state.ema), (loaded.params, loaded.params))
     assert state.opt_state is None and state.step == 5
@@ -105,9 +107,9 @@ def test_weights_alone(written, tmp_path):
 def test_half_written_is_not_there(written, tmp_path):
     shutil.copytree(written, tmp_path, dirs_exist_ok=True)
     shutil.copytree(tmp_path / "checkpoints/5", tmp_path / "checkpoints/9.orbax-checkpoint-tmp")
-    assert checkpoint.latest_step(tmp_path) == 5 and checkpoint.load(tmp_path, PLAIN).step == 5
+    assert checkpoint.latest_step(tmp_path) == 5 and checkpoint.load(tmp_path, PLAIN).info.step == 5
     checkpoint.open_checkpoints(tmp_path, TrainConfig()).close()
-    assert checkpoint.latest_step(tmp_path) == 5 and checkpoint.load(tmp_path, PLAIN).step == 5
+    assert checkpoint.latest_step(tmp_path) == 5 and checkpoint.load(tmp_path, PLAIN).info.step == 5
 
 
 def test_of_another_experiment(written):
@@ -168,7 +170,7 @@ def test_what_cannot_be_read_is_not_to_be_deleted(written, monkeypatch):
     def fail(path):
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(checkpoint, "_crc32", fail)
+    monkeypatch.setattr(integrity, "_crc32", fail)
     with pytest.raises(InputError, match="5 cannot be read: .*Too many open files") as caught:
         checkpoint.load(written, PLAIN)
     assert "delete" not in str(caught.value)
@@ -244,7 +246,7 @@ def test_a_resumed_run_is_the_same_run(golden):
         config = before.config
         for name, values in changes.items():
             config = dataclasses.replace(config, **{name: dataclasses.replace(getattr(config, name), **values)})
-        return checkpoint.require_same_run(before, Experiment(config), names)
+        return require_same_run(before, Experiment(config), names)
 
     assert lines() == []
     said = lines(train={"steps": 9, "batch_size": 4, "log_every": 1}, model={"mlp_dropout": 0.0})
@@ -253,7 +255,7 @@ def test_a_resumed_run_is_the_same_run(golden):
     with pytest.raises(InputError, match=r"its model differs: model.rope_theta 10000.0 there, 5.0 here"):
         lines(model={"rope_theta": 5.0})
     with pytest.raises(InputError, match="of the other stage"):
-        checkpoint.require_same_run(before, PLAIN, before.class_names)
+        require_same_run(before, PLAIN, before.class_names)
     with pytest.raises(InputError, match="does not know: zzz"):
         lines([*before.class_names[:-1], "zzz"])
     with pytest.raises(InputError, match="trained with other classes: 0 there, 9 here"):
@@ -263,13 +265,13 @@ def test_a_resumed_run_is_the_same_run(golden):
 
 
 def test_classes_are_found_by_name():
-    assert checkpoint.class_numbers(["b", "c"], ["a", "b", "c"]) == [1, 2]
-    assert checkpoint.class_numbers(["x", "y"], ["0", "1"]) == [0, 1]  # an imported file names none
-    assert checkpoint.class_numbers(["crane", "crane"], ["crane", "crane"]) == [0, 1]
+    assert class_numbers(["b", "c"], ["a", "b", "c"]) == [1, 2]
+    assert class_numbers(["x", "y"], ["0", "1"]) == [0, 1]  # an imported file names none
+    assert class_numbers(["crane", "crane"], ["crane", "crane"]) == [0, 1]
     with pytest.raises(InputError, match="does not know: zzz; it knows 0, 1, 2"):
-        checkpoint.class_numbers(["0", "1", "zzz"], ["0", "1", "2"])
+        class_numbers(["0", "1", "zzz"], ["0", "1", "2"])
     with pytest.raises(InputError, match="the same name: crane"):
-        checkpoint.class_numbers(["crane"], ["crane", "crane"])
+        class_numbers(["crane"], ["crane", "crane"])
 
 
 def test_not_there(tmp_path):

@@ -41,7 +41,7 @@ def test_the_console_shows_progress_and_the_files_everything(tmp_path):
         log.record(100, {"loss": 0.41234, "grad_norm": 3.0, **rates}, 45.2)
         log.record(100, {"eval_psnr": 20.5}, None)
     assert out.getvalue().splitlines() == [
-        "step 100/2500  loss 0.4123  1,124 images/s  0:45 left",
+        "step 100/2500  loss 0.4123  1,124 images/s  0:00:45 left",
         "step 100/2500  eval_psnr 20.5",
     ]
     assert read_records(tmp_path)[0]["grad_norm"] == 3
@@ -57,7 +57,7 @@ def test_a_full_disk_is_said_once_and_made_up_for(tmp_path, monkeypatch, caplog)
         with monkeypatch.context() as filled:
             filled.setattr(logs, "open", full, raising=False)
             filled.setattr(logs, "replacing", full)
-            filled.setattr(logs.RecordWriter, "write", full)
+            filled.setattr(logs.EventsWriter, "write_event", full)
             for step in range(1, 101):  # more than any queue holds
                 log.record(step, {"loss": 1.0}, None)
                 log.pictures(step, {"picture": np.zeros((2, 2, 3), np.uint8)})

@@ -62,7 +62,7 @@ def wait_for(condition):
 def saved(workdir):
     """Step, parameters and EMA of the newest checkpoint."""
     params, ema = (checkpoint.load(workdir, stand_in.experiment, weights) for weights in ("params", "ema"))
-    return ema.step, jax.device_get({"params": params.params, "ema": ema.params})
+    return ema.info.step, jax.device_get({"params": params.params, "ema": ema.params})
 
 
 def with_train(experiment=stand_in.experiment, mesh=None, **changes):
@@ -162,7 +162,7 @@ def test_a_folder_in_use_is_refused(tmp_path):
 def test_weights_alone_are_trained_on_from_their_step(uninterrupted, tmp_path):
     source = checkpoint.load(uninterrupted, stand_in.experiment)
     experiment = with_train(steps=20, log_every=1)
-    checkpoint.save_for_inference(tmp_path, experiment.config, source.params, 16, source.class_names)
+    checkpoint.save_for_inference(tmp_path, experiment.config, source.params, 16, source.info.class_names)
     summary = train(experiment, tmp_path, resume=True)
     records = read_records(tmp_path)
     assert (summary.step, [record["step"] for record in records]) == (20, [17, 18, 19, 20])
@@ -317,7 +317,7 @@ def test_transformers_folder_is_complete(tokenizer, tmp_path):
     copied = checkpoint.load(tmp_path / "run/tokenizer", stand_in.experiment)
     original = checkpoint.load(tokenizer, stand_in.experiment)
     jax.tree.map(np.testing.assert_array_equal, copied.params, original.params)
-    assert (copied.config, copied.hooks) == (original.config, original.hooks)
+    assert (copied.info.config, copied.info.hooks) == (original.info.config, original.info.hooks)
     tokenizer.rename(tmp_path / "elsewhere")
     assert train(transformer(tokenizer), tmp_path / "run", resume=True).step == 4
 

@@ -188,7 +188,7 @@ def test_the_optimizer_is_taken(files, imported, tmp_path, groups):
     assert "with the optimizer" in import_checkpoint(tmp_path / "file.pt", tmp_path / "run")[0]
 
     loaded = checkpoint.load(tmp_path / "run")
-    config, model = loaded.config, loaded.experiment.build_model()
+    config, model = loaded.info.config, loaded.experiment.build_model()
     target = abstract_state(
         lambda: loaded.experiment.init_params(model), make_optimizer(config.optimizer, 10), parallel.make_mesh(config.mesh)
     )

@@ -17,12 +17,12 @@ from dar_jax.quickstart import TOKENIZER
 from dar_jax.training import checkpoint, stages
 from dar_jax.training.loop import train
 from dar_jax.training.losses import tokenizer_loss
-from dar_jax.training.stages import tokenizer_stage, transformer_stage
+from dar_jax.training.stages import open_stage
 from dar_jax.weights import torch_file
 from dar_jax.weights.table import to_release
 
 
-def test_further_terms_join_the_loss_of_a_run():
+def test_further_terms_join_the_loss_of_a_run(tmp_path):
     """They get the images and the REPA features of a model that has their head; they are logged and summed up."""
     velocity = VelocityConfig(width=32, layers=2, head_size=16, patch_size=4, repa_layer=1, repa_hidden=8, repa_width=12)
     model = dataclasses.replace(TOKENIZER.model, encoder_layers=1, encoder_width=32, decoder_width=32, velocity=velocity)
@@ -33,9 +33,10 @@ def test_further_terms_join_the_loss_of_a_run():
 
     mesh = parallel.make_mesh(MeshConfig())
     loss = lambda config, model: tokenizer_loss(config, model, [terms])  # noqa: E731
-    stage = tokenizer_stage(Experiment(dataclasses.replace(TOKENIZER, model=model), loss=loss, reads=("loss.entropy",)), mesh)
+    experiment = Experiment(dataclasses.replace(TOKENIZER, model=model), loss=loss, reads=("loss.entropy",))
+    stage = open_stage(experiment, tmp_path, mesh, None)
     batch = {"image": np.stack([stage.source[i]["image"] for i in range(3)]), "label": np.arange(3)}
-    loss, metrics = jax.jit(stage.described.loss_fn)(stage.described.init_params(), batch, jax.random.key(0), {}, 0)
+    loss, metrics = jax.jit(stage.loss_fn)(stage.init_params(), batch, jax.random.key(0), {}, 0)
     parts = ("flow", "codebook", "commitment", "entropy", "brightness", "repa")
     assert all(metrics[name] != 0 for name in parts)
     np.testing.assert_allclose(loss, sum(metrics[name] for name in parts), rtol=1e-5)
@@ -73,19 +74,19 @@ def test_networks_are_opened_only_for_terms_with_a_weight(tmp_path, monkeypatch)
         train(Experiment(config), tmp_path / "run")
     missing = dataclasses.replace(config, loss=dataclasses.replace(config.loss, repa=0.0, lpips_weights="nowhere"))
     with pytest.raises(InputError, match="nowhere"):
-        tokenizer_stage(Experiment(missing), mesh)
+        open_stage(Experiment(missing), tmp_path, mesh, None)
 
     def refuse(*arguments):
         raise AssertionError("opened")
 
     monkeypatch.setattr(stages, "resolve", refuse)
     off = dataclasses.replace(config, loss=dataclasses.replace(config.loss, repa=0.0, lpips=0.0))
-    assert tokenizer_stage(Experiment(off), mesh).frozen == {}
+    assert open_stage(Experiment(off), tmp_path, mesh, None).frozen == {}
     small = dataclasses.replace(
         config, model=TOKENIZER.model, data=TOKENIZER.data, loss=dataclasses.replace(config.loss, repa=0.0)
     )
     with pytest.raises(InputError, match="at least 16 pixels"):
-        tokenizer_stage(Experiment(small), mesh)
+        open_stage(Experiment(small), tmp_path, mesh, None)
 
 
 def test_a_resumed_run_keeps_its_tokenizer(tiny_run, tiny_tokenizer, tmp_path):
@@ -94,7 +95,7 @@ def test_a_resumed_run_keeps_its_tokenizer(tiny_run, tiny_tokenizer, tmp_path):
 
     def resumed(tokenizer):
         experiment = Experiment(dataclasses.replace(before.config, tokenizer=tokenizer))
-        return transformer_stage(experiment, before.workdir, mesh, before).experiment.config.tokenizer
+        return open_stage(experiment, before.workdir, mesh, before).experiment.config.tokenizer
 
     assert resumed(None) is None
     assert resumed(str(tiny_run / "tokenizer")) == str(tiny_run / "tokenizer")  # the same weights
@@ -102,6 +103,6 @@ def test_a_resumed_run_keeps_its_tokenizer(tiny_run, tiny_tokenizer, tmp_path):
         resumed("nowhere")
     own = checkpoint.load(tiny_run / "tokenizer")
     other = jax.tree.map(lambda leaf: leaf + 1, own.params)
-    checkpoint.save_for_inference(tmp_path, own.config, other, 1, own.class_names)
+    checkpoint.save_for_inference(tmp_path, own.info.config, other, 1, own.info.class_names)
     with pytest.raises(InputError, match="has another tokenizer than"):
         resumed(str(tmp_path))

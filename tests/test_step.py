@@ -8,6 +8,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import stand_in
 from jax.experimental.compilation_cache import compilation_cache
@@ -45,10 +46,10 @@ SLOW = dataclasses.replace(
 SPLITS = [(data, fsdp, 8 // data // fsdp) for data in (1, 2, 4, 8) for fsdp in (1, 2, 4, 8) if 8 % (data * fsdp) == 0]
 
 
-def run(loss_fn, params, batch, sizes=(1, 1, 1), config=CONFIG, steps=1):
+def run(loss_fn, params, batch, sizes=(1, 1, 1), config=CONFIG, steps=1, optimizer=None):
     """Takes some steps on a mesh; returns the state before, after each step, and the metrics of each step, as NumPy."""
     mesh = parallel.make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)])
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    optimizer = optimizer or make_optimizer(config.optimizer, config.train.steps)
     history = []
     with jax.set_mesh(mesh):
         params = jax.device_get(params)
@@ -282,3 +283,11 @@ def test_an_update_that_overflows_is_not_finite(linear):
     steep = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, learning_rate=1e38))
     _, [metrics] = run(linear_loss, *linear, config=steep)
     assert not metrics["finite"] and np.isfinite(metrics["grad_norm"])
+
+
+@pytest.mark.usefixtures("one_dimensional_rule")
+def test_the_learning_rate_of_ones_own_optimizer_is_logged_where_its_state_has_it(linear):
+    rising = optax.inject_hyperparams(optax.sgd)(lambda step: 0.1 * (step + 1))
+    for optimizer, expected in ((optax.sgd(0.1), [None, None]), (rising, [0.1, 0.2])):
+        _, history = run(linear_loss, *linear, steps=2, optimizer=optimizer)
+        assert [metrics.get("learning_rate") for metrics in history] == pytest.approx(expected)

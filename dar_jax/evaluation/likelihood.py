@@ -22,7 +22,7 @@ from dar_jax.inference.reconstruct import quantize
 from dar_jax.inference.trained import Trained
 from dar_jax.models.transformer import score
 from dar_jax.parallel.batches import full_batch, put_batch, to_host
-from dar_jax.training.checkpoint import class_numbers
+from dar_jax.training.resume import class_numbers
 
 
 def evaluate_transformer(

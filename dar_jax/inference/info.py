@@ -7,7 +7,7 @@ from collections import Counter
 import jax
 
 from dar_jax import parallel
-from dar_jax.config import TokenizerTraining
+from dar_jax.config import TokenizerTraining, flat
 from dar_jax.console import printable
 from dar_jax.training import checkpoint
 from dar_jax.training.checkpoint import Info
@@ -51,7 +51,7 @@ def _describe(info: Info) -> str:
     ]
     if info.hooks:
         lines.append(f"its experiment replaced: {', '.join(map(printable, info.hooks))}")
-    for name, value in checkpoint.settings(config):  # spelt as on the command line
+    for name, value in flat(config).items():  # spelt as on the command line
         text = " ".join(map(str, value)) if isinstance(value, tuple) else value
         lines.append(f"  {name.replace('_', '-')} = {printable(text)}")
     return "\n".join(lines)

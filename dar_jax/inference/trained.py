@@ -155,7 +155,7 @@ def seeds_from(first: int, count: int) -> np.ndarray:
 
 def _load(path: str | os.PathLike, experiment: Experiment | None, weights: Weights, mesh: Mesh) -> tuple[Any, Any]:
     loaded = checkpoint.load(path, experiment, weights, mesh)
-    return loaded.experiment.build_model(matmul_dtype(loaded.config.train.dtype)), loaded.params
+    return loaded.experiment.build_model(matmul_dtype(loaded.info.config.train.dtype)), loaded.params
 
 
 def _tokenizer_part(experiment: Experiment | None) -> Experiment | None:

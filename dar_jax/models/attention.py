@@ -17,6 +17,7 @@ from jax import Array
 from dar_jax.models.layers import DType, layer_norm, matrix_init
 from dar_jax.parallel.sharding import constrain, fitting
 
+PERMUTATION = "permutation"  # name scope of products that only move numbers, which do not count as operations
 Rope = tuple[Array, Array]  # cosines and signed sines, each [T, K] or [B, T, K] float32, see `apply_rope`
 
 
@@ -53,8 +54,8 @@ def apply_rope(x: Array, rope: Rope) -> Array:
 def _partners(x: Array) -> Array:
     """The other element of each adjacent pair of x [..., K], float32.
 
-    Taking the pairs apart would cost a TPU several changes of layout. Shifts become a part of the operations around them for
-    a single token, but of a sequence they are written to memory, which a product with a permutation is not.
+    Splitting the pairs would cost a TPU several changes of layout. Shifts of a single token are fused with the operations
+    around them, but those of a sequence are written to memory, which a product with a permutation is not.
     """
     size = x.shape[-1]
     if x.shape[1] == 1:
@@ -69,7 +70,7 @@ def _partners(x: Array) -> Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values of one layer, each [B, N, S, K]: every head's lie together, in the order in which they are read."""
+    """Keys and values of one layer, each [B, N, S, K]: contiguous for each head, in the order in which they are read."""
 
     keys: Array
     values: Array
@@ -190,6 +191,3 @@ class Attention(nn.Module):
             cache = cache.write(position, k, v)
         out = constrain(attend(q, k, v, mask) if cache is None else attend_cached(q, cache, mask), "heads")
         return constrain(project(width, axis=(-2, -1), name="out")(out), "stream"), cache
-
-
-PERMUTATION = "permutation"  # the name of products that only move numbers, and do not count

@@ -34,8 +34,8 @@ class Encoder(nn.Module):
         queries = jnp.broadcast_to(self._queries().astype(dtype), (batch, config.num_tokens, config.encoder_width))
         x = constrain(jnp.concatenate([patches, queries], axis=1), "stream")  # [B, P + T, D]
 
-        place = jnp.arange(x.shape[1])
-        mask = (place < height * width) | (place <= place[:, None])  # [P + T, P + T]
+        index = jnp.arange(x.shape[1])
+        mask = (index < height * width) | (index <= index[:, None])  # [P + T, P + T]
         rope = pad_rope(rope_2d(height, width, config.head_size, config.rope_theta), config.num_tokens)
         blocks = stack(Block, config.encoder_layers, self.remat, shared=3)
         blocks = blocks(config.head_size, config.init_std, config.gate_init, dtype, name="blocks")

@@ -1,7 +1,4 @@
-"""What the networks share: attention with its cache, rotary positions, MLP, norms, dropout, and stacks of blocks.
-
-Shapes: B batch, T query tokens, S key tokens, D width, N heads, K head size, L layers, H W image rows and columns.
-"""
+"""Initial values, layer norm, MLP and dropout."""
 
 import functools
 from collections.abc import Callable
@@ -24,12 +21,6 @@ def matrix_init(std: float | None) -> Callable:
     return nn.initializers.lecun_normal() if std is None else nn.initializers.normal(std)
 
 
-# --- rotary positions --------------------------------------------------------------------------------------------------
-
-
-# --- attention -----------------------------------------------------------------------------------------------------------
-
-
 def layer_norm(affine: bool, name: str | None = None) -> nn.LayerNorm:
     """Layer norm in float32, eps 1e-6."""
     return nn.LayerNorm(1e-6, use_bias=affine, use_scale=affine, use_fast_variance=False, dtype=jnp.float32, name=name)
@@ -47,9 +38,6 @@ class Mlp(nn.Module):
         x = constrain(x, "stream")
         hidden = constrain(nn.silu(dense(4 * x.shape[-1], name="in")(x)), "hidden")
         return constrain(dense(x.shape[-1], name="out")(hidden), "stream")
-
-
-# --- stacks, dropout, resizing ---------------------------------------------------------------------------------------------
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:

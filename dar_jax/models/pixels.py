@@ -23,15 +23,15 @@ def resize_bicubic(images: Array, height: int, width: int, scale: tuple[float, f
     return jnp.einsum("oh,bhwc,pw->bopc", rows, images, columns, precision=jax.lax.Precision.HIGHEST)
 
 
-def bicubic_matrix(size: int, wanted: int, scale: float, a: float = -0.75) -> np.ndarray:
-    position = (np.arange(wanted) + 0.5) / scale - 0.5
+def bicubic_matrix(size: int, length: int, scale: float, a: float = -0.75) -> np.ndarray:
+    position = (np.arange(length) + 0.5) / scale - 0.5
     first = np.floor(position).astype(int)
-    matrix = np.zeros((wanted, size), np.float32)
+    matrix = np.zeros((length, size), np.float32)
     for offset in range(-1, 3):
         d = np.abs(position - first - offset)
         near = ((a + 2) * d - (a + 3)) * d * d + 1
         far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
-        np.add.at(matrix, (np.arange(wanted), np.clip(first + offset, 0, size - 1)), np.where(d <= 1, near, far))
+        np.add.at(matrix, (np.arange(length), np.clip(first + offset, 0, size - 1)), np.where(d <= 1, near, far))
     return matrix
 
 
@@ -62,9 +62,9 @@ def resize_bilinear(images: Array, height: int, width: int, convention: Literal[
     return jnp.einsum("oh,bhwc,pw->bopc", rows, images, columns, precision=jax.lax.Precision.HIGHEST)
 
 
-def _bilinear_matrix(size: int, wanted: int, convention: str) -> np.ndarray:
+def _bilinear_matrix(size: int, length: int, convention: str) -> np.ndarray:
     shift = {"tensorflow1": 0.0, "half_pixel": 0.5}[convention]
-    position = np.clip((np.arange(wanted) + shift) * size / wanted - shift, 0, size - 1)
+    position = np.clip((np.arange(length) + shift) * size / length - shift, 0, size - 1)
     return np.maximum(0, 1 - np.abs(position[:, None] - np.arange(size))).astype(np.float32)
 
 

@@ -16,7 +16,7 @@ from dar_jax.config import TokenizerConfig, TokenizerLossConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """What the bottleneck makes of latents.
+    """The output of the bottleneck.
 
     values [B, T, E] float32 go on to the decoder (their gradient goes straight through to `latents`); latents [B, T, E] are
     the inputs as they are compared; entries [B, T, E] what was chosen; codes [B, T] int32 its index. A continuous tokenizer

@@ -19,7 +19,7 @@ from dar_jax.parallel.sharding import constrain
 
 
 class TokenDecoder(nn.Module):
-    """Causal transformer over the tokens, whole, or piece by piece with caches."""
+    """Causal transformer over all tokens at once, or piece by piece with caches."""
 
     config: TokenizerConfig
     dtype: DType
@@ -46,7 +46,7 @@ class TokenDecoder(nn.Module):
     ) -> tuple[Array, tuple[Cache, ...]]:
         """The same for the n tokens from `position` on, given the caches of those before.
 
-        Args: layers, `layers.unstack` of the blocks' parameters; values [B, n, code_dim]; caches of each layer.
+        Args: layers, `blocks.unstack` of the blocks' parameters; values [B, n, code_dim]; caches of each layer.
         Returns: [B, n, D] float32 and the new caches.
         """
         shared = (None, causal_mask(values.shape[1], caches[0].keys.shape[2], position), position)
@@ -54,11 +54,5 @@ class TokenDecoder(nn.Module):
         return self.norm(x), caches
 
     def _embed(self, values: Array, position: Array | int) -> Array:
-        places = jax.lax.dynamic_slice_in_dim(self.position_table, position, values.shape[1])
-        return constrain(self.from_code(values) + places.astype(self.dtype), "stream")
-
-
-def empty_caches(config: TokenizerConfig, batch: int, dtype: DType) -> tuple[Cache, ...]:
-    """Caches for decoding the tokens of `batch` images piece by piece."""
-    heads = config.decoder_width // config.head_size
-    return (Cache.zeros(batch, heads, config.num_tokens, config.head_size, dtype),) * config.decoder_layers
+        positions = jax.lax.dynamic_slice_in_dim(self.position_table, position, values.shape[1])
+        return constrain(self.from_code(values) + positions.astype(self.dtype), "stream")

@@ -18,7 +18,7 @@ from dar_jax.models.attention import Cache
 from dar_jax.models.encoder import Encoder
 from dar_jax.models.layers import DType
 from dar_jax.models.quantizer import Normalize, Quantized, Quantizer
-from dar_jax.models.token_decoder import TokenDecoder, empty_caches
+from dar_jax.models.token_decoder import TokenDecoder
 from dar_jax.models.velocity import VelocityNetwork
 
 
@@ -79,15 +79,15 @@ class Tokenizer(nn.Module):
           images: [B, H, W, C] float32 in [-1, 1].
           times: [B] float32 in [0, 1], before the shift (default 0).
           noise: standard normal, shape of images (default 0).
-          return_repa: whether the REPA features are wanted.
+          return_repa: compute the REPA features too.
         """
         config = self.config
         times = jnp.zeros(len(images)) if times is None else times
         noise = jnp.zeros_like(images) if noise is None else noise
         quantized = self.quantize(self.encode(images))
         starts = flow.group_start(times, config)  # [B]
-        places = starts[:, None] + jnp.arange(config.tokens_per_step)  # [B, Q]
-        condition = jnp.take_along_axis(self.condition(quantized.values), places[..., None], axis=1)  # [B, Q, D]
+        indices = starts[:, None] + jnp.arange(config.tokens_per_step)  # [B, Q]
+        condition = jnp.take_along_axis(self.condition(quantized.values), indices[..., None], axis=1)  # [B, Q, D]
 
         path, data = self.path, config.velocity.data_std * images
         t = path.shift(times, config.velocity.time_shift)
@@ -136,7 +136,9 @@ class Tokenizer(nn.Module):
     @nn.nowrap
     def empty_caches(self, batch: int) -> tuple[Cache, ...]:
         """The caches of `condition_step` for the tokens of `batch` images."""
-        return empty_caches(self.config, batch, self.dtype)
+        config = self.config
+        heads = config.decoder_width // config.head_size
+        return (Cache.zeros(batch, heads, config.num_tokens, config.head_size, self.dtype),) * config.decoder_layers
 
     def velocity(self, x: Array, t: Array, condition: Array, return_repa: bool = False) -> tuple[Array, Array | None]:
         """x [B, H, W, C], shifted time t [B], condition [B, Q, D] -> velocity [B, H, W, C], and REPA features or None."""

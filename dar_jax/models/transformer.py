@@ -127,7 +127,7 @@ class Llama(nn.Module):
         return constrain(self.token_table.astype(self.dtype), "table")[tokens]
 
     def __call__(self, condition: Any, tokens: Array, dropout_key: Array | None = None) -> Array:
-        """Logits of every token of a batch of whole images.
+        """Logits of every token of a batch of complete images.
 
         Args:
           condition: a tree of arrays with the batch first, here labels [B] int32.
@@ -188,8 +188,8 @@ class Llama(nn.Module):
 
 @functools.partial(jax.jit, static_argnames="model")
 def score(model: Llama, params: Params, condition: Any, codes: Array) -> tuple[Array, Array]:
-    """The bits that each of the codes [B, T] int32 takes given the condition and those before it, and whether it was the most
-    probable one: float32 and bool, both [B, T]."""
+    """The bits that each of the codes [B, T] int32 takes given the condition and those before it, float32 [B, T], and which of
+    them were the most probable ones, bool [B, T]."""
     log_probabilities = jax.nn.log_softmax(model.apply({"params": params}, condition, codes))  # [B, T, V]
     bits = -jnp.take_along_axis(log_probabilities, codes[..., None], axis=-1)[..., 0] / math.log(2)
     return bits, log_probabilities.argmax(-1) == codes

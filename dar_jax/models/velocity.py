@@ -96,7 +96,7 @@ class VelocityNetwork(nn.Module):
           x: [B, H, W, C] float32, scaled pixels.
           t: [B] float32, shifted time; or [1], the time of all.
           condition: [B, Q, decoder width], the condition tokens of this step.
-          return_repa: whether to compute the REPA head on the input of block `repa_layer`.
+          return_repa: compute the REPA head too, on the input of block `repa_layer`.
 
         Returns: [B, H, W, C] float32, and [B, (grid)^2, repa_width] float32 or None.
         Raises: ValueError where REPA is asked of a network without it.

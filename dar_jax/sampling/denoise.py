@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How far the decoder is."""
+    """The state of denoising."""
 
     caches: tuple[Cache, ...]
     condition: Array  # [B, T, D] float32 condition tokens, zero where not yet known
     x: Array  # [B, R, R, C] float32, between noise and scaled data
-    carry: Any  # what the solver remembers
+    carry: Any  # the solver's state
     preview: Array  # [B, R, R, C] float32 in [-1, 1], the jump estimate of the last step; after the last group, the image
     keys: Array  # [B] PRNG keys
     observed: Any  # what `Method.steer` is given, a tree with the batch first, or None
@@ -63,7 +63,7 @@ def begin_decoding(
         start = jnp.float32(schedule(networks, settings.num_steps).times[settings.start_step])
         x, preview = model.path.at(x, model.config.velocity.data_std * image, start), image
     x = constrain(x, "images")
-    caches = model.bind({"params": params.rest}).empty_caches(batch)
+    caches = model.empty_caches(batch)
     return Decoding(
         caches=jax.tree.map(lambda leaf: constrain(leaf, "cache"), caches),
         condition=constrain(jnp.zeros((batch, model.config.num_tokens, model.config.decoder_width), jnp.float32), "stream"),

@@ -67,7 +67,7 @@ def _keep(logits: Array, enough: Callable[[Array], Array]) -> Array:
 def token_keys(keys: Array, position: Array) -> Array:
     """The keys [B] with which the samples of these keys [B] draw the token at `position`, a scalar or [B]."""
     fold = jax.random.fold_in
-    return jax.vmap(lambda key, place: fold(fold(key, 1), place))(keys, jnp.broadcast_to(position, keys.shape))
+    return jax.vmap(lambda key, index: fold(fold(key, 1), index))(keys, jnp.broadcast_to(position, keys.shape))
 
 
 def draw_token(logits: Array, keys: Array, position: Array, tokens: Array, settings: "Settings") -> Array:

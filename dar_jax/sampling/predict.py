@@ -44,8 +44,8 @@ class Predictor(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """How far the transformer is. Its caches grow with the groups; guided: rows 2i and 2i + 1 are sample i with its condition
-    and with the null condition."""
+    """The state of `token_by_token`. Its caches grow with the groups; guided: rows 2i and 2i + 1 are sample i with its own and
+    with the null condition."""
 
     condition: Any  # a tree of [B, ...], labels for instance
     keys: Array  # [B] PRNG keys
@@ -146,25 +146,23 @@ def _begin(
     num_given: Array | None,
 ) -> Prediction:
     model, batch = networks.transformer, len(seeds)
-    tokens, given = jnp.zeros((batch, model.config.num_tokens), jnp.int32), jnp.zeros(batch, jnp.int32)
+    tokens, count = jnp.zeros((batch, model.config.num_tokens), jnp.int32), jnp.zeros(batch, jnp.int32)
     if prefix is not None:
         tokens = tokens.at[:, : prefix.shape[1]].set(prefix)
-        given = jnp.full(batch, prefix.shape[1], jnp.int32) if num_given is None else jnp.asarray(num_given, jnp.int32)
+        count = jnp.full(batch, prefix.shape[1], jnp.int32) if num_given is None else jnp.asarray(num_given, jnp.int32)
     keys = jax.vmap(jax.random.key)(seeds)
     weights = {"params": params.transformer.rest}
-    rows = (lambda x: jnp.repeat(x, 2, axis=0)) if settings.guided else (lambda x: x)
-    both = with_null(model, condition) if settings.guided else condition
-    x = model.apply(weights, both, method="prefix")  # [B or 2B, n, D]
-    slots = x.shape[1]
+    slots = model.apply(weights, with_null(model, condition) if settings.guided else condition, method="prefix")
+    before, last = slots.shape[1] - 1, slots[:, -1:]  # slots are [B or 2B, n, D]
     if done:
-        x = jnp.concatenate([x, model.apply(weights, rows(tokens[:, : done - 1]), method="embed")], axis=1)
+        previous = jnp.repeat(tokens[:, : done - 1], len(slots) // batch, axis=0)
+        x = jnp.concatenate([slots, model.apply(weights, previous, method="embed")], axis=1)
     else:
-        x, last = x[:, :-1], x[:, -1:]
-    last = x[:, slots - 1 : slots] if done else last
+        x = slots[:, :-1]
     caches = model.empty_caches(len(x), x.shape[1])
     if x.shape[1]:
         _, caches = model.apply(weights, params.transformer.layers, x, caches, jnp.int32(0), method="extend")
-    return Prediction(condition, keys, tokens, given, last, caches, slots - 1, done)
+    return Prediction(condition, keys, tokens, count, last, caches, before, done)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -191,8 +189,8 @@ def _predict(
         embedded = model.apply(weights, jnp.repeat(previous, 2, axis=0) if guided else previous, method="embed")
         x = jnp.where(position == 0, first, embedded)
         logits, caches = model.apply(weights, params.transformer.layers, x, caches, state.before + position, method="extend")
-        drawn = draw_each(networks, settings, logits, state.keys, position[None], tokens)[:, 0]
-        token = jnp.where(position < state.num_given, jnp.take(tokens, position, axis=1), drawn)
+        token = draw_each(networks, settings, logits, state.keys, position[None], tokens)[:, 0]
+        token = jnp.where(position < state.num_given, jnp.take(tokens, position, axis=1), token)
         return (jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], position, axis=1), caches), None
 
     carry = (state.tokens, grown(state.caches, state.before + window, halved))

@@ -69,7 +69,7 @@ def prepare(networks: "Networks", params: dict) -> SamplerParams:
 
 
 def unstacked(params: dict, dtype: Any) -> Unstacked:
-    """The parameters of a network with the matrices in this dtype and its stack `blocks`, if it has one, taken apart."""
+    """The parameters of a network with the matrices in this dtype and its stack `blocks`, if it has one, as layers."""
     params = _cast(params, dtype)
     blocks = params.pop("blocks", None)
     return Unstacked(params, () if blocks is None else unstack(blocks, len(jax.tree.leaves(blocks)[0])))
@@ -85,7 +85,7 @@ def _cast(tree: dict, dtype: Any) -> dict:
 def separate(params: SamplerParams, mesh: Mesh) -> SamplerParams:
     """The same with the decoder on a mesh of its own: there a group is denoised while the next one is predicted.
 
-    The meshes are of one process; a batch is cut over the devices of either.
+    The meshes are of one process; a batch is sharded over the devices of either.
     """
     decoder = jax.device_put(params.decoder, shardings(params.decoder, mesh))
     return dataclasses.replace(params, decoder=decoder, decoder_mesh=mesh)

@@ -49,7 +49,7 @@ def steps_of_group(networks: Networks, settings: Settings, group: int) -> range:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["prediction", "decoding"], meta_fields=["group"])
 @dataclasses.dataclass(frozen=True)
 class SamplerState:
-    """Where sampling stands after `group` groups. `prediction` is the predictor's state, which has `tokens` [B, T]."""
+    """The state of sampling after `group` groups. `prediction` is the predictor's state, which has `tokens` [B, T]."""
 
     group: int
     prediction: Any
@@ -102,21 +102,19 @@ def generate(
     settings: Settings,
     condition: Any,
     seeds: Array,
-    prefix: Array | None = None,
-    num_given: np.ndarray | None = None,
-    image: Array | None = None,
-    observed: Any = None,
+    *,
     previews: bool = False,
+    **options: Any,
 ) -> Samples:
     """Complete images.
 
     Args:
-      params: {"tokenizer": ..., "transformer": ...}, or what `prepare` made of them, which saves doing it in every call.
-      previews: whether to keep the preview after every group.
-      The others are those of `begin`.
+      params: {"tokenizer": ..., "transformer": ...}, or the result of `prepare`, which saves doing it in every call.
+      previews: keep the preview after every group too.
+      options: `prefix`, `num_given`, `image` and `observed` of `begin`, as the arguments before.
     """
     params, shown = _prepared(networks, params), []
-    for state in _groups(networks, params, settings, condition, seeds, prefix, num_given, image, observed):
+    for state in _groups(networks, params, settings, condition, seeds, **options):
         if previews:
             shown.append(_snapshot(networks, params, state).images)
     samples = _snapshot(networks, params, state)
@@ -125,15 +123,7 @@ def generate(
 
 
 def stream(
-    networks: Networks,
-    params: dict | SamplerParams,
-    settings: Settings,
-    condition: Any,
-    seeds: Array,
-    prefix: Array | None = None,
-    num_given: np.ndarray | None = None,
-    image: Array | None = None,
-    observed: Any = None,
+    networks: Networks, params: dict | SamplerParams, settings: Settings, condition: Any, seeds: Array, **options: Any
 ) -> Iterator[Samples]:
     """Yields `Samples` as each group ends: the tokens so far and the preview; the last one is what `generate` returns.
 
@@ -141,7 +131,7 @@ def stream(
     at a preview does not keep the device waiting.
     """
     params, waiting = _prepared(networks, params), None
-    for state in _groups(networks, params, settings, condition, seeds, prefix, num_given, image, observed):
+    for state in _groups(networks, params, settings, condition, seeds, **options):
         if waiting is not None:
             yield waiting
         waiting = _snapshot(networks, params, state)
@@ -163,11 +153,11 @@ def decode(
 
     Args:
       params: as of `generate`; the transformer's are not read.
-      values: [B, T, E] float32, what the quantizer returns, or what it looks up for given codes (`lookup_codes`).
-      seeds: [B] integers, of the noise and of whatever else is random.
+      values: [B, T, E] float32, the quantizer's, also of codes (`lookup_codes`).
+      seeds: [B] integers, of all that is random.
       image, observed: as of `begin`.
       noise: [B, R, R, C] to start from in place of that of the seeds.
-      previews: whether to keep the preview after every denoising step (from `start_step` 0 on).
+      previews: keep the preview after every denoising step too (from `start_step` 0 on).
 
     Returns: Samples without tokens.
     """
@@ -187,13 +177,15 @@ def decode(
 
 @functools.partial(jax.jit, static_argnums=0)
 def lookup_codes(networks: Networks, params: dict, codes: Array) -> Array:
-    """codes [B, n] int32 -> what the quantizer looks up for them, [B, n, E] float32."""
+    """codes [B, n] int32 -> their values [B, n, E] float32."""
     return networks.tokenizer.apply({"params": params["tokenizer"]}, codes, method="lookup")
 
 
-def _groups(networks, params, settings, *start) -> Iterator[SamplerState]:
-    """The state after each group; `start` are the further arguments of `begin`."""
-    state = begin(networks, params, settings, *start)
+def _groups(
+    networks: Networks, params: SamplerParams, settings: Settings, *start: Any, **options: Any
+) -> Iterator[SamplerState]:
+    """The state after each group; arguments as of `begin`."""
+    state = begin(networks, params, settings, *start, **options)
     for _ in range(settings.num_groups):
         state = advance(networks, params, settings, state)
         yield state

@@ -1,4 +1,4 @@
-"""What a sampling run is: the networks, the replaceable parts of the method, and what `SamplingConfig` means for them.
+"""The networks of sampling, the replaceable parts of the method, and the settings, checked and as arrays.
 
 Shapes: B batch, T tokens, V vocabulary, S denoising steps.
 """
@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax.core import FrozenDict
 from jax import Array
 
-from dar_jax.config import SamplingConfig, TokenizerConfig, checked
+from dar_jax.config import SamplingConfig, TokenizerConfig, checked, require
 from dar_jax.errors import InputError
 from dar_jax.models import flow
 from dar_jax.models.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ class Method:
 
     guidance: (T, first, last) -> the scale of every token [T].
     draw: (logits [B, V], keys [B], position, tokens [B, T], settings) -> tokens [B] int32; `position` is a scalar or [B].
-    predict: a `Predictor`, how the tokens of a group are found.
+    predict: a `Predictor` of the tokens of a group.
     solver: a `Solver` of the denoising steps; None: the one that the setting `solver` names.
     times: (S, tokenizer config) -> times of the steps before the shift, float32 [S], rising from 0; the group of each follows.
     steer: (velocity, x, t', observation) -> velocity at x, where `velocity(x, t')` is the network's; None: nothing is observed.
@@ -69,8 +69,8 @@ def label_of(batch: Mapping[str, Any]) -> Any:
 class Networks:
     """The modules of both stages and how they are sampled from; static under jit.
 
-    `transformer` is None where codes are given. `condition` is the experiment's: callers of the sampler make with it, of
-    {"label": int32 [B]}, what the sampler takes. `others` are an experiment's further networks by name. Their parameters go
+    `transformer` is None where codes are given. `condition` is the experiment's, which callers of the sampler apply to
+    {"label": int32 [B]}. `others` are an experiment's further networks by name. Their parameters go
     beside them as a dict {"tokenizer": ..., "transformer": ..., "others": {name: ...}}.
     """
 
@@ -88,7 +88,7 @@ class Networks:
 )
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What `SamplingConfig` means for given networks. Arrays may change without a new compilation.
+    """A `SamplingConfig` as the sampler reads it. Arrays may change without a new compilation.
 
     scales [T] guidance of each token, of which none after the first `guided` exceeds 1, so that these need no unguided row;
     temperature (None: greedy); top_k, top_p (None: off); solver; num_steps S; start_step, the first denoising step; num_groups,
@@ -107,24 +107,19 @@ class Settings:
 
 
 def make_settings(config: SamplingConfig, tokenizer: TokenizerConfig, method: Method = Method()) -> Settings:  # noqa: B008
-    """Checks a `SamplingConfig` against the tokenizer and makes the sampler's settings of it.
+    """Checks a `SamplingConfig` against the tokenizer and converts it to the sampler's settings.
 
     Raises: InputError for values out of range, and for settings that a replaced part of the method makes void.
     """
     checked(SamplingConfig, config)
     num_steps = config.num_denoising_steps or tokenizer.num_denoising_steps
     num_groups = config.num_groups or tokenizer.num_groups
-    checks = [
-        (num_groups <= tokenizer.num_groups, f"num_groups is {num_groups}, it should be 1 .. {tokenizer.num_groups}"),
-        (config.start_step < num_steps, f"start_step is {config.start_step}, it should be 0 .. {num_steps - 1}"),
-        (
-            method.solver is None or config.solver == SamplingConfig.solver,
-            f"solver is {config.solver}, but the experiment replaces the solver; leave it at {SamplingConfig.solver}",
-        ),
-    ]
-    for holds, message in checks:
-        if not holds:
-            raise InputError(message)
+    require(num_groups <= tokenizer.num_groups, f"num_groups is {num_groups}, it should be 1 .. {tokenizer.num_groups}")
+    require(config.start_step < num_steps, f"start_step is {config.start_step}, it should be 0 .. {num_steps - 1}")
+    require(
+        method.solver is None or config.solver == SamplingConfig.solver,
+        f"solver is {config.solver}, but the experiment replaces the solver; leave it at {SamplingConfig.solver}",
+    )
     try:
         flow.schedule(method.times(num_steps, tokenizer), tokenizer)
     except ValueError as error:

@@ -1,28 +1,16 @@
-"""Checkpoints: WORKDIR/checkpoints/STEP, written by Orbax in the background and whole or not at all.
+"""Checkpoints: WORKDIR/checkpoints/STEP, written by Orbax in the background, complete or not at all.
 
 A checkpoint has the parts `params`, `ema` and `opt_state` (perhaps only `ema` if it was imported or made for inference), and
-beside them, as JSON, what it is: the run's settings, its class names, and which parts of the method the experiment had replaced
-(hooks). So a checkpoint alone can be sampled from, and reading the weights needs no optimizer.
-
-`files.json` lists the size and the CRC-32 of every file, which tell a checkpoint that was copied in part, cut short by a full
-disk or changed since, before it is used. They are made in the background, after the checkpoint is written, and compared when a
-part is read, with that part's files only: several at once, in threads, at about 1 GB/s per core, which leaves the files in the
-system's cache for the reading that follows. Of many hosts each compares its share, and ends the job where that is damaged.
+beside them, as JSON, the run's settings, its class names, and which parts of the method the experiment had replaced (hooks). So
+a checkpoint alone can be sampled from, and reading the weights needs no optimizer. Checksums of all files: see `integrity`.
 """
 
-import contextlib
-import dataclasses
 import functools
 import importlib.util
-import json
-import logging
 import os
 import re
 import secrets
-import tempfile
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,31 +22,24 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from dar_jax import parallel
-from dar_jax.config import TokenizerTraining, TrainConfig, TransformerTraining, from_dict, to_dict, validate
-from dar_jax.errors import InputError
+from dar_jax.config import TokenizerTraining, TrainConfig, TransformerTraining, from_dict, to_dict
+from dar_jax.errors import InputError, one_line
 from dar_jax.experiment import Experiment
-from dar_jax.files import is_remote, size_of
+from dar_jax.files import check_writable, is_remote
 from dar_jax.parallel import hosts
+from dar_jax.training.integrity import CHECKSUMS, checksum_of, read_json, reading, require_intact, write_checksums
 from dar_jax.training.state import Params, TrainState
 
 PathLike = str | os.PathLike
 TRAINING_HOOKS = ("loss", "features", "frozen", "optimizer", "source")  # replaced parts that using a checkpoint does not need
 FORMAT = 1  # of what is written beside the arrays; 0, which has no number, lists sizes without checksums
 METADATA = "_CHECKPOINT_METADATA"  # Orbax's name of the file with `_about`
-MOST_JSON = 64 * 2**20  # bytes that are read of a JSON file
 MOST_STEPS = 2**31 - 1
-
-# Settings that a resumed run may have otherwise without learning anything else, and those of a model that are no part of it.
-HARMLESS = re.compile(
-    r"name|mesh\..*|sampling\..*|data\.(path|workers|verify|held_out_split)|train\.(remat|log_every|\w*checkpoint\w*|keep_every|"
-    r"sample_every|evaluate_\w+|profile|peak_flops)"
-)
-TRAINING_ONLY = re.compile(r"model\.(\w+_dropout|init_std|gate_init)")
 
 
 @dataclass(frozen=True)
 class Info:
-    """A checkpoint that is looked at: what it says about itself. No arrays are read."""
+    """A checkpoint's settings and the like. No arrays are read."""
 
     path: epath.Path  # of this step
     workdir: epath.Path
@@ -83,9 +64,10 @@ class Info:
 
 
 @dataclass(frozen=True)
-class Loaded(Info):
-    """The same with its weights; `experiment` has this checkpoint's settings, its `build_model` makes the model."""
+class Loaded:
+    """A checkpoint with its weights; `experiment` has its settings, `experiment.build_model` makes the model."""
 
+    info: Info
     params: Params
     experiment: Experiment
 
@@ -98,23 +80,13 @@ def absolute(path: PathLike) -> epath.Path:
     return epath.Path(path if is_remote(path) else os.path.abspath(path))
 
 
-def writable_folder(path: PathLike) -> epath.Path:
-    """Creates the folder where needed. Raises InputError if files cannot be written to it."""
-    folder = absolute(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not is_remote(folder):  # a bucket says so when the first file is written
-            tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
-    return folder
-
-
 def require_shared(workdir: PathLike) -> None:
-    """Raises InputError where several hosts do not see the same folder, and would leave their parts here and there."""
+    """Raises InputError where the hosts do not see the same folder, so that each would keep its parts for itself."""
     if not hosts.many():
         return
-    folder = writable_folder(workdir)
+    folder = absolute(workdir)
+    check_writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     marker = folder / f"hosts-{hosts.broadcast_from_first(secrets.randbelow(2**31))}"
     if hosts.first():
         marker.write_text("")
@@ -128,7 +100,7 @@ def require_shared(workdir: PathLike) -> None:
 
 
 def open_checkpoints(workdir: PathLike, train: TrainConfig) -> ocp.training.Checkpointer:
-    """The checkpoints of a run, to be closed by the caller (a context manager). Remains of interrupted writing are removed."""
+    """The checkpoints of a run, to be closed by the caller (a context manager). Leftovers of interrupted writes are deleted."""
     policies = ocp.training.preservation_policies
     keep = [policies.LatestN(train.keep_checkpoints)]
     if train.keep_every is not None:
@@ -166,15 +138,15 @@ def save_for_inference(
 
 
 def steps(workdir: PathLike) -> list[int]:
-    """The steps of the complete checkpoints in WORKDIR, in order. Half-written ones have other names."""
+    """The steps of the complete checkpoints in WORKDIR, in order. Incomplete ones have other names."""
     folder = absolute(workdir) / "checkpoints"
     if not folder.is_dir():
         return []
-    with _reading(folder):
+    with reading(folder):
         for path in folder.iterdir():
             if path.name.isdigit():
                 _step(path)
-        return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(folder))
+        return sorted(path.step for path in ocp.path.step.standard_name_format().find_all(folder))
 
 
 def latest_step(workdir: PathLike) -> int | None:
@@ -183,41 +155,37 @@ def latest_step(workdir: PathLike) -> int | None:
 
 
 def inspect(path: PathLike) -> Info:
-    """What a checkpoint is. `path`: a WORKDIR (its newest checkpoint) or WORKDIR/checkpoints/STEP.
+    """The settings and the like of a checkpoint. `path`: a WORKDIR (its newest checkpoint) or WORKDIR/checkpoints/STEP.
 
     Raises InputError where there is no checkpoint, it is damaged or written by a newer version, or its settings are unfit.
     """
-    folder = absolute(path)
-    if not folder.is_dir():
-        raise InputError(f"{folder} does not exist or is no folder; give a run's folder or one of its checkpoints/STEP")
-    if folder.name.isdigit() and folder.parent.name == "checkpoints" and not (folder / "checkpoints").is_dir():
-        workdir, step = folder.parent.parent, _step(folder)
-        if not any((folder / name).exists() for name in (METADATA, "files.json")):
-            raise InputError(f"{folder} holds no checkpoint")
+    folder = path = absolute(path)
+    if not path.is_dir():
+        raise InputError(f"{path} does not exist or is no folder; give a run's folder or one of its checkpoints/STEP")
+    if path.name.isdigit() and path.parent.name == "checkpoints" and not (path / "checkpoints").is_dir():
+        workdir, step = path.parent.parent, _step(path)
     else:
-        workdir, step = folder, latest_step(folder)
-        if step is None:
-            raise InputError(f"{folder} holds no checkpoint")
-        folder = folder / "checkpoints" / str(step)
-    with _reading(folder):
-        about = _read_json(folder / METADATA)["custom_metadata"]
-        checksum = about.pop("crc32", None)  # format 0 has none
-        if checksum is not None and checksum != _crc32_of(about):
+        workdir, step = path, latest_step(path)
+        folder = path / "checkpoints" / str(step)
+    if not any((folder / name).exists() for name in (METADATA, CHECKSUMS)):
+        raise InputError(f"{path} holds no checkpoint")
+    with reading(folder):
+        about = read_json(folder / METADATA)["custom_metadata"]
+        checksum, number = about.pop("crc32", None), about.get("format", 0)
+        if checksum not in (None, checksum_of(about)):  # format 0 has none
             raise ValueError(f"{METADATA} is not what was written")
-        number = about.get("format", 0)
         if type(number) is not int or number < 0:
             raise ValueError(f"its format is {number!r}")
-    if number > FORMAT:
-        raise InputError(f"{folder} was written by a newer dar_jax (format {number}, this one knows {FORMAT}); update dar_jax")
-    _require_whole(folder, "ema")
-    with _reading(folder):
+        if number > FORMAT:
+            raise InputError(
+                f"{folder} was written by a newer dar_jax (format {number}, this one knows {FORMAT}); update dar_jax"
+            )
         class_names, hooks = (_strings(about, name) for name in ("class_names", "hooks"))
-        settings = about["config"]
-    try:
-        config = from_dict(settings)
-        validate(config)
-    except InputError as error:
-        raise InputError(f"{folder} is of another version: {_short(error)}") from error
+        try:
+            config = from_dict(about["config"])
+        except InputError as error:
+            raise InputError(f"{folder} is of another version: {one_line(error)}") from error
+    require_intact(folder, "ema")
     if isinstance(config, TransformerTraining) and len(class_names) != config.model.num_classes:
         raise InputError(
             f"{folder} names {len(class_names)} classes, but its model.num_classes is {config.model.num_classes}; they "
@@ -226,58 +194,8 @@ def inspect(path: PathLike) -> Info:
     return Info(folder, workdir, step, config, class_names, hooks)
 
 
-def require_same_run(before: Info, experiment: Experiment, class_names: Sequence[str]) -> list[str]:
-    """What differs between a checkpoint and the run that goes on from it, as lines for people.
-
-    Raises InputError where the run is of another stage, model or (of a transformer) other classes.
-    """
-    if type(before.config) is not type(experiment.config):
-        raise InputError(f"{before.path} is of a {before.config.name} run of the other stage; choose another folder")
-    if "model" in before.hooks and "model" not in experiment.hooks:
-        raise InputError(f"{before.path} is of an experiment with its own model, which this one lacks; choose another folder")
-    theirs, ours = dict(settings(before.config)), dict(settings(experiment.config))
-    changes = [(name, theirs[name], ours[name]) for name in ours if theirs[name] != ours[name]]
-    of_model = [change for change in changes if change[0].startswith("model.") and not TRAINING_ONLY.fullmatch(change[0])]
-    if of_model:
-        shown = ", ".join(f"{name} {_short(old, 60)} there, {_short(new, 60)} here" for name, old, new in of_model[:3])
-        raise InputError(f"{before.path} is of another experiment, its model differs: {shown}; choose another folder")
-    lines = []
-    for name, old, new in changes:
-        effect = "" if HARMLESS.fullmatch(name) else " (changes what is learnt from here on)"
-        lines.append(f"{name}: {_short(old, 60)} -> {_short(new, 60)}{effect}")
-    if before.hooks != experiment.hooks:
-        replaced = (", ".join(hooks) or "nothing" for hooks in (before.hooks, experiment.hooks))
-        lines.append("replaced by the experiment: " + " -> ".join(replaced) + " (changes what is learnt from here on)")
-    if tuple(class_names) != before.class_names:
-        difference = _difference(before.class_names, class_names)
-        knows_classes, order = isinstance(before.config, TransformerTraining), list(range(len(before.class_names)))
-        if knows_classes and class_numbers(class_names, before.class_names) != order:
-            raise InputError(f"{before.path} was trained with other classes: {difference}; choose another folder")
-        lines.append(f"names of classes: {difference}")
-    return ["differs from the checkpoint: " + line for line in lines]
-
-
-def class_numbers(names: Sequence[str], of_run: Sequence[str]) -> list[int]:
-    """The number in a run of each class of a data set, by its name.
-
-    Where a run's classes are but numbered, as of imported files, and no name is among the numbers, the order counts.
-
-    Raises InputError for names that the run does not have, or has twice.
-    """
-    if tuple(names) == tuple(of_run):
-        return list(range(len(names)))
-    numbers = {name: number for number, name in enumerate(of_run)}
-    if list(of_run) == [str(number) for number in range(len(names))] and not numbers.keys() & set(names):
-        return list(range(len(names)))
-    if unknown := [name for name in names if name not in numbers]:
-        raise InputError(f"the data have classes that the run does not know: {_some(unknown)}; it knows {_some(of_run)}")
-    if twice := [name for name in names if of_run.count(name) > 1 or names.count(name) > 1]:
-        raise InputError(f"several classes have the same name: {_some(twice)}; so they cannot be told by it")
-    return [numbers[name] for name in names]
-
-
 def restore(path: PathLike, state: TrainState) -> TrainState:
-    """Reads a whole training state.
+    """Reads a complete training state.
 
     Args:
       path: a WORKDIR (its newest checkpoint) or WORKDIR/checkpoints/STEP.
@@ -290,18 +208,15 @@ def restore(path: PathLike, state: TrainState) -> TrainState:
     differing names are given.
     """
     info = inspect(path)
-    wanted = {"params": state.params, "ema": state.ema, "opt_state": state.opt_state}
-    stored = {name: tree for name, tree in wanted.items() if (info.path / name).is_dir()}
-    for part, tree in stored.items():
-        _require_whole(info.path, part)
-        _require_same(info.path, part, tree)
-    if "params" not in stored:
-        _require_same(info.path, "ema", state.params)
-    with _reading(info.path):
-        parts = {name: ocp.load_checkpointables(info.path, {name: tree})[name] for name, tree in stored.items()}
+    parts = {name: getattr(state, name) for name in ("params", "ema", "opt_state") if (info.path / name).is_dir()}
+    for name, tree in parts.items():
+        require_intact(info.path, name)
+        if differing := _differing(stored_shapes(info.path, name), tree):
+            raise InputError(f"{info.path} is of another experiment, its {name} differ: {differing}; choose another folder")
+    with reading(info.path):
+        parts = ocp.load_checkpointables(info.path, parts)
     params = parts["params"] if "params" in parts else jax.tree.map(jnp.copy, parts["ema"])
-    step = parallel.put(np.int32(info.step), state.step.sharding)
-    return TrainState(step, params, parts["ema"], parts.get("opt_state"))
+    return TrainState(parallel.put(np.int32(info.step), state.step.sharding), params, parts["ema"], parts.get("opt_state"))
 
 
 def load(
@@ -312,126 +227,65 @@ def load(
     Args:
       path: a WORKDIR (its newest checkpoint) or WORKDIR/checkpoints/STEP.
       experiment: needed if the run had replaced its model, condition or parts of sampling; its own settings are not used.
-      mesh: where the weights go, cut by `parallel.RULES`; None: the first device.
+      mesh: where the weights go, sharded by `parallel.RULES`; None: the first device.
 
     Raises InputError where there is no checkpoint, it is damaged, lacks these weights, or needs its experiment.
     """
     info = inspect(path)
-    given = (*TRAINING_HOOKS, *(experiment.hooks if experiment else ()))
-    given = [hook.removeprefix("method.") for hook in given]  # there were checkpoints that wrote "guidance"
-    if missing := [hook for hook in info.hooks if hook.removeprefix("method.") not in given]:
+    known = (*TRAINING_HOOKS, *(experiment.hooks if experiment else ()))
+    known = {hook.removeprefix("method.") for hook in known}  # there were checkpoints that wrote "guidance"
+    if missing := [hook for hook in info.hooks if hook.removeprefix("method.") not in known]:
         raise InputError(f"{info.path} was trained with its own {' and '.join(missing)}; pass --experiment FILE")
     experiment = (experiment or Experiment(info.config)).with_config(info.config)
     if not (info.path / weights).is_dir():
         raise InputError(f"{info.path} was made for inference and holds no {weights}, only ema")
-    _require_settings(info, weights, experiment)
-    params = load_part(info, weights, mesh, experiment.rules)
-    return Loaded(**{f.name: getattr(info, f.name) for f in dataclasses.fields(info)}, params=params, experiment=experiment)
+    try:
+        expected = jax.eval_shape(lambda: experiment.init_params(experiment.build_model()))
+    except Exception as error:  # whatever a model raises whose sizes do not fit together
+        raise InputError(f"the settings in {info.path} describe no model: {one_line(error)}") from error
+    if differing := _differing(stored_shapes(info.path, weights), expected):
+        raise InputError(f"the settings in {info.path} are not those of its weights: {differing}")
+    return Loaded(info, load_part(info, weights, mesh, experiment.rules), experiment)
 
 
 def load_part(info: Info, part: str, mesh: Mesh | None = None, rules: parallel.Rules = ()) -> Any:
     """Reads one part of a checkpoint, onto the mesh or the first device. Raises InputError where it is missing or damaged."""
-    _require_whole(info.path, part)
-    stored = stored_shapes(info.path, part)
-    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
+    require_intact(info.path, part)
+    shapes = stored_shapes(info.path, part)
     if mesh is None:
-        places = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), target)
+        shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), shapes)
     else:
-        places = parallel.shardings(target, mesh, rules)
-    with _reading(info.path):
-        return ocp.load_checkpointables(info.path, {part: parallel.placed(target, places)})[part]
+        shardings = parallel.shardings(shapes, mesh, rules)
+    with reading(info.path):
+        return ocp.load_checkpointables(info.path, {part: parallel.placed(shapes, shardings)})[part]
+
+
+def stored_shapes(path: epath.Path, part: str) -> Any:
+    """A part of a checkpoint as a tree of ShapeDtypeStructs. No array is read."""
+    with reading(path):
+        metadata = ocp.metadata(path, checkpointable_name=part).metadata
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
 
 
 def _about(config: TokenizerTraining | TransformerTraining, class_names: Sequence[str], hooks: Sequence[str]) -> dict[str, Any]:
     about = {"format": FORMAT, "config": to_dict(config), "class_names": list(class_names), "hooks": list(hooks)}
-    return about | {"crc32": _crc32_of(about)}  # Orbax writes its file whenever it likes, with times of its own
-
-
-def stored_shapes(path: epath.Path, part: str) -> Any:
-    """The tree of what a part of a checkpoint holds; its leaves have a shape and a dtype. No array is read."""
-    with _reading(path):
-        return ocp.metadata(path, checkpointable_name=part).metadata
-
-
-def settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting with its path, such as `model.velocity.width`."""
-    for field in dataclasses.fields(config):
-        name, value = prefix + field.name, getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from settings(value, name + ".")
-        else:
-            yield name, value
+    return about | {"crc32": checksum_of(about)}  # Orbax writes its file whenever it likes, with times of its own
 
 
 def _checkpointer(workdir: PathLike, preserve: Any = None) -> ocp.training.Checkpointer:
-    folder = writable_folder(workdir) / "checkpoints"
+    folder = absolute(workdir) / "checkpoints"
+    check_writable(folder)
     context = ocp.Context()
-    context.async_options.post_finalization_callback = lambda: _write_files(folder)
+    context.async_options.post_finalization_callback = lambda: _finish(folder)
     context.memory_options.deepcopy_host_arrays = False  # nobody changes them while they are written
     return ocp.training.Checkpointer(folder, context=context, preservation_policy=preserve, cleanup_tmp_directories=True)
 
 
-def _write_files(folder: epath.Path) -> None:
-    """Adds files.json to the checkpoint at hand, which does not count as finished yet."""
+def _finish(folder: epath.Path) -> None:
+    """Adds the checksums to the checkpoint at hand, which does not count as finished yet."""
     for path in folder.iterdir() if hosts.first() else ():
-        if not (path / "files.json").exists():
-            listed: dict[str, Any] = {}
-            for part in [part for part in path.iterdir() if part.is_dir()]:
-                sizes = _sizes(part)
-                checksums = _checksums(part, list(sizes))
-                listed[part.name] = {name: [sizes[name], checksums[name]] for name in sizes}
-            (path / "files.json").write_text(json.dumps(listed))
-
-
-def _sizes(folder: epath.Path, prefix: str = "") -> dict[str, int]:
-    sizes = {}
-    for path in folder.iterdir():
-        name = prefix + path.name
-        sizes |= _sizes(path, f"{name}/") if path.is_dir() else {name: size_of(path)}
-    return sizes
-
-
-def _checksums(folder: epath.Path, names: Sequence[str]) -> dict[str, int]:
-    with ThreadPoolExecutor() as threads:
-        return dict(zip(names, threads.map(lambda name: _crc32(folder / name), names)))
-
-
-def _crc32(path: epath.Path) -> int:
-    crc = 0
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            crc = zlib.crc32(block, crc)
-    return crc
-
-
-def _crc32_of(values: Any) -> int:
-    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
-
-
-def _require_whole(path: epath.Path, part: str) -> None:
-    """Compares the files of a part with files.json. Raises InputError where one is missing or not what was written."""
-    with _reading(path):
-        listed = _read_json(path / "files.json")[part]
-        wanted = {name: entry if isinstance(entry, list) else [entry] for name, entry in listed.items()}  # format 0: no list
-        found = _sizes(path / part)
-    for name, (size, *_) in wanted.items():
-        if found.get(name) != size:
-            state = f"has {found[name]} bytes" if name in found else "is missing"
-            raise _damaged(path, f"{_short(os.path.join(part, name))} {state}, it was written with {_short(size)}")
-    share = [name for name, (_, *crc) in wanted.items() if crc]
-    if hosts.many():
-        share = share[jax.process_index() :: jax.process_count()]
-    with _reading(path):
-        checksums = _checksums(path / part, share)
-    for name in share:
-        if wanted[name][1:] != [checksums[name]]:
-            raise _damaged(path, f"{os.path.join(part, name)} is not what was written")
-
-
-def _read_json(path: epath.Path) -> Any:
-    if path.stat().length > MOST_JSON:
-        raise ValueError(f"{path.name} is larger than {MOST_JSON} bytes")
-    return json.loads(path.read_text())
+        if not (path / CHECKSUMS).exists():
+            write_checksums(path)
 
 
 def _strings(about: dict[str, Any], name: str) -> tuple[str, ...]:
@@ -441,84 +295,19 @@ def _strings(about: dict[str, Any], name: str) -> tuple[str, ...]:
 
 
 def _step(folder: epath.Path) -> int:
-    """The step that a checkpoint's folder is named by. Raises InputError where it is no step."""
+    """The step in the name of a checkpoint's folder. Raises InputError where it is none."""
     name = folder.name
     if not re.fullmatch("0|[1-9][0-9]{0,9}", name) or int(name) > MOST_STEPS:
         raise InputError(f"{folder} is named by no step, a number up to {MOST_STEPS}; move it elsewhere")
     return int(name)
 
 
-# What a reader meets that has nothing to do with what the files hold.
-CIRCUMSTANCES = re.compile(
-    "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|RESOURCE_EXHAUSTED|DEADLINE_EXCEEDED|Too many open files|Input/output error"
-)
-
-
-@contextlib.contextmanager
-def _reading(path: epath.Path) -> Iterator[None]:
-    """Turns whatever Orbax, TensorStore or JSON raise while reading into one line, without what Orbax logs before.
-
-    Only what comes of the files' contents counts as damage.
-    """
-    jax.devices()  # what is wrong with them is nothing of the checkpoint's
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    except (InputError, jax.errors.JaxRuntimeError):
-        raise  # of the latter kind is that another host is gone
-    except Exception as error:
-        reason = _short(f"{type(error).__name__}: {error}")
-        of_files = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-        if (isinstance(error, OSError) and not isinstance(error, of_files)) or CIRCUMSTANCES.search(str(error)):
-            raise InputError(f"{path} cannot be read: {reason}") from error
-        raise _damaged(path, reason) from error
-    finally:
-        logger.setLevel(level)
-
-
-def _damaged(path: epath.Path, reason: str) -> InputError:
-    return InputError(f"{path} is damaged; delete it to go on from an earlier checkpoint ({reason})")
-
-
-def _short(value: object, most: int = 200) -> str:
-    """A value in one line for a message."""
-    return " ".join(str(value).split())[:most]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(_short(name, 60) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _difference(before: Sequence[str], now: Sequence[str]) -> str:
-    if len(before) != len(now):
-        return f"{len(before)} there ({_some(before)}), {len(now)} here ({_some(now)})"
-    return _some([f"{old} there, {new} here" for old, new in zip(before, now) if old != new])
-
-
-def _require_settings(info: Info, part: str, experiment: Experiment) -> None:
-    """Raises InputError where a checkpoint's weights are not those of the model that its settings describe."""
-    try:
-        expected = jax.eval_shape(lambda: experiment.init_params(experiment.build_model()))
-    except Exception as error:  # whatever a model raises whose sizes do not fit together
-        raise InputError(f"the settings in {info.path} describe no model: {_short(error)}") from error
-    if differing := _differing(stored_shapes(info.path, part), expected):
-        raise InputError(f"the settings in {info.path} are not those of its weights: {differing}")
-
-
-def _require_same(path: epath.Path, part: str, wanted: Any) -> None:
-    if differing := _differing(stored_shapes(path, part), wanted):
-        raise InputError(f"{path} is of another experiment, its {part} differ: {differing}; choose another folder")
-
-
-def _differing(stored: Any, wanted: Any) -> str:
+def _differing(stored: Any, expected: Any) -> str:
     """The first names of parameters whose shapes differ, as text; empty where none do."""
-    there, here = _shapes(stored), _shapes(wanted)
+    there, here = (
+        {parallel.path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (stored, expected)
+    )
     names = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
     shown = ", ".join(f"{name} {there.get(name, 'missing')} there, {here.get(name, 'missing')} here" for name in names[:3])
     return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {parallel.path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}

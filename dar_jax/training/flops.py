@@ -1,10 +1,9 @@
-"""How many floating-point operations a function's matrix products take, counted from its traced program, and how many a device
-can do.
+"""Floating-point operations of a function's matrix products, counted from its traced program, and the peak rates of devices.
 
-The count follows the model by itself: whatever is multiplied in it is counted, in loops as often as they turn. Only matrix
-products and convolutions count, as is usual for model FLOPs utilisation (MFU), and causal attention counts in full, as it is
-computed. Of hand-written kernels only cuDNN's attention is seen, and counts as the same attention without a kernel; the body of
-a `shard_map` counts as that of one device.
+The count follows the model by itself: every product in it is counted, in loops once per iteration. Only matrix products and
+convolutions count, as is usual for model FLOPs utilisation (MFU), and causal attention counts in full, as it is computed. The
+only hand-written kernel that counts is cuDNN's attention, as the same attention without a kernel; the body of a `shard_map`
+counts as that of one device.
 """
 
 import math
@@ -61,7 +60,7 @@ class Product:
 
     @property
     def again(self) -> bool:
-        """Whether the backward pass computes it a second time (`jax.checkpoint`)."""
+        """True for a product that the backward pass computes a second time (`jax.checkpoint`)."""
         return REMATERIALIZED in self.name
 
 
@@ -94,8 +93,8 @@ def window_taps(
 
     Args: size, window and out are the lengths of input, window and output; pad, the padding at the low end.
     """
-    places = np.arange(out)[:, None] * stride + np.arange(window) * window_dilation - pad
-    return int(np.sum((places >= 0) & (places < (size - 1) * base_dilation + 1) & (places % base_dilation == 0)))
+    index = np.arange(out)[:, None] * stride + np.arange(window) * window_dilation - pad
+    return int(np.sum((index >= 0) & (index < (size - 1) * base_dilation + 1) & (index % base_dilation == 0)))
 
 
 def _products(jaxpr: core.Jaxpr, times: float, outer: str) -> Iterator[Product]:
@@ -131,22 +130,22 @@ def _dot(equation: core.JaxprEqn) -> tuple[float, tuple[int, int, int]]:
 
 def _convolution(equation: core.JaxprEqn) -> tuple[float, tuple[int, int, int]]:
     parameters, (image, kernel), out = equation.params, (x.aval.shape for x in equation.invars), equation.outvars[0].aval.shape
-    places = parameters["dimension_numbers"]
+    axes = parameters["dimension_numbers"]
     taps = math.prod(
         window_taps(image[i], kernel[k], out[o], stride, low, base, window)
         for i, k, o, stride, (low, _), base, window in zip(
-            places.lhs_spec[2:],
-            places.rhs_spec[2:],
-            places.out_spec[2:],
+            axes.lhs_spec[2:],
+            axes.rhs_spec[2:],
+            axes.out_spec[2:],
             parameters["window_strides"],
             parameters["padding"],
             parameters["lhs_dilation"],
             parameters["rhs_dilation"],
         )
     )
-    images, channels, terms = out[places.out_spec[0]], out[places.out_spec[1]], kernel[places.rhs_spec[1]]
-    window = math.prod(kernel[i] for i in places.rhs_spec[2:])
-    rows = images * math.prod(out[i] for i in places.out_spec[2:])
+    images, channels, terms = out[axes.out_spec[0]], out[axes.out_spec[1]], kernel[axes.rhs_spec[1]]
+    window = math.prod(kernel[i] for i in axes.rhs_spec[2:])
+    rows = images * math.prod(out[i] for i in axes.out_spec[2:])
     return 2.0 * images * channels * terms * taps, (rows, channels, terms * window)
 
 

@@ -27,7 +27,7 @@ STALE = 600  # seconds without one after which the owner counts as dead
 def only_run(workdir: epath.Path) -> Iterator[None]:
     """Keeps other runs out of a folder. A run that is killed leaves no lock behind; in a bucket it is one for `STALE` seconds.
 
-    Of several hosts the first takes the lock, and all raise InputError where another run has it.
+    With several hosts the first takes the lock, and all raise InputError where another run has it.
     """
     refusal = None
     with contextlib.ExitStack() as stack:
@@ -116,7 +116,7 @@ def _owner() -> dict[str, object]:
 
 
 def _read(path: os.PathLike) -> dict:
-    """What a lock says; nothing where there is none or it is damaged."""
+    """The owner that a lock names; empty where there is none or it is damaged."""
     with contextlib.suppress(OSError, ValueError):
         owner = json.loads(epath.Path(path).read_text())
         if isinstance(owner, dict) and isinstance(owner.get("seen", 0), int | float):

@@ -1,39 +1,39 @@
-"""What a run tells the world: lines on the console, TensorBoard, and WORKDIR/logs/metrics.jsonl."""
+"""The log of a run: lines on the console, TensorBoard, and WORKDIR/logs/metrics.jsonl."""
 
 import contextlib
 import json
 import logging
 import os
+import secrets
 import shutil
-import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TextIO
 
 import numpy as np
 from etils import epath
 from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import RecordWriter
 
 from dar_jax.console import bar, clock, printable_lines
-from dar_jax.errors import InputError
+from dar_jax.errors import InputError, one_line
 from dar_jax.files import is_remote, replacing
 from dar_jax.parallel import hosts
 
 logger = logging.getLogger("dar_jax.training")
 
-FLUSH = 120  # seconds after which TensorBoard may see what is new; in a bucket its file is then written as a whole
+FLUSH = 120  # seconds between updates of TensorBoard's file, which in a bucket is written anew each time
 
 
 class Log:
-    """Writes records of one run. Of several processes only the first should be `active`; the others stay silent.
+    """Writes records of one run. With several processes only the first should be `active`; the others stay silent.
 
     A resumed run passes the step it starts from: records of later steps, left by the interrupted run, are dropped.
 
-    What cannot be written, on a full disk, is said once and never ends the run: metrics.jsonl is made whole as soon as that is
-    possible, TensorBoard's file ends there. `reader_gone` says that the console is a pipe which nobody reads any more.
+    Where the log cannot be written, on a full disk, a warning says so once and the run goes on: metrics.jsonl is completed as
+    soon as that is possible, TensorBoard's file ends there. `reader_gone`: the console is a pipe which nobody reads any more.
     """
 
     def __init__(
@@ -49,15 +49,17 @@ class Log:
         folder = self._records.parent
         folder.mkdir(parents=True, exist_ok=True)
         self._lines = [json.dumps(record) + "\n" for record in read_records(workdir) if record["step"] <= start]
-        self._whole = False  # whether the file holds all lines and nothing else
-        self._warned = False
+        self._complete = self._warned = False  # complete: the file holds all lines and nothing else
         self._write_lines()
-        self._board: Board | None = None
+        self._board: EventsWriter | None = None  # in this thread: one of its own that died on a full disk would be waited for
+        self._flushed = 0.0
         with self._unblocked():
-            self._board = Board(folder, start + 1)
+            self._board = EventsWriter(os.fspath(folder / "events"), f".{secrets.token_hex(4)}")
+            started = SessionLog(status=SessionLog.SessionStatus.Value("START"))
+            self._board.write_event(Event(wall_time=time.time(), step=start + 1, session_log=started))
 
     def record(self, step: int, values: Mapping[str, float], seconds_left: float | None) -> None:
-        """One set of scalars after `step` steps. The console shows the loss, the rate and what is evaluated."""
+        """One set of scalars after `step` steps. The console shows the loss, the rate and evaluations."""
         if not self.active:
             return
         self._lines.append(json.dumps({"step": step, **values}) + "\n")
@@ -81,34 +83,31 @@ class Log:
             self._on_board(step, [summary.image(name, image, dataformats="HWC") for name, image in images.items()])
 
     def say(self, text: str) -> None:
-        """A line of its own."""
+        """A line, or lines, on the console only."""
         if self.active:
             self._write(("\r\033[K" if self.live else "") + printable_lines(text) + "\n")
 
     @contextlib.contextmanager
     def failures(self, step: int, outcome: str) -> Iterator[None]:
-        """Around what training can do without: one line where it fails. With many hosts, which may wait, the run ends."""
+        """For work that training can do without: one line where it fails. With many hosts, which may wait, the run ends."""
         try:
             yield
         except Exception as error:
             if hosts.many():
                 raise
             kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-            self.say(f"step {step}: {outcome} ({kind}{' '.join(str(error).split())[:300]})")
+            self.say(f"step {step}: {outcome} ({kind}{one_line(error, 300)})")
 
-    def close(self) -> None:
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self.active:
             if self.live:
                 self._write("\n")
             if self._board is not None:
                 with self._unblocked():
                     self._board.close()
-
-    def __enter__(self) -> "Log":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _write(self, text: str) -> None:
         try:
@@ -120,27 +119,27 @@ class Log:
             self._warn(error)
 
     def _write_lines(self) -> None:
-        """Brings metrics.jsonl up to date; what is in a bucket, or was cut short, is written as a whole."""
+        """Brings metrics.jsonl up to date; in a bucket, or where the last write failed, all of it is written anew."""
         with self._unblocked():
-            whole, self._whole = self._whole, False
-            if whole and not is_remote(self._records):
+            complete, self._complete = self._complete, False
+            if complete and not is_remote(self._records):
                 with open(self._records, "a") as file:
                     file.write(self._lines[-1])
             else:
                 with replacing(self._records) as temporary:
                     temporary.write_text("".join(self._lines))
-            self._whole = True
+            self._complete = True
 
-    def _on_board(self, step: int, summaries: list[summary.Summary]) -> None:
-        if self._board is None:
-            return
-        with self._unblocked():
-            board, self._board = self._board, None
-            with contextlib.ExitStack() as failed:
-                failed.callback(board.close)
-                board.add(step, summaries)
-                failed.pop_all()
-            self._board = board
+    def _on_board(self, step: int, summaries: Sequence[summary.Summary]) -> None:
+        board, self._board = self._board, None
+        if board is not None:
+            with self._unblocked():
+                for each in summaries:
+                    board.write_event(Event(wall_time=time.time(), step=step, summary=each))
+                if time.monotonic() - self._flushed > FLUSH:
+                    board.flush()
+                    self._flushed = time.monotonic()
+                self._board = board
 
     @contextlib.contextmanager
     def _unblocked(self) -> Iterator[None]:
@@ -156,37 +155,8 @@ class Log:
                 logger.warning("the log cannot be written, training goes on without it: %s", error)
 
 
-class Board:
-    """TensorBoard's file, written by the caller's own thread: one that died on a full disk would be waited for."""
-
-    def __init__(self, folder: epath.Path, first_step: int):
-        self._file = RecordWriter(os.fspath(folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"))
-        self._flushed = 0.0
-        self._write(Event(file_version="brain.Event:2"), 0)
-        self._write(Event(session_log=SessionLog(status=SessionLog.SessionStatus.Value("START"))), first_step)
-
-    def add(self, step: int, summaries: list[summary.Summary]) -> None:
-        """What was made after `step` steps."""
-        for one in summaries:
-            self._write(Event(summary=one), step)
-        if time.monotonic() - self._flushed > FLUSH:
-            self._file.flush()
-            self._flushed = time.monotonic()
-
-    def close(self) -> None:
-        """Writes what is left and closes the file."""
-        try:
-            self._file.flush()
-        finally:
-            self._file.close()
-
-    def _write(self, event: Event, step: int) -> None:
-        event.step, event.wall_time = step, time.time()
-        self._file.write(event.SerializeToString())
-
-
 def read_records(workdir: str | os.PathLike) -> list[dict[str, float]]:
-    """The records of a run, oldest first: {"step": ..., "loss": ..., ...}. A line that is none is left out."""
+    """The records of a run, oldest first: {"step": ..., "loss": ..., ...}. Lines that are no records are skipped."""
     path, records = _records(workdir), []
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
         try:

@@ -1,4 +1,4 @@
-"""A whole training run, of either stage: data, steps, logs, checkpoints, resuming and stopping."""
+"""A training run of either stage: data, steps, logs, checkpoints, resuming and stopping."""
 
 import contextlib
 import os
@@ -19,10 +19,10 @@ from dar_jax.parallel import hosts
 from dar_jax.training import checkpoint
 from dar_jax.training.lock import only_run
 from dar_jax.training.logs import Log
-from dar_jax.training.meter import Reader, Window, work_of_step
+from dar_jax.training.meter import Reader, work_of_step
 from dar_jax.training.profile import Profile
 from dar_jax.training.stages import Stage, device_batches, open_stage
-from dar_jax.training.start import UNREAD, Start, first_state, opening
+from dar_jax.training.start import Start, first_state, opening
 from dar_jax.training.state import Params, abstract_state
 from dar_jax.training.step import make_train_step
 from dar_jax.training.stopping import stop_signals
@@ -34,10 +34,8 @@ Evaluate = Callable[[Stage, Params], dict[str, float]]  # (stage, EMA parameters
 
 @dataclass(frozen=True)
 class Summary:
-    """How a run ended: steps done, the signal that stopped it before its last step, and the last values logged.
-
-    Of several hosts that stop together, those that got no signal themselves name SIGTERM.
-    """
+    """How a run ended: steps done, the signal that stopped it before its last step (SIGTERM on hosts that stop because another
+    one got a signal), and the last values logged."""
 
     step: int
     stopped_by: signal.Signals | None
@@ -55,16 +53,16 @@ def train(
     """Runs an experiment in WORKDIR, from the beginning or from its last checkpoint, to its last step.
 
     SIGTERM, SIGHUP, Ctrl-C and a console whose pipe is closed end the run after the step at hand, with a checkpoint. Step k
-    depends on the settings and on k only, so a resumed run ends with the very parameters of an uninterrupted one. Every one of
-    several hosts (see `hosts`) has to call this, with a WORKDIR that they share; only the first prints and logs. If one of them
-    is lost, the others end.
+    depends on the settings and on k only, so a resumed run ends with the very parameters of an uninterrupted one. With several
+    hosts (see `hosts`) all of them call this, with a WORKDIR that they share; only the first prints and logs. If one of them is
+    lost, the others end.
 
     Args:
-      pictures: makes what is logged every `sample_every` steps; called on every host.
+      pictures: for the log every `sample_every` steps; called on every host.
       start: gives weights to begin with, as far as they fit; called where there is no checkpoint to resume from.
-      evaluate: makes what is logged every `evaluate_every` steps, just after a checkpoint; called on every host. If it has a
+      evaluate: scalars for the log every `evaluate_every` steps, just after a checkpoint; called on every host. If it has a
         method `open`, that is called with the stage before the first step: it raises InputError where something is missing, and
-        returns notes to print. What fails later, here or in `pictures`, is logged and does not end the run of a single host.
+        returns notes to print. Later failures, here or in `pictures`, are logged and do not end the run of a single host.
 
     Raises InputError where the settings, the data or WORKDIR are unfit, or another run is in WORKDIR; TrainingDiverged where
     training is.
@@ -81,29 +79,30 @@ def train(
 
 def _train(experiment: Experiment, folder: epath.Path, resume: bool, pictures, start, evaluate) -> Summary:
     config = experiment.config
-    found = hosts.broadcast_from_first(checkpoint.latest_step(folder))
-    if found is not None and not resume:
-        raise InputError(f"{folder} already holds a run (step {found}); pass --resume or choose another folder")
+    step = hosts.broadcast_from_first(checkpoint.latest_step(folder))
+    if step is not None and not resume:
+        raise InputError(f"{folder} already holds a run (step {step}); pass --resume or choose another folder")
     mesh = parallel.make_mesh(config.mesh)
     parallel.check_batch(config.train.batch_size, config.train.accumulate, mesh)
-    before = None if found is None else checkpoint.inspect(folder / "checkpoints" / str(found))
-    start = start and (start() if before is None else UNREAD)
+    before = None if step is None else checkpoint.inspect(folder / "checkpoints" / str(step))
+    weights = start() if start and before is None else None
     with hosts.ending_together(), jax.set_mesh(mesh):
         stage = open_stage(experiment, folder, mesh, before)
-        optimizer = stage.described.make_optimizer()
-        abstract = abstract_state(stage.described.init_params, optimizer, mesh, experiment.rules)
-        state, notes = first_state(stage, optimizer, abstract, mesh, before, start)
+        optimizer = stage.make_optimizer()
+        abstract = abstract_state(stage.init_params, optimizer, mesh, experiment.rules)
+        state, notes = first_state(stage, optimizer, abstract, mesh, before, weights)
+        notes += ["the weights to start from are not read again"] * bool(start and before)
         if config.train.evaluate_every and hasattr(evaluate, "open"):
             notes += evaluate.open(stage)
-        train_step = make_train_step(stage.described.loss_fn, optimizer, config, abstract, mesh)
+        train_step = make_train_step(stage.loss_fn, optimizer, config, abstract, mesh, stage.schedule)
         with (
-            Log(folder, config.train.steps, found or 0, active=hosts.first()) as log,
+            Log(folder, config.train.steps, step or 0, active=hosts.first()) as log,
             Profile(config.train.profile, folder, log) as profile,
             checkpoint.open_checkpoints(folder, config.train) as checkpoints,
             stop_signals(log) as asked_to_stop,
             hosts.ending_together(),  # once more, before a checkpoint that is being written waits for a lost host
         ):
-            log.say("\n".join([opening(stage, state.params, mesh, found, resume), *notes]))
+            log.say("\n".join([opening(stage, state.params, mesh, step, resume), *notes]))
             return _run(stage, state, train_step, mesh, log, profile, checkpoints, asked_to_stop, pictures, evaluate)
 
 
@@ -112,7 +111,7 @@ def _run(
 ) -> Summary:
     train = stage.experiment.config.train
     step, stopping = int(state.step), None
-    reader, window = Reader(train.steps, log, checkpoints), Window()
+    reader = Reader(train.steps, log, checkpoints)
     with contextlib.closing(device_batches(stage, mesh, start_step=step)) as data:
         while step < train.steps and stopping is None:
             if profile.begins(step + 1):
@@ -127,10 +126,7 @@ def _run(
             step += 1
             stopping = asked_to_stop(step)
             last = stopping is not None or step == train.steps
-            window = window.add(metrics)
-            full = step % train.log_every == 0 or last
-            reader.push(step, metrics, window if full else None)
-            window = Window() if full else window
+            reader.push(step, metrics, full=step % train.log_every == 0 or last)
             if profile.ends(step):
                 with reader.pause(step):
                     profile.stop(state)

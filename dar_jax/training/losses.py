@@ -1,6 +1,6 @@
 """The two training losses: the tokenizer's (paper section 3.2) and next-token prediction (paper section 3.3).
 
-Each is made of the settings and the model, (config, model) -> `LossFn`, and can be a part of an experiment's own loss.
+Each is a function (config, model) -> `LossFn`, and can be a part of an experiment's own loss.
 Shapes: B batch, H W pixels, C channels, T tokens.
 """
 

@@ -33,7 +33,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def decay_mask(params: Params) -> Any:
-    """True for what weight decay acts on: the tensors of two or more dimensions, seen without the layers of a stack.
+    """True for what weight decay acts on: the tensors of two or more dimensions, not counting the layers of a stack.
 
     So matrices, tables and the codebook; not biases, norms and gates. The rank cannot tell them apart, because stacks of
     blocks add a dimension and biases of heads have two; names can.

@@ -14,7 +14,7 @@ from dar_jax.training.logs import Log
 class Profile:
     """Traces the steps from the first to the last of `steps`, counted from 1 as in the log, on this host; None: nothing.
 
-    A run that goes on amid these steps traces the rest of them, and one that ends there keeps what it has. Use it in a `with`.
+    A run that resumes amid these steps traces the remaining ones, and one that ends there keeps its trace. A context manager.
     The files are in WORKDIR/logs/plugins/profile/steps_FIRST_to_LAST, one for each host.
     """
 
@@ -25,11 +25,11 @@ class Profile:
         self._local: tempfile.TemporaryDirectory | None = None  # of the trace that is going on
 
     def begins(self, step: int) -> bool:
-        """Whether the trace has to be started before this step."""
+        """True where the trace starts before this step."""
         return self._local is None and self._first <= step <= self._last
 
     def ends(self, step: int) -> bool:
-        """Whether the trace has to be stopped after this step."""
+        """True where the trace ends after this step."""
         return self._local is not None and step == self._last
 
     def start(self, state: Any) -> None:

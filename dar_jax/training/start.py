@@ -1,9 +1,7 @@
-"""Starting from other weights: what fits is taken, what does not is made anew, and both are said."""
+"""Starting from other weights: what fits is loaded, what does not is newly initialised and listed."""
 
 import dataclasses
-import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +14,7 @@ from dar_jax import parallel
 from dar_jax.console import columns
 from dar_jax.data.sources import describe
 from dar_jax.training import checkpoint
+from dar_jax.training.resume import require_same_run
 from dar_jax.training.stages import Stage
 from dar_jax.training.state import Params, TrainState, init_state, with_new_optimizer
 
@@ -26,24 +25,10 @@ CLASS_TABLE = re.compile(r"(^|/)class_table$")
 
 @dataclass(frozen=True)
 class Start:
-    """Weights to start from: what they are called, and a tree of arrays that every host has as a whole."""
+    """Weights to start from: their name, and a tree of arrays that every host has in full."""
 
     name: str
     params: Params
-
-
-@dataclass(frozen=True)
-class Row:
-    """What became of one parameter: taken, taken in part, re-made or skipped."""
-
-    fate: str
-    name: str
-    there: tuple[int, ...] | None
-    here: tuple[int, ...] | None
-    note: str = ""
-
-
-UNREAD = Start("", {})  # stands for weights that a resumed run does not read again
 
 
 def first_state(
@@ -60,86 +45,69 @@ def first_state(
     Raises InputError where the checkpoint is damaged or is of another run.
     """
     if before is None:
-        state = init_state(stage.described.init_params, optimizer, mesh, stage.experiment.rules)
+        state = init_state(stage.init_params, optimizer, mesh, stage.experiment.rules)
         return (state, []) if start is None else start_from(start, state)
-    notes = checkpoint.require_same_run(before, stage.experiment, stage.class_names)
+    notes = require_same_run(before, stage.experiment, stage.class_names)
     state = checkpoint.restore(before.path, abstract)
     if state.opt_state is None:
         state = with_new_optimizer(state, optimizer, abstract)
         notes.append("the checkpoint holds no optimizer, a new one starts here")
-    if start is not None:
-        notes.append("the weights to start from are not read again")
     if before.step >= stage.experiment.config.train.steps:
         notes.append("nothing is left to do; to go on, raise train.steps")
     return state, notes
 
 
-def opening(stage: Stage, params: Params, mesh: Mesh, found: int | None, resume: bool) -> str:
-    """The first lines of a run: its size, its steps and its devices, and what it learns from."""
+def opening(stage: Stage, params: Params, mesh: Mesh, step: int | None, resume: bool) -> str:
+    """The first lines of a run: its size, steps, devices and data. `step`: of the checkpoint it resumes from."""
     config = stage.experiment.config
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    if found is not None:
-        where = f"from step {found}"
-    else:
-        where = "from the beginning" + (" (no checkpoint to resume from)" if resume else "")
+    missing = " (no checkpoint to resume from)" if resume else ""
+    where = f"from the beginning{missing}" if step is None else f"from step {step}"
     first = f"{config.name}: {count:,} parameters, {config.train.steps} steps {where}, {mesh.size} devices ({sizes})"
     return f"{first}\n{describe(stage.source)}"
 
 
 def start_from(start: Start, state: TrainState) -> tuple[TrainState, list[str]]:
-    """A new run's state with the parameters that fit replaced by those of `start`, and a table of what was done, line by line.
+    """A new run's state with the parameters that fit replaced by those of `start`, and lines that say which do not.
 
-    A parameter of the same name and shape is taken. Of stacks of blocks and tables of positions with another number of rows,
-    the common first ones are taken. A class table for other classes is made anew but for its null class, the last row. What
-    has another shape is made anew, what the model does not have is skipped. The moving average starts equal to the parameters.
+    A parameter of the same name and shape is loaded. If stacks of blocks and tables of positions have another number of rows,
+    their first rows are loaded. A class table for other classes is newly initialised but for its null class, the last row. So
+    is a parameter of another shape; one that the model does not have is skipped. The moving average starts equal to the
+    parameters.
     """
     theirs = {parallel.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(start.params)}
-    rows = []
+    total, rows = len(theirs), []  # (how it was initialised, name, shape there, shape here, note)
 
-    def replace(path: tuple, mine: jax.Array) -> jax.Array:
+    def merge(path: tuple, mine: jax.Array) -> jax.Array:
         name = parallel.path_name(path)
         other = theirs.pop(name, None)
-        value, row = _merge(name, mine, other)
-        rows.append(row)
+        if other is not None and other.shape == mine.shape:
+            return parallel.put(np.asarray(other).astype(mine.dtype), mine.sharding)
+        value, outcome, note = _partly(name, mine, other)
+        rows.append((outcome, name, "-" if other is None else _text(other.shape), _text(mine.shape), note))
         return value
 
-    params = jax.tree_util.tree_map_with_path(replace, state.params)
-    rows += [Row("skipped", name, other.shape, None, "not in this model") for name, other in theirs.items()]
+    params = jax.tree_util.tree_map_with_path(merge, state.params)
+    equal = len(jax.tree.leaves(params)) - len(rows)
+    rows += [("skipped", name, _text(other.shape), "-", "not in this model") for name, other in theirs.items()]
     ema = jax.tree.map(lambda new: new.copy(), params)
-    return dataclasses.replace(state, params=params, ema=ema), table(start.name, rows)
+    heading = f"start from {start.name}: {equal} of its {total} tensors loaded in full" + (", the others:" if rows else "")
+    lines = [heading, *(f"  {line}" for line in columns(rows).splitlines())]
+    return dataclasses.replace(state, params=params, ema=ema), lines
 
 
-def table(name: str, rows: Sequence[Row]) -> list[str]:
-    """The rows for people: what was taken is summed up by part of the network, what is new or skipped is listed one by one."""
-    taken: dict[tuple[str, str, str], list[int]] = {}
-    lines = []
-    for row in rows:
-        if row.fate in ("taken", "in part"):
-            taken.setdefault((row.fate, _part(row.name), row.note), []).append(math.prod(map(min, row.there, row.here)))
-        else:
-            lines.append((row.fate, row.name, _text(row.there), _text(row.here), row.note))
-    summed = [
-        (fate, f"{part} ({len(sizes)} tensor{'s' * (len(sizes) > 1)})", "", f"{sum(sizes):,} numbers", note)
-        for (fate, part, note), sizes in sorted(taken.items(), key=lambda item: item[0][0], reverse=True)
-    ]
-    lines = [("what", "parameters", "there", "here", ""), *summed, *lines]
-    return [f"start from {name}:", *(f"  {line}" for line in columns(lines).split("\n"))]
-
-
-def _merge(name: str, mine: jax.Array, other: Any) -> tuple[jax.Array, Row]:
+def _partly(name: str, mine: jax.Array, other: Any) -> tuple[jax.Array, str, str]:
+    """The value of a parameter whose shape differs, how it was initialised, and a note."""
     if other is None:
-        return mine, Row("re-made", name, None, mine.shape, "not in those weights")
-    if other.shape == mine.shape:
-        return parallel.put(np.asarray(other).astype(mine.dtype), mine.sharding), Row("taken", name, other.shape, mine.shape)
-    shapes = (name, other.shape, mine.shape)
+        return mine, "new", "not in those weights"
     if other.shape[1:] == mine.shape[1:]:
         if CLASS_TABLE.search(name):
-            return _rows(mine, other, slice(-1, None)), Row("re-made", *shapes, "its null class was kept")
+            return _rows(mine, other, slice(-1, None)), "new", "its null class was loaded"
         if BY_ROW.search(name):
             count = min(len(other), len(mine))
-            return _rows(mine, other, slice(0, count)), Row("in part", *shapes, f"the first {count} of {len(mine)}")
-    return mine, Row("re-made", *shapes, "another shape")
+            return _rows(mine, other, slice(0, count)), "partly loaded", f"the first {count} of {len(mine)}"
+    return mine, "new", "another shape"
 
 
 def _rows(mine: jax.Array, other: Any, rows: slice) -> jax.Array:
@@ -148,11 +116,5 @@ def _rows(mine: jax.Array, other: Any, rows: slice) -> jax.Array:
     return replaced(mine, np.asarray(other[rows]))
 
 
-def _part(name: str) -> str:
-    """The first names of a parameter, down to the stack of blocks it may be in."""
-    head, blocks, _ = name.partition("blocks/")
-    return head + "blocks" if blocks else name.split("/")[0]
-
-
-def _text(shape: tuple[int, ...] | None) -> str:
-    return "-" if shape is None else " x ".join(map(str, shape))
+def _text(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))

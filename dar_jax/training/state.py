@@ -66,7 +66,7 @@ def with_new_optimizer(state: TrainState, optimizer: optax.GradientTransformatio
 def init_state(
     init_params: Callable[[], Params], optimizer: optax.GradientTransformation, mesh: Mesh, rules: parallel.Rules = ()
 ) -> TrainState:
-    """The state before the first step, made in place on the mesh; the values do not depend on the mesh.
+    """The state before the first step, initialised on the mesh; the values do not depend on the mesh.
 
     Args:
       init_params: makes the parameters, a dictionary, such as `lambda: model.init(key, images)["params"]`. The EMA starts

@@ -12,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 from dar_jax import parallel
 from dar_jax.config import TokenizerTraining, TransformerTraining
 from dar_jax.experiment import LossFn
-from dar_jax.training.optimizer import learning_rate
 from dar_jax.training.state import Params, TrainState
 
 Batch = Any  # a tree of arrays, the batch first
@@ -26,6 +25,7 @@ def make_train_step(
     config: TokenizerTraining | TransformerTraining,
     state: TrainState,
     mesh: Mesh,
+    schedule: optax.Schedule | None = None,
 ) -> TrainStep:
     """Returns the jitted `train_step(state, batch, frozen) -> (state, metrics)`, which consumes (donates) its state.
 
@@ -34,13 +34,14 @@ def make_train_step(
         floating point and counts where they are integers; `frozen` holds parameters that are not trained; `step` is the
         number of steps done, int32.
       state: the state or its abstract form; only the shardings are looked at.
+      schedule: the optimizer's learning rate at each step, for the metrics.
 
     Step k draws its randomness from fold_in(key(seed), k), with accumulation also from the number of the part. The metrics
-    gain `grad_norm` (before clipping), `learning_rate` and `finite`: whether loss, gradient and the parameters after the step
-    are. Where loss or gradient are not, parameters, EMA and optimizer stay as they were.
+    gain `grad_norm` (before clipping), `finite` (loss, gradient and the parameters after the step are), and `learning_rate`
+    where there is a `schedule` or the optimizer is one of `optax.inject_hyperparams`. Where loss or gradient are not finite,
+    parameters, EMA and optimizer stay as they were.
     """
     train, decay = config.train, config.optimizer.ema_decay
-    schedule = learning_rate(config.optimizer, train.steps)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
     def gradients(params: Params, batch: Batch, key: jax.Array, frozen: Any, step: jax.Array) -> tuple[Params, Metrics]:
@@ -71,10 +72,20 @@ def make_train_step(
         params, ema, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
         finite &= jnp.isfinite(optax.tree.norm(params))  # of what is written anyway; the update may have overflowed
-        metrics |= {"grad_norm": grad_norm, "learning_rate": schedule(state.step), "finite": finite}
+        metrics |= {"grad_norm": grad_norm, "finite": finite}
+        rate = schedule(state.step) if schedule else _injected_rate(opt_state)
+        if rate is not None:
+            metrics["learning_rate"] = rate
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, parallel.replicated(mesh)))
+
+
+def _injected_rate(opt_state: optax.OptState) -> jax.Array | None:
+    """The learning rate in the state of `optax.inject_hyperparams`, None where there is none or there are several."""
+    tables = [table for _, table in optax.tree.get_all_with_path(opt_state, "hyperparams")]
+    rates = [table["learning_rate"] for table in tables if "learning_rate" in table]
+    return rates[0] if len(rates) == 1 else None
 
 
 def is_count(metric: jax.Array) -> bool:

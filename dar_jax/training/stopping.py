@@ -18,8 +18,8 @@ def stop_signals(log: Log) -> Iterator[Callable[[int], signal.Signals | None]]:
     """Yields `asked(step)`: the signal because of which the run should end after that step, if there was one. A second Ctrl-C
     ends it at once.
 
-    Of several hosts each may get SIGTERM at another step, or none; JAX, which catches it (see `hosts.join`), makes them agree
-    on one step. What else asks one of them to stop is handed over as SIGTERM.
+    Several hosts may get SIGTERM at different steps, or only some of them; JAX, which catches it (see `hosts.join`), makes them
+    agree on one step. Any other signal that one of them gets is passed on as SIGTERM.
 
     A console that nobody reads any more counts as SIGPIPE; a SIGHUP that is ignored (nohup) stays so.
     """

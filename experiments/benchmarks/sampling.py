@@ -172,7 +172,7 @@ def predict(made: Sampler, batch: int) -> jax.Array:
     arguments = made.networks, made.params, made.settings, jnp.arange(batch), jnp.arange(batch, dtype=jnp.uint32)
     state = sampler.begin(*arguments)
     for _ in range(TOKENIZER.num_groups):
-        prediction = predict_group(*arguments[:3], state)
+        prediction = predict_group(*arguments[:3], state.prediction, state.group)
         state = dataclasses.replace(state, group=state.group + 1, prediction=prediction)
     return state.prediction.tokens
 
