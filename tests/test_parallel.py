@@ -127,17 +127,17 @@ def test_frozen_networks_have_places():
 
 def test_unknown_path_is_an_error_until_a_rule_is_given():
     mesh = parallel.make_mesh(MeshConfig())
-    tree = {"blocks": {"sink": jnp.zeros((2, 8))}}
-    with pytest.raises(ValueError, match="blocks/sink"):
+    tree = {"blocks": {"sink": jnp.zeros((2, 8, 4))}}
+    with pytest.raises(InputError, match="blocks/sink"):
         parallel.shardings(tree, mesh)
-    assert parallel.shardings(tree, mesh, rules=[("sink", P("data"))])["blocks"]["sink"].spec == P(None, "data")
+    assert parallel.shardings(tree, mesh, rules=[("sink", P("data"))])["blocks"]["sink"].spec == P(None, None, "data")
 
 
 def test_mesh_sizes(monkeypatch):
     assert dict(parallel.make_mesh(MeshConfig(-1, 2, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
     assert parallel.make_mesh(MeshConfig(2, 1, -1), jax.devices()[:6]).shape["tensor"] == 3
     for most, shape in ((16, (1, 8, 1)), (4, (2, 4, 1)), (3, (4, 2, 1))):  # at most so many, and a divisor of all
-        monkeypatch.setattr(parallel, "MOST_PARTS", most)
+        monkeypatch.setattr(parallel.mesh, "MOST_PARTS", most)
         assert tuple(parallel.make_mesh(MeshConfig(-1, -1, 1)).shape.values()) == shape
     for sizes in ((-1, 1, -1), (-1, -1, 16), (3, 1, 1), (-1, 3, 1), (-1, 16, 1), (0, 1, 8)):
         with pytest.raises(InputError, match="mesh data x fsdp x tensor"):
@@ -166,7 +166,7 @@ def test_nodes_are_taken_apart_along_data_first():
             assert len({device.slice_index for device in neighbours}) == 1, sizes
     for sizes, nodes in (((2, 1, 3), 4), ((1, 1, 3), 2)):
         some = [Device(number, number % nodes) for number in range(math.prod(sizes))]
-        with pytest.raises(InputError, match=r"cannot be cut into slices or nodes of \d( \+ \d)+ devices"):
+        with pytest.raises(InputError, match=r"cannot be split into slices or nodes of \d( \+ \d)+ devices"):
             parallel.arrange(sizes, some)
 
 

@@ -1,1 +1,1 @@
-"""What trained networks are used for: samples, reconstructions, stored codes, and the pictures of them."""
+"""How good a checkpoint is: images against images, codes, and what sampling settings change."""

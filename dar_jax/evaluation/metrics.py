@@ -1,4 +1,4 @@
-"""The numbers by which generated and decoded images are judged. Pure functions of arrays: no networks, no files.
+"""Metrics of generated and decoded images. Pure functions of arrays: no networks, no files.
 
 The definitions are those of ADM's evaluation suite (Dhariwal and Nichol 2021, arXiv 2105.05233). Sums over a data set are kept
 on the host in float64; what compares every image with every other runs on the device, block by block.
@@ -28,9 +28,9 @@ K1, K2 = 0.01, 0.03
 
 @dataclass(frozen=True)
 class Moments:
-    """What a Fréchet distance knows of a set of features: mean [D] and unbiased covariance [D, D], float64.
+    """Mean [D] and unbiased covariance [D, D] of a set of features, float64: all that a Fréchet distance depends on.
 
-    `count` is the number of features, None where it is not known, as of files that do not say it.
+    `count` is the number of features, None where a file does not say it.
     """
 
     mean: np.ndarray
@@ -61,33 +61,17 @@ class RunningMoments:
         if len(features):
             mean = features.mean(axis=0)
             centred = features - mean
-            self._merge(len(features), mean, centred.T @ centred)
-
-    def merge(self, other: "RunningMoments") -> None:
-        """Adds everything that `other` has seen."""
-        if other.count:
-            self._merge(other.count, other._mean, other._scatter)
+            total, apart = self.count + len(features), mean - self._mean
+            self._scatter = self._scatter + centred.T @ centred
+            self._scatter += np.outer(apart * (self.count * len(features) / total), apart)
+            self._mean = self._mean + apart * (len(features) / total)
+            self.count = total
 
     def result(self) -> Moments:
         """Raises InputError for fewer than two features, which have no covariance."""
         if self.count < 2:
             raise InputError(f"a covariance needs at least 2 images, there are {self.count}")
         return Moments(self._mean, self._scatter / (self.count - 1), self.count)
-
-    def _merge(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
-        total = self.count + count
-        apart = mean - self._mean
-        self._scatter = self._scatter + scatter
-        self._scatter += np.outer(apart * (self.count * count / total), apart)
-        self._mean = self._mean + apart * (count / total)
-        self.count = total
-
-
-def moments(features: np.ndarray) -> Moments:
-    """The moments of features [N, D], N >= 2."""
-    running = RunningMoments()
-    running.add(features)
-    return running.result()
 
 
 @dataclass(frozen=True)
@@ -126,14 +110,18 @@ class Score:
 
 
 class RunningScore:
-    """The inception score of logits that arrive in batches; see `inception_score`. Keeps 2 K numbers at most."""
+    """How certain a classifier is of each image, and how varied its answers are (Salimans et al. 2016, arXiv 1606.03498).
+
+    exp(mean over the images of KL(p(class | image) || p(class))), for each `split` images in the order of the batches (the last
+    split may be shorter), as ADM computes it.
+    """
 
     def __init__(self, split: int = SPLIT):
         self._split, self._scores = split, []
         self._begin()
 
     def add(self, logits: np.ndarray) -> None:
-        """Adds logits [B, K] of any float dtype."""
+        """Adds logits, or logarithms of probabilities, [B, K] of any float dtype."""
         logits = np.asarray(logits, np.float64)
         while len(logits):
             part, logits = np.split(logits, [self._split - self._count])
@@ -158,17 +146,6 @@ class RunningScore:
 
     def _score(self) -> float:
         return np.exp(self._negative_entropy / self._count - _p_log_p(self._probabilities / self._count))
-
-
-def inception_score(logits: np.ndarray, split: int = SPLIT) -> Score:
-    """How certain a classifier is of each image, and how varied its answers are (Salimans et al. 2016, arXiv 1606.03498).
-
-    exp(mean over the images of KL(p(class | image) || p(class))), for each `split` images in the order given (the last split
-    takes what is left), as ADM computes it. Of logits [N, K], or of the logarithms of probabilities.
-    """
-    running = RunningScore(split)
-    running.add(logits)
-    return running.result()
 
 
 def _p_log_p(p: np.ndarray) -> float:
@@ -226,7 +203,7 @@ def _squared_distances(a: _Points, b: _Points) -> Array:
 
 @functools.partial(jax.jit, static_argnames="k")
 def _radii(points: _Points, k: int) -> Array:
-    """Squared distances [blocks, b] to the k-th nearest other point; of points at infinity -1, so that nothing is near them."""
+    """Squared distances [blocks, b] to the k-th nearest other point; -1 for points at infinity, to which nothing is near."""
 
     def of_block(block: _Points) -> Array:
         def nearer(nearest: Array, others: _Points) -> tuple[Array, None]:
@@ -262,8 +239,8 @@ def _inside(a: _Points, radii_a: Array, b: _Points, radii_b: Array) -> tuple[Arr
 def ssim(images: Array, others: Array, data_range: float = 255.0) -> Array:
     """Structural similarity of each pair of images (Wang et al. 2004, IEEE Transactions on Image Processing 13 (4)).
 
-    A Gaussian window of 11 pixels (sigma 1.5) wherever it fits as a whole, K1 = 0.01, K2 = 0.03, each channel by itself, then
-    the mean over places and channels.
+    A Gaussian window of 11 pixels (sigma 1.5) wherever all of it fits, K1 = 0.01, K2 = 0.03, each channel by itself, then the
+    mean over positions and channels.
 
     Args:
       images, others: [B, H, W, C] of any dtype, values in [0, data_range].
@@ -298,17 +275,16 @@ def _blur(x: Array) -> Array:
 
 @dataclass(frozen=True)
 class CodeStatistics:
-    """How a codebook is used: share of the codes that occur, entropy of their frequencies in bits, and 2 to that power."""
+    """How a codebook is used: share of the codes that occur, and entropy of their frequencies in bits."""
 
     usage: float
     entropy: float
-    perplexity: float
 
 
 def code_statistics(counts: np.ndarray) -> CodeStatistics:
-    """Of how often each code occurs, integers [K]. Raises InputError if none does."""
+    """Args: counts, how often each code occurs, integers [K]. Raises InputError if none does."""
     counts = np.asarray(counts, np.float64)
     if not counts.sum() > 0:
         raise InputError("no codes were counted, so there is nothing to say about their use")
     entropy = max(0.0, -_p_log_p(counts / counts.sum()) / np.log(2))
-    return CodeStatistics(float(np.mean(counts > 0)), float(entropy), float(2**entropy))
+    return CodeStatistics(float(np.mean(counts > 0)), float(entropy))

@@ -5,7 +5,7 @@ Shapes: N samples or images, T tokens, G groups, H W pixels, C channels.
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from dar_jax.inference.samples import class_number, pair, sample
 from dar_jax.inference.trained import Trained, Weights, load_sampler, load_tokenizer
 from dar_jax.models.pixels import to_uint8
 from dar_jax.models.transformer import score
-from dar_jax.parallel.batches import over_batches, split_rows
+from dar_jax.parallel.batches import over_batches, row_slices, split_rows
 from dar_jax.sampling.sampler import decode, lookup_codes
 from dar_jax.sampling.settings import make_settings
 from dar_jax.training.checkpoint import inspect
@@ -66,17 +66,15 @@ class Model:
 
     def decode(self, codes: np.ndarray, seeds: Sequence[int] | None = None) -> np.ndarray:
         """Images uint8 [N, H, W, C] of codes int32 [N, T], denoised from the noise of these seeds (default: 0 .. N - 1)."""
-        codes = self._codes(codes)
+        codes, trained = self._codes(codes), self.trained
         seeds = np.asarray(np.arange(len(codes)) if seeds is None else seeds, np.uint32)
-        trained = self.trained
         settings = make_settings(SamplingConfig(), trained.config, trained.networks.method)
 
         def images(codes: jax.Array, seeds: jax.Array) -> jax.Array:
             values = lookup_codes(trained.networks, trained.params, codes)
             return decode(trained.networks, trained.sampler_params, settings, values, seeds).images
 
-        batches = over_batches(images, split_rows(self.batch_size, codes, seeds), self.batch_size, trained.mesh)
-        return np.concatenate([to_uint8(part) for _, part in batches])
+        return to_uint8(self._over_rows(images, codes, seeds))
 
     def score(self, images: np.ndarray, labels: Sequence[int | str]) -> np.ndarray:
         """The bits float32 [N, T] that each code of these images takes, given their classes and the codes before it."""
@@ -88,14 +86,13 @@ class Model:
         def bits_of(codes: jax.Array, labels: jax.Array) -> jax.Array:
             return score(networks.transformer, params, networks.condition({"label": labels}), codes)[0]
 
-        batches = split_rows(self.batch_size, self.encode(images), numbers)
-        bits = over_batches(
-            bits_of,
-            batches,
-            self.batch_size,
-            self.trained.mesh,
-        )
-        return np.concatenate([part for _, part in bits])
+        return self._over_rows(bits_of, self.encode(images), numbers)
+
+    def _over_rows(self, function: Callable[..., jax.Array], *arrays: np.ndarray) -> np.ndarray:
+        """A function of arrays [N, ...], on the devices batch by batch."""
+        size = self.trained.full_batch(self.batch_size)
+        batches = split_rows(row_slices(0, len(arrays[0]), size), *arrays)
+        return np.concatenate([part for _, part in over_batches(function, batches, size, self.trained.mesh)])
 
     def _drawn(self, labels: Sequence[int | str], seeds: Sequence[int], settings: dict[str, Any], previews: bool):
         base = self._transformer().info.config.sampling

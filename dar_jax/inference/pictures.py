@@ -1,10 +1,12 @@
-"""Pictures of images: labelled grids, originals beside reconstructions, samples group by group, animated denoising.
+"""Pictures of images: labelled grids, originals beside reconstructions, samples group by group, animated denoising; plots.
 
 Everything is uint8 in and out. Shapes: N images, G groups, H W pixels, C channels (1 grey, 3 RGB); h w pixels of a picture.
 """
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -97,6 +99,19 @@ def save_animation(path: str | os.PathLike, frames: Sequence[np.ndarray], millis
         images[0].save(
             temporary, "WEBP", save_all=True, append_images=images[1:], duration=durations, loop=0, lossless=True, quality=50
         )
+
+
+@contextlib.contextmanager
+def plot(path: str | os.PathLike) -> Iterator[Any]:
+    """Yields axes of Matplotlib to draw on, and writes them with a legend as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    yield axes
+    axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 def _enlarge(image: np.ndarray, scale: int) -> Image.Image:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ from dar_jax.inference import pictures
 from dar_jax.inference.reconstruct import encode, open_image
 from dar_jax.inference.trained import Trained
 from dar_jax.models.pixels import to_float, to_uint8
-from dar_jax.parallel.batches import full_batch, pad, put_batch, to_host
+from dar_jax.parallel.batches import over_batches, row_slices, split_rows
 from dar_jax.sampling.sampler import generate, stream
 from dar_jax.sampling.settings import Method, Settings, make_settings
 from dar_jax.training.checkpoint import Info
@@ -53,45 +54,42 @@ def sample(
     prefix: np.ndarray | None = None,
     image: np.ndarray | None = None,
     previews: bool = False,
+    batches: Sequence[slice] | None = None,
 ) -> Iterator[Drawn]:
     """Draws N samples. Each depends on its own label and seed only, not on the batch it is drawn in.
 
     Args:
       labels, seeds: N integers each; seeds in [0, 2**32).
-      sampling: settings, or what `make_settings` made of them.
+      sampling: settings, or those of `make_settings`.
       batch_size: samples at a time, rounded up to fit the devices; the last batch is padded, so that one compilation serves.
       prefix: int32 [k] or [N, k], the first k tokens of all or of each (layout control).
       image: uint8 [R, R, C] to start all of them from at `sampling.start_step`.
-      previews: whether to yield every batch after each of its groups, as soon as that one ends, and not only in the end.
+      previews: yield every batch after each of its groups, as soon as that one ends, and not only in the end.
+      batches: which samples to draw together, up to `batch_size` each; None: all in their order.
     """
     settings = sampling
     if isinstance(sampling, SamplingConfig):
         settings = make_settings(sampling, trained.config, trained.networks.method)
-    networks, params, mesh = trained.networks, trained.sampler_params, trained.mesh
-    labels, seeds = np.asarray(labels, np.int32), np.asarray(seeds, np.uint32)
-    condition = jax.tree.map(np.asarray, networks.condition({"label": labels}))
-    size = full_batch(batch_size, mesh, trained.decoder_mesh or mesh)
-    given = {}
+    networks, params, total = trained.networks, trained.sampler_params, len(labels)
+    size = trained.full_batch(batch_size)
     if prefix is not None:
-        prefix = np.broadcast_to(np.asarray(prefix, np.int32), (len(labels), np.shape(prefix)[-1]))
+        prefix = np.broadcast_to(np.asarray(prefix, np.int32), (total, np.shape(prefix)[-1]))
     if image is not None:
-        given["image"] = put_batch(np.broadcast_to(to_float(image), (size, *image.shape)), mesh)
-    for start in range(0, len(labels), size):
-        rows = slice(start, min(start + size, len(labels)))
-        if prefix is not None:
-            given["prefix"] = put_batch(pad(prefix[rows], size), mesh)
-        batch = jax.tree.map(lambda leaf, rows=rows: pad(leaf[rows], size), (condition, seeds))
-        arguments = (networks, params, settings, *put_batch(batch, mesh))
-        steps = stream(*arguments, **given) if previews else (generate(*arguments, **given) for _ in range(1))
-        while True:
-            with jax.set_mesh(mesh):
-                samples = next(steps, None)
-            if samples is None:
-                break
-            count = rows.stop - rows.start
-            tokens = to_host(samples.tokens)[:count]
-            images = to_uint8(to_host(samples.images)[:count])
-            yield Drawn(rows, tokens.shape[1] // trained.config.tokens_per_group, tokens, images)
+        image = np.broadcast_to(to_float(image), (total, *image.shape))
+
+    def draw(labels: jax.Array, seeds: jax.Array, prefix: jax.Array | None, image: jax.Array | None) -> Any:
+        condition = networks.condition({"label": labels})
+        arguments = {"prefix": prefix, "image": image}
+        if previews:
+            steps = stream(networks, params, settings, condition, seeds, **arguments)
+            return ((step.tokens, step.images) for step in steps)
+        samples = generate(networks, params, settings, condition, seeds, **arguments)
+        return samples.tokens, samples.images
+
+    slices = row_slices(0, total, size) if batches is None else batches
+    arrays = split_rows(slices, np.asarray(labels, np.int32), np.asarray(seeds, np.uint32), prefix, image)
+    for rows, (tokens, images) in over_batches(draw, arrays, size, trained.mesh):
+        yield Drawn(rows, tokens.shape[1] // trained.config.tokens_per_group, tokens, to_uint8(images))
 
 
 @dataclass(frozen=True)

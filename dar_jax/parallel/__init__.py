@@ -1,4 +1,4 @@
-"""Where arrays live: the device mesh, shardings, batches over devices and over hosts."""
+"""The device mesh, shardings, and batches over devices and hosts."""
 
 from dar_jax.parallel.batches import (
     batch_parts,
@@ -7,8 +7,6 @@ from dar_jax.parallel.batches import (
     check_batch,
     full_batch,
     global_batch,
-    pad,
-    put_batch,
     to_host,
 )
 from dar_jax.parallel.mesh import AXES, BATCH, MOST_PARTS, arrange, make_mesh
@@ -29,11 +27,9 @@ __all__ = [
     "full_batch",
     "global_batch",
     "make_mesh",
-    "pad",
     "path_name",
     "placed",
     "put",
-    "put_batch",
     "replicated",
     "shardings",
     "to_host",
