@@ -127,7 +127,7 @@ def test_frozen_networks_have_places():
 
 def test_unknown_path_is_an_error_until_a_rule_is_given():
     mesh = parallel.make_mesh(MeshConfig())
-    tree = {"blocks": {"sink": jnp.zeros((2, 8, 4))}}
+    tree = {"blocks": {"sink": jnp.zeros((2, 8, 8))}}
     with pytest.raises(InputError, match="blocks/sink"):
         parallel.shardings(tree, mesh)
     assert parallel.shardings(tree, mesh, rules=[("sink", P("data"))])["blocks"]["sink"].spec == P(None, None, "data")

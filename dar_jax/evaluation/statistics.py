@@ -10,7 +10,6 @@ import itertools
 import json
 import math
 import os
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -170,21 +169,20 @@ def load(path: str | os.PathLike) -> Statistics:
     Images in the same file, as ADM's have them, are not read.
     Raises InputError where the file is damaged, holds none, or numbers that cannot be a mean and a covariance of features.
     """
-    with npz.opened(path) as archive:
-        names = npz.names(archive)
-        about = _about(archive) if "about" in names else {}
-        pool = _moments(archive, "mu", "sigma", about.get("count"))
-        spatial = _moments(archive, "mu_s", "sigma_s", about.get("count")) if "mu_s" in names else None
-        features = None
-        if "features" in names:
-            features = npz.read(archive, "features")
-            if features.dtype != np.float32 or features.shape[1:] != pool.mean.shape:
-                found = f"{features.dtype} {features.shape}"
-                raise InputError(f"features in {path} is {found}, it should be float32 (N, {len(pool.mean)})")
-            _check_finite(archive, features=features)
+    optional = {"mu_s": ["mu_s", "sigma_s"], "features": ["features"], "about": ["about"]}
+    names = npz.names(path)
+    arrays = npz.read(path, "mu", "sigma", *(name for first in optional if first in names for name in optional[first]))
+    about = _about(path, arrays.pop("about")) if "about" in arrays else {}
+    pool = _moments(path, arrays, "mu", "sigma", about.get("count"))
+    features = arrays.get("features")
+    if features is not None:
+        if features.dtype != np.float32 or features.shape[1:] != pool.mean.shape:
+            form = f"{features.dtype} {features.shape}"
+            raise InputError(f"features in {path} is {form}, it should be float32 (N, {len(pool.mean)})")
+        _check_finite(path, {"features": features})
     return Statistics(
         pool=pool,
-        spatial=spatial,
+        spatial=_moments(path, arrays, "mu_s", "sigma_s", about.get("count")) if "mu_s" in arrays else None,
         features=features,
         score=about.get("score"),
         source=f"{about['source']}, as kept in {path}" if about else f"{path} (SHA-256 {hash_file(path)})",
@@ -194,32 +192,32 @@ def load(path: str | os.PathLike) -> Statistics:
     )
 
 
-def _moments(archive: zipfile.ZipFile, mean: str, covariance: str, count: int | None) -> Moments:
-    arrays = {name: npz.read(archive, name) for name in (mean, covariance)}
-    shapes = [values.shape for values in arrays.values()]
+def _moments(path: str | os.PathLike, arrays: dict[str, np.ndarray], mean: str, covariance: str, count: int | None) -> Moments:
+    pair = {name: arrays[name] for name in (mean, covariance)}
+    shapes = [values.shape for values in pair.values()]
     size = shapes[0][0]
-    if any(values.dtype.kind != "f" for values in arrays.values()) or shapes != [(size,), (size, size)] or size > LARGEST:
-        held = " and ".join(f"{name} {values.dtype} {values.shape}" for name, values in arrays.items())
-        expected = f"a mean and a covariance of features are floats (D,) and (D, D), D at most {LARGEST}"
-        raise InputError(f"{archive.filename} holds {held}; {expected}")
-    _check_finite(archive, **arrays)
-    moments = Moments(*(values.astype(np.float64) for values in arrays.values()), count)
+    if any(values.dtype.kind != "f" for values in pair.values()) or shapes != [(size,), (size, size)] or size > LARGEST:
+        held = " and ".join(f"{name} {values.dtype} {values.shape}" for name, values in pair.items())
+        raise InputError(
+            f"{path} holds {held}; a mean and a covariance of features are floats (D,) and (D, D), D at most {LARGEST}"
+        )
+    _check_finite(path, pair)
+    moments = Moments(*(values.astype(np.float64) for values in pair.values()), count)
     error = np.linalg.norm(moments.root.T @ moments.root - moments.covariance)  # the root, which is kept, is needed anyway
     if error > ROUNDING * np.linalg.norm(moments.covariance):
-        raise InputError(f"{covariance} in {archive.filename} is no covariance: it is asymmetric, or has negative eigenvalues")
+        raise InputError(f"{covariance} in {path} is no covariance: it is asymmetric, or has negative eigenvalues")
     return moments
 
 
-def _check_finite(archive: zipfile.ZipFile, **arrays: np.ndarray) -> None:
+def _check_finite(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
     """Raises InputError where values are not finite, or so large that they measure nothing."""
     for name, values in arrays.items():
         if not (float(values.min()) >= -LARGEST_VALUE and float(values.max()) <= LARGEST_VALUE):
-            raise InputError(f"{name} in {archive.filename} holds values that are not finite, or beyond {LARGEST_VALUE:.0e}")
+            raise InputError(f"{name} in {path} holds values that are not finite, or beyond {LARGEST_VALUE:.0e}")
 
 
-def _about(archive: zipfile.ZipFile) -> dict[str, Any]:
+def _about(path: str | os.PathLike, text: np.ndarray) -> dict[str, Any]:
     """What `save` wrote besides arrays."""
-    text = npz.read(archive, "about")
     if text.dtype == np.uint8 and text.size <= LONGEST:
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             about = json.loads(text.tobytes())
@@ -235,4 +233,4 @@ def _about(archive: zipfile.ZipFile) -> dict[str, Any]:
             least = (2 if known["count"] is None else known["count"]) - 2, known["unreadable"], *(known["shape"] or ())
             if math.isfinite(score.mean) and math.isfinite(score.std) and min(least) >= 0:
                 return known
-    raise InputError(f"about in {archive.filename} is not what dar-jax writes; make the file again")
+    raise InputError(f"about in {path} is not what dar-jax writes; make the file again")

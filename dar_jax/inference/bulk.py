@@ -21,7 +21,7 @@ from dar_jax.inference.samples import sample
 from dar_jax.inference.trained import Trained, seeds_from
 from dar_jax.parallel import hosts
 from dar_jax.parallel.batches import row_slices
-from dar_jax.sampling.settings import Settings, make_settings
+from dar_jax.sampling.settings import make_settings
 from dar_jax.training.checkpoint import require_shared
 
 Labels = Literal["balanced", "uniform"]
@@ -67,7 +67,12 @@ def generate_npz(
     mark = f"dar_jax {identity.digest(about)}".encode()
     if not out.exists():
         identity.claim(parts.folder, about, "*.npy")
-        _draw(trained, settings, classes, seeds, parts, size)
+        missing = parts.missing(size)
+        with Progress("generated", num) as progress:
+            progress.skip(num - sum(rows.stop - rows.start for rows in missing))
+            for batch in sample(trained, classes, seeds, settings, size, batches=missing):
+                parts.write(batch.rows, batch.images)
+                progress.add(len(batch.images))
     elif _comment(out) != mark:  # else this very file was finished, but its parts not yet deleted
         raise InputError(f"{out} exists already; choose another file")
     if hosts.first():
@@ -77,16 +82,6 @@ def generate_npz(
         shutil.rmtree(parts.folder)
     hosts.wait("the file is written")
     return out
-
-
-def _draw(trained: Trained, settings: Settings, classes: np.ndarray, seeds: np.ndarray, parts: "_Parts", size: int) -> None:
-    """Draws the samples that are missing, `size` at a time."""
-    missing = parts.missing(size)
-    with Progress("generated", parts.num) as progress:
-        progress.skip(parts.num - sum(rows.stop - rows.start for rows in missing))
-        for batch in sample(trained, classes, seeds, settings, size, batches=missing):
-            parts.write(batch.rows, batch.images)
-            progress.add(len(batch.images))
 
 
 @dataclasses.dataclass(frozen=True)

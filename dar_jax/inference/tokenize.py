@@ -3,10 +3,10 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import random
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 from dar_jax.config import DataConfig, TokenizerConfig
 from dar_jax.console import Progress
 from dar_jax.data import codes, transforms
-from dar_jax.data.pipeline import Batch, elements
+from dar_jax.data.pipeline import elements
 from dar_jax.data.sources import Source
 from dar_jax.errors import InputError
 from dar_jax.inference import identity
@@ -71,15 +71,29 @@ def tokenize(
     hosts.wait("the folder of codes is there")
     missing, size = codes.missing_shards(out, info), trained.full_batch(batch_size)
 
+    side = _side(data)
+    encode = functools.partial(_codes, trained.networks, trained.params, data)
+
     def write(shards: Sequence[int], progress: Progress) -> None:
-        rows = [_padded(info.elements(shard), size) for shard in shards]
-        with contextlib.closing(_encode(trained, source, data, np.concatenate(rows), size)) as batches:
-            for shard, own_rows in zip(shards, rows):
+        indices = [_padded(info.elements(shard), size) for shard in shards]
+        owners = np.repeat(shards, [len(each) // size for each in indices]).tolist()  # the shard of every batch
+        with contextlib.closing(
+            elements(
+                source,
+                data,
+                np.concatenate(indices),
+                batch_size=size,
+                crop=lambda image: transforms.center_crop(image, side),
+            )
+        ) as batches:
+            tagged = (((shard, batch), (batch["image"],)) for shard, batch in zip(owners, batches))
+            results = over_batches(encode, tagged, size, trained.mesh)
+            for shard, of_shard in itertools.groupby(results, lambda result: result[0][0]):
                 stored, labels = [], []
-                for batch in islice(batches, len(own_rows) // size):
-                    stored.append(batch["codes"])
-                    labels.append(batch["label"])
-                    progress.add(min(size, len(info.elements(shard)) - (len(stored) - 1) * size))
+                for (_, batch), tokens in of_shard:
+                    progress.add(min(size, len(info.elements(shard)) - len(stored) * size))
+                    stored.append(tokens[batch["valid"]])
+                    labels.append(batch["label"][batch["valid"]])
                 codes.write_shard(out, shard, np.concatenate(stored), np.concatenate(labels))
 
     own = [shard for shard in missing if shard % count == host]
@@ -99,7 +113,7 @@ def tokenize(
 
 
 def check_data(tokenizer: TokenizerConfig, data: DataConfig) -> None:
-    """Raises InputError where images as `data` gives them cannot be stored as codes of a tokenizer."""
+    """Raises InputError where a tokenizer cannot store the codes of such data."""
     if not tokenizer.vq_enable:
         raise InputError("the tokenizer is continuous (vq_enable is false), it makes no codes")
     if data.source == "codes":
@@ -111,18 +125,6 @@ def check_data(tokenizer: TokenizerConfig, data: DataConfig) -> None:
             raise InputError(f"data.{name} is {getattr(data, name)}, but the tokenizer's is {getattr(tokenizer, name)}")
 
 
-def _encode(trained: Trained, source: Source, data: DataConfig, indices: np.ndarray, size: int) -> Iterator[Batch]:
-    """{"codes": int32 [n, crops, T], "label": int32 [n]} of the readable ones of every `size` elements."""
-    side = _side(data)
-    with contextlib.closing(
-        elements(source, data, indices, batch_size=size, crop=lambda image: transforms.center_crop(image, side))
-    ) as batches:
-        run = functools.partial(_codes, trained.networks, trained.params, data)
-        images = ((batch, (batch["image"],)) for batch in batches)
-        for batch, tokens in over_batches(run, images, size, trained.mesh):
-            yield {"codes": tokens[batch["valid"]], "label": batch["label"][batch["valid"]]}
-
-
 @functools.partial(jax.jit, static_argnames=("networks", "data"))
 def _codes(networks: Networks, params: dict, data: DataConfig, images: jax.Array) -> jax.Array:
     """Centre crops uint8 [B, S, S, C] -> codes [B, crops, T]. Cropping here moves a tenth of the pixels."""
@@ -132,7 +134,7 @@ def _codes(networks: Networks, params: dict, data: DataConfig, images: jax.Array
 
 
 def _side(data: DataConfig) -> int:
-    """Pixels along a side of the centre crop that all crops are cut from."""
+    """Pixels along a side of the centre crop, from which the other crops are taken."""
     return int(data.image_size * data.ten_crop_scale) if data.crop == "ten_crop" else data.image_size
 
 
