@@ -1,8 +1,8 @@
 """Metrics of generated and decoded images. Pure functions of arrays: no networks, no files.
 
 The definitions are those of ADM's evaluation suite (Dhariwal and Nichol 2021, arXiv 2105.05233). Sums over a data set are kept
-on the host in float64; what compares every image with every other runs on the device, block by block.
-Shapes: N samples, M reference images, D features, K classes or codes, B batch, b rows of a block, H W pixels, C channels.
+on the host in float64; comparisons of every image with every other run on the device, block by block.
+Shapes: N samples, M reference images, D features, K classes or codes, B batch, H W pixels, C channels.
 """
 
 import functools
@@ -17,13 +17,10 @@ from dar_jax.errors import InputError
 
 SPLIT = 5000  # images of one inception score
 NEIGHBOURS = 3  # of precision and recall
-BLOCK = 2048  # rows and columns of a block of distances
+BLOCK = 512  # rows of a block of distances, as many columns as there are points
 NOISE = 4e-6  # a squared distance below this share of the squared norms is rounding: the points are the same
 WINDOW, SIGMA = 11, 1.5  # of SSIM, in pixels
 K1, K2 = 0.01, 0.03
-
-
-# --- Frechet distance ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -98,9 +95,6 @@ def frechet_distance(a: Moments, b: Moments) -> FrechetDistance:
     return FrechetDistance(max(float(value), 0.0), (len(a.root), len(b.root)))
 
 
-# --- inception score -------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Score:
     """An inception score: mean and standard deviation over the splits."""
@@ -153,9 +147,6 @@ def _p_log_p(p: np.ndarray) -> float:
     return float(positive @ np.log(positive))
 
 
-# --- precision and recall --------------------------------------------------------------------------------------------------
-
-
 def precision_recall(reference: np.ndarray, samples: np.ndarray, k: int = NEIGHBOURS) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991).
 
@@ -165,75 +156,49 @@ def precision_recall(reference: np.ndarray, samples: np.ndarray, k: int = NEIGHB
 
     Args:
       reference, samples: float32 [M, D] and [N, D]. Distances are computed about the reference's mean, which keeps float32
-        exact enough, and those that could as well be rounding count as zero.
+        exact enough; those within rounding count as zero.
 
-    Raises: InputError where one set has no more than k points.
+    Raises InputError where one set has no more than k points.
     """
     if min(len(reference), len(samples)) <= k:
         raise InputError(f"precision and recall need more than {k} images, not {min(len(reference), len(samples))}")
     centre = reference.mean(axis=0, dtype=np.float64).astype(np.float32)
-    real, fake = _in_blocks(reference - centre), _in_blocks(samples - centre)
-    inside_real, inside_fake = _inside(fake, _radii(fake, k), real, _radii(real, k))
-    return int(inside_real.sum()) / len(samples), int(inside_fake.sum()) / len(reference)
+    real, fake = (jnp.asarray(rows - centre) for rows in (reference, samples))
+    precise = _inside(fake, real, _radii(real, k, BLOCK), BLOCK)
+    recalled = _inside(real, fake, _radii(fake, k, BLOCK), BLOCK)
+    return int(precise.sum()) / len(samples), int(recalled.sum()) / len(reference)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class _Points:
-    """Rows [blocks, b, D] with their squared norms [blocks, b], filled up with points at infinity."""
+@functools.partial(jax.jit, static_argnames=("k", "block"))
+def _radii(points: Array, k: int, block: int) -> Array:
+    """Squared distances [N] to the k-th nearest other point."""
+    norms = jnp.square(points).sum(axis=1)
 
-    rows: Array
-    norms: Array
+    def radius(row: tuple[Array, Array]) -> Array:
+        distances = _squared_distances(*row, points, norms)
+        for _ in range(k):  # without the nearest, which is first the point itself, at 0; `top_k` is ten times slower on a CPU
+            distances = jnp.where(jnp.arange(len(distances)) == distances.argmin(), jnp.inf, distances)
+        return distances.min()
 
-
-def _in_blocks(rows: np.ndarray) -> _Points:
-    size = min(BLOCK, len(rows))
-    missing = -len(rows) % size
-    norms = np.pad(np.square(rows).sum(axis=1), (0, missing), constant_values=np.inf)
-    rows = np.pad(rows, ((0, missing), (0, 0)))
-    return _Points(jnp.asarray(rows.reshape(-1, size, rows.shape[1])), jnp.asarray(norms.reshape(-1, size)))
+    return jax.lax.map(radius, (points, norms), batch_size=block)
 
 
-def _squared_distances(a: _Points, b: _Points) -> Array:
-    """Between the rows of two blocks: [b, b], infinite for points at infinity."""
-    norms = a.norms[:, None] + b.norms
-    squared = norms - 2 * jnp.matmul(a.rows, b.rows.T, precision=jax.lax.Precision.HIGHEST)
+@functools.partial(jax.jit, static_argnames="block")
+def _inside(points: Array, centres: Array, radii: Array, block: int) -> Array:
+    """The points [N] that lie in a ball about one of the centres [M], of squared radii [M]: bool [N]."""
+    norms = jnp.square(centres).sum(axis=1)
+
+    def inside(row: tuple[Array, Array]) -> Array:
+        return (_squared_distances(*row, centres, norms) <= radii).any()
+
+    return jax.lax.map(inside, (points, jnp.square(points).sum(axis=1)), batch_size=block)
+
+
+def _squared_distances(point: Array, norm: Array, points: Array, norms: Array) -> Array:
+    """Between a point [D] and points [N, D], of squared norms [] and [N]: [N]."""
+    norms = norm + norms
+    squared = norms - 2 * jnp.matmul(points, point, precision=jax.lax.Precision.HIGHEST)
     return jnp.where(squared < NOISE * norms, 0, squared)
-
-
-@functools.partial(jax.jit, static_argnames="k")
-def _radii(points: _Points, k: int) -> Array:
-    """Squared distances [blocks, b] to the k-th nearest other point; -1 for points at infinity, to which nothing is near."""
-
-    def of_block(block: _Points) -> Array:
-        def nearer(nearest: Array, others: _Points) -> tuple[Array, None]:
-            candidates = jnp.concatenate([nearest, _squared_distances(block, others)], axis=1)
-            return -jax.lax.top_k(-candidates, k + 1)[0], None
-
-        nearest = jax.lax.scan(nearer, jnp.full((len(block.norms), k + 1), jnp.inf), points)[0]
-        return jnp.where(jnp.isinf(block.norms), -1, nearest[:, k])  # the nearest of all, at 0, is the point itself
-
-    return jax.lax.map(of_block, points)
-
-
-@jax.jit
-def _inside(a: _Points, radii_a: Array, b: _Points, radii_b: Array) -> tuple[Array, Array]:
-    """Which points of a lie in a ball of b, and which of b in a ball of a: two bool arrays [blocks, b]."""
-
-    def of_block(block: tuple[_Points, Array]) -> tuple[Array, Array]:
-        rows, radii = block
-
-        def look(inside: Array, others: tuple[_Points, Array]) -> tuple[Array, Array]:
-            squared = _squared_distances(rows, others[0])
-            return inside | (squared <= others[1]).any(axis=1), (squared <= radii[:, None]).any(axis=0)
-
-        return jax.lax.scan(look, jnp.zeros(len(radii), bool), (b, radii_b))
-
-    in_b, in_a = jax.lax.map(of_block, (a, radii_a))
-    return in_b, in_a.any(axis=0)
-
-
-# --- pairs of images -------------------------------------------------------------------------------------------------------
 
 
 def ssim(images: Array, others: Array, data_range: float = 255.0) -> Array:
@@ -268,9 +233,6 @@ def _blur(x: Array) -> Array:
         length = x.shape[axis] - WINDOW + 1
         x = sum(tap * jax.lax.slice_in_dim(x, i, i + length, axis=axis) for i, tap in enumerate(taps / taps.sum()))
     return x
-
-
-# --- codes -----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

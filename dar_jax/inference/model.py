@@ -28,9 +28,9 @@ from dar_jax.training.checkpoint import inspect
 class Model:
     """A trained tokenizer, or a transformer with its tokenizer, on this machine's devices.
 
-    Images are uint8 [N, H, W, C], codes int32 [N, T]. Whatever is drawn follows from its seed alone: the same label, seed and
-    settings give the same image in any batch and on any devices. Every method raises InputError, in one line, for what does
-    not fit the model.
+    Images are uint8 [N, H, W, C], codes int32 [N, T]. Every sample follows from its seed alone: the same label, seed and
+    settings give the same image in any batch and on any devices. Every method raises InputError, in one line, for arguments
+    that do not fit the model.
     """
 
     def __init__(self, trained: Trained, batch_size: int = 64):
@@ -49,12 +49,12 @@ class Model:
           settings: fields of `SamplingConfig` that differ from the run's, such as `guidance=(1.1, 8.0)` or `temperature=0.9`;
             `prefix`, int32 [k] or [N, k], fixes the first k tokens.
         """
-        *_, images = self._drawn(labels, seeds, settings, previews=False)
+        *_, images = self._draw(labels, seeds, settings, previews=False)
         return images
 
     def stream(self, labels: Sequence[int | str], seeds: Sequence[int] = (0,), **settings: Any) -> Iterator[np.ndarray]:
         """Yields the previews uint8 [N, H, W, C] after each of the G groups, the last of which are the images. As `sample`."""
-        return self._drawn(labels, seeds, settings, previews=True)
+        return self._draw(labels, seeds, settings, previews=True)
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """The codes int32 [N, T] of images uint8 [N, H, W, C] of the tokenizer's size."""
@@ -94,7 +94,7 @@ class Model:
         batches = split_rows(row_slices(0, len(arrays[0]), size), *arrays)
         return np.concatenate([part for _, part in over_batches(function, batches, size, self.trained.mesh)])
 
-    def _drawn(self, labels: Sequence[int | str], seeds: Sequence[int], settings: dict[str, Any], previews: bool):
+    def _draw(self, labels: Sequence[int | str], seeds: Sequence[int], settings: dict[str, Any], previews: bool):
         base = self._transformer().info.config.sampling
         prefix = settings.pop("prefix", None)
         if unknown := sorted(set(settings) - {field.name for field in dataclasses.fields(base)}):
@@ -102,7 +102,7 @@ class Model:
         numbers, seeds = pair([self._number(label) for label in labels], seeds)
         sampling = dataclasses.replace(base, **settings)
         batches = sample(self.trained, numbers, seeds, sampling, min(self.batch_size, len(numbers)), prefix, previews=previews)
-        finished: dict[int, list[np.ndarray]] = {}  # of each group, those of the batches so far
+        finished: dict[int, list[np.ndarray]] = {}  # by group, the images of the batches so far
         for batch in batches:
             parts = finished.setdefault(batch.groups, [])
             parts.append(batch.images)

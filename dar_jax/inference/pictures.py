@@ -30,9 +30,8 @@ def grid(
 
     Args:
       images: uint8 [rows, columns, H, W, C].
-      row_labels, column_labels: text at the left of every row and above every column, long ones cut; none: no space for it.
-      captions: text under each image, row by row, cut to the image's width; where there are fewer than images, the rest of
-        the grid stays white.
+      row_labels, column_labels: text at the left of every row and above every column, shortened if long; none: no space for it.
+      captions: text under each image, row by row, shortened to its width; positions without one stay white.
 
     Returns: uint8 [h, w, 3].
     """
@@ -81,17 +80,16 @@ def group_by_group(previews: np.ndarray, row_labels: Sequence[str]) -> np.ndarra
 
 
 def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
-    """Writes uint8 [H, W, C], whole or not at all."""
+    """Writes uint8 [H, W, C], completely or not at all."""
     with replacing(path) as temporary:
         Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(temporary, "PNG")
 
 
 def save_animation(path: str | os.PathLike, frames: Sequence[np.ndarray], milliseconds: int = 500, hold: int = 2000) -> None:
-    """Writes an endless, lossless WebP animation of uint8 [h, w, 3] frames, whole or not at all.
+    """Writes an endless, lossless WebP animation of uint8 [h, w, 3] frames, completely or not at all.
 
     Args:
-      milliseconds: each frame is shown for.
-      hold: milliseconds the last one is shown for.
+      milliseconds, hold: how long each frame, and the last one, is shown.
     """
     images = [Image.fromarray(frame) for frame in frames]
     durations = [milliseconds] * (len(images) - 1) + [hold]

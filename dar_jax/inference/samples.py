@@ -28,14 +28,14 @@ from dar_jax.sampling.sampler import generate, stream
 from dar_jax.sampling.settings import Method, Settings, make_settings
 from dar_jax.training.checkpoint import Info
 
-NAME_LENGTH = 50  # characters of the run's name in names of files, of which systems take 255 bytes
+NAME_LENGTH = 50  # characters of the run's name in names of files, which may have 255 bytes
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampleBatch:
     """The samples of one batch as they stand after `groups` groups.
 
-    rows: which of the N samples they are; tokens int32 [n, groups Q]; images uint8 [n, H, W, C], the previews of the
+    rows: their places among the N samples; tokens int32 [n, groups Q]; images uint8 [n, H, W, C], the previews of the
     unfinished ones.
     """
 
@@ -55,7 +55,7 @@ def sample(
     image: np.ndarray | None = None,
     previews: bool = False,
     batches: Sequence[slice] | None = None,
-) -> Iterator[Drawn]:
+) -> Iterator[SampleBatch]:
     """Draws N samples. Each depends on its own label and seed only, not on the batch it is drawn in.
 
     Args:
@@ -89,12 +89,12 @@ def sample(
     slices = row_slices(0, total, size) if batches is None else batches
     arrays = split_rows(slices, np.asarray(labels, np.int32), np.asarray(seeds, np.uint32), prefix, image)
     for rows, (tokens, images) in over_batches(draw, arrays, size, trained.mesh):
-        yield Drawn(rows, tokens.shape[1] // trained.config.tokens_per_group, tokens, to_uint8(images))
+        yield SampleBatch(rows, tokens.shape[1] // trained.config.tokens_per_group, tokens, to_uint8(images))
 
 
 @dataclass(frozen=True)
 class Request:
-    """What `dar-jax sample` is asked for, checked against the checkpoint; see `make_request`."""
+    """The arguments of `dar-jax sample`, checked against the checkpoint; see `make_request`."""
 
     labels: tuple[int, ...]
     seeds: tuple[int, ...]
@@ -124,9 +124,9 @@ def make_request(
     Args:
       info: the transformer's checkpoint, of `inspect_transformer`.
       labels: names or numbers of classes. One label goes with many seeds, one seed with many labels, equally many pair up.
-      prefix_image, prefix_tokens: where the first `prefix_length` tokens come from (default: all of `prefix_tokens`).
+      prefix_image, prefix_tokens: source of the first `prefix_length` tokens (default: all of `prefix_tokens`).
       start_image: to start from at `sampling.start_step`.
-      method: the experiment's parts of sampling, with which the settings have to go.
+      method: the experiment's parts of sampling, which the settings have to fit.
       resolution, output_resolution: pixels are denoised at the one and resized to the other (default: the tokenizer's).
 
     Raises InputError in one line where labels, seeds, settings, tokens or images do not fit.
@@ -141,15 +141,15 @@ def make_request(
         )
     if prefix_image is not None and prefix_tokens is not None:
         raise InputError("a prefix comes from an image or from tokens, not from both")
-    given = len(prefix_tokens) if prefix_tokens is not None else model.num_tokens
+    available = len(prefix_tokens) if prefix_tokens is not None else model.num_tokens
     if prefix_length is None:
         if prefix_image is not None:
             raise InputError("a prefix image needs a prefix length: how many of its first tokens are kept")
-        prefix_length = 0 if prefix_tokens is None else given
+        prefix_length = 0 if prefix_tokens is None else available
     elif prefix_image is None and prefix_tokens is None:
         raise InputError("a prefix length needs a prefix image or prefix tokens")
-    if not 0 <= prefix_length <= min(given, model.num_tokens):
-        raise InputError(f"the prefix length is {prefix_length}, it should be 0 .. {min(given, model.num_tokens)}")
+    if not 0 <= prefix_length <= min(available, model.num_tokens):
+        raise InputError(f"the prefix length is {prefix_length}, it should be 0 .. {min(available, model.num_tokens)}")
     if wrong := [token for token in prefix_tokens or () if not 0 <= token < model.vocab_size]:
         raise InputError(f"the prefix token {wrong[0]} is out of range, tokens are 0 .. {model.vocab_size - 1}")
     reference = None if prefix_image is None else open_image(prefix_image, tokenizer, tokenizer.image_size)
@@ -166,7 +166,7 @@ def make_request(
 
 
 def class_number(label: str, class_names: Sequence[str]) -> int:
-    """The number of a class given by name or by number; a name goes first where both are possible.
+    """The number of a class, from its name or its number; a name goes first where both are possible.
 
     Raises InputError, with a similar name where there is one.
     """
@@ -204,7 +204,7 @@ def write_samples(
     previews: bool = False,
     animate: bool = False,
 ) -> list[Path]:
-    """Draws what is requested and writes it into the folder `out`; returns the paths.
+    """Draws the samples of a request and writes them into the folder `out`; returns the paths.
 
     Writes NAME_label3_seed11.png for each sample and `grid.png`; with `previews` also NAME_label3_seed11_group1.png and so on
     as each group ends, and `groups.png`, a row for each sample; with `animate` also `denoising.webp`.
@@ -220,7 +220,7 @@ def write_samples(
         prefix = encode(trained, request.reference[None], batch_size=1)[0, : request.prefix_length]
 
     written, groups = [], [[] for _ in range(num_groups)]
-    drawn = sample(
+    batches = sample(
         trained,
         request.labels,
         request.seeds,
@@ -236,7 +236,7 @@ def write_samples(
         written.append(out / name)
 
     with Progress("sampled", total) as progress:
-        for batch in drawn:
+        for batch in batches:
             groups[batch.groups - 1].append(batch.images)
             for stem, image in zip(stems[batch.rows], batch.images):
                 if previews:
