@@ -1,1 +1,1 @@
-"""How good a checkpoint is: images against images, codes, and what sampling settings change."""
+"""The quality of a checkpoint: metrics of samples, reconstructions and codes, and comparisons of sampling settings."""

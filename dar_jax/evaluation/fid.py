@@ -28,12 +28,12 @@ NAMES = {
 
 FILES_WITH_CLASSIFIER = " and ".join(source.name for source in (TORCH_FIDELITY, PYTORCH_FID))
 
-Source = str | os.PathLike | DataConfig | Images | Statistics
+ImagesOrStatistics = str | os.PathLike | DataConfig | Images | Statistics
 
 
 def evaluate(
-    samples: Source,
-    reference: Source,
+    samples: ImagesOrStatistics,
+    reference: ImagesOrStatistics,
     extractor: Extractor,
     num_images: int | None = None,
     reference_images: int | None = None,
@@ -59,7 +59,7 @@ def evaluate(
     return compare(fake, real)
 
 
-def open_reference(reference: Source, extractor: Extractor) -> Statistics:
+def open_reference(reference: ImagesOrStatistics, extractor: Extractor) -> Statistics:
     """The statistics of a reference, as `evaluate` takes it, to compare several sets of samples with. Raises as `evaluate`."""
     return _complete(*_open(reference, None), extractor, REFERENCE_FEATURES, "images of the reference")
 
@@ -141,7 +141,7 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _open(what: Source, count: int | None) -> tuple[Statistics | None, Images | None]:
+def _open(what: ImagesOrStatistics, count: int | None) -> tuple[Statistics | None, Images | None]:
     """Statistics, or images to compute them from, or both: then the images are for their features."""
     if not isinstance(what, (DataConfig, Images, Statistics)) and Path(what).is_file():
         names = npz.names(what)

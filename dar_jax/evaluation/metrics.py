@@ -104,7 +104,7 @@ class Score:
 
 
 class RunningScore:
-    """How certain a classifier is of each image, and how varied its answers are (Salimans et al. 2016, arXiv 1606.03498).
+    """The inception score: certainty of a classifier, and variety of its answers (Salimans et al. 2016, arXiv 1606.03498).
 
     exp(mean over the images of KL(p(class | image) || p(class))), for each `split` images in the order of the batches (the last
     split may be shorter), as ADM computes it.
@@ -237,7 +237,7 @@ def _blur(x: Array) -> Array:
 
 @dataclass(frozen=True)
 class CodeStatistics:
-    """How a codebook is used: share of the codes that occur, and entropy of their frequencies in bits."""
+    """The use of a codebook: share of the codes that occur, and entropy of their frequencies in bits."""
 
     usage: float
     entropy: float

@@ -217,7 +217,7 @@ def _check_finite(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> Non
 
 
 def _about(path: str | os.PathLike, text: np.ndarray) -> dict[str, Any]:
-    """What `save` wrote besides arrays."""
+    """The metadata of `save`, checked."""
     if text.dtype == np.uint8 and text.size <= LONGEST:
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             about = json.loads(text.tobytes())

@@ -1,4 +1,4 @@
-"""How well a tokenizer reconstructs images: PSNR, SSIM, LPIPS, rFID, and the use of its codebook.
+"""The quality of a tokenizer's reconstructions: PSNR, SSIM, LPIPS, rFID, and the use of its codebook.
 
 Shapes: B images, H W pixels, C channels, V codes.
 """

@@ -1,4 +1,4 @@
-"""Images -> codes -> images, and how close they come.
+"""Images -> codes -> images, and their PSNR.
 
 Shapes: N images, B images at a time, H W pixels, C channels, T tokens, E code dimension.
 """

@@ -112,7 +112,7 @@ def wait(what: str) -> None:
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """Around what hosts compute together: where JAX cannot go on, ends this process at once instead of raising.
+    """Ends this process at once, instead of raising, where a computation of all hosts fails.
 
     An exception would close a checkpoint that is being written, for instance, and so wait for hosts that are gone.
     """
