@@ -20,6 +20,7 @@ from dar_jax.inference.trained import load_sampler
 from dar_jax.models.transformer import Llama
 from dar_jax.parallel import make_mesh
 from dar_jax.sampling.logits import linear_guidance
+from dar_jax.sampling.settings import Method
 
 SAMPLING = SamplingConfig(guidance=(1.5, 3.0))
 
@@ -68,9 +69,9 @@ def interrupt(trained, path, after):
 
 def test_an_interrupted_run_goes_on_to_the_same_file(trained, tiny_run, tmp_path, monkeypatch):
     """Also with other batches and on other devices; only what is missing is drawn."""
-    whole, path = draw(trained, tmp_path / "whole.npz"), tmp_path / "cut.npz"
+    whole, path = draw(trained, tmp_path / "whole.npz"), tmp_path / "interrupted.npz"
     interrupt(trained, path, 3)
-    damaged = tmp_path / "cut.npz.parts" / "0000000008-0000000016.npy"
+    damaged = tmp_path / "interrupted.npz.parts" / "0000000008-0000000016.npy"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     with pytest.raises(InputError, match=f"{damaged.name} is damaged .*; delete it and run the command again"):
         draw(trained, path)
@@ -79,10 +80,10 @@ def test_an_interrupted_run_goes_on_to_the_same_file(trained, tiny_run, tmp_path
     monkeypatch.setattr(bulk._Parts, "write", lambda self, part, images: rows.append(part) or write(self, part, images))
     draw(load_sampler(tiny_run, mesh=make_mesh(MeshConfig(), jax.devices()[:1])), path, batch_size=5)
     assert rows == [slice(8, 13), slice(13, 16)]
-    assert [file.name for file in tmp_path.iterdir() if file != whole] == ["cut.npz"]
-    with np.load(path) as found, np.load(whole) as wanted:
+    assert [file.name for file in tmp_path.iterdir() if file != whole] == ["interrupted.npz"]
+    with np.load(path) as actual, np.load(whole) as expected:
         for name in ("arr_0", "arr_1"):
-            np.testing.assert_array_equal(found[name], wanted[name])
+            np.testing.assert_array_equal(actual[name], expected[name])
 
 
 class OtherLlama(Llama):
@@ -90,29 +91,31 @@ class OtherLlama(Llama):
 
 
 def other_weights(trained):
-    llama = trained.params["llama"]
-    return dataclasses.replace(trained, params=trained.params | {"llama": llama | {"output": llama["output"] + 1}})
+    transformer = trained.params["transformer"]
+    changed = transformer | {"output": transformer["output"] + 1}
+    return dataclasses.replace(trained, params=trained.params | {"transformer": changed})
 
 
 def other_code(trained):
-    llama = trained.networks.llama
-    networks = dataclasses.replace(trained.networks, llama=OtherLlama(llama.config, llama.dtype, llama.remat))
+    model = trained.networks.transformer
+    networks = dataclasses.replace(trained.networks, transformer=OtherLlama(model.config, model.dtype, model.remat))
     return dataclasses.replace(trained, networks=networks)
 
 
 def test_parts_of_anything_else_are_refused(trained, tmp_path):
     path = tmp_path / "out.npz"
     interrupt(trained, path, 1)
-    steeper = dataclasses.replace(trained, guidance=lambda tokens, first, last: linear_guidance(tokens, first, last + 1))
+    method = Method(guidance=lambda tokens, first, last: linear_guidance(tokens, first, last + 1))
+    steeper = dataclasses.replace(trained, networks=dataclasses.replace(trained.networks, method=method))
     larger = trained.with_tokenizer(dataclasses.replace(trained.config, sampling_resolution=16))
     for other, difference in (
         (other_weights(trained), r'model.weights.transformer: "\w+... there, "\w+... here'),
         (
             other_code(trained),
-            r'model.networks.transformer.class: "dar_jax.models.transformer.Llama" there, "test_bulk.OtherLlama \w+...',
+            r'model.networks.transformer.class: "dar_jax.models.transformer.L... there, "test_bulk.OtherLlama \w+...',
         ),
         (larger, "model.networks.tokenizer.config.sampling_resolution: null there, 16 here"),
-        (steeper, "guidance_scales"),
+        (steeper, r"model.networks.method.guidance: .*, guidance_scales: "),
     ):
         with pytest.raises(InputError, match=f"out.npz.parts was begun with something else, {difference}.*; delete it, or"):
             draw(other, path)

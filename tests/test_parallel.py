@@ -17,6 +17,7 @@ from dar_jax.features.inception import Inception
 from dar_jax.features.vgg_lpips import Lpips
 from dar_jax.models.tokenizer import Tokenizer
 from dar_jax.models.transformer import Llama
+from dar_jax.parallel.batches import over_batches, row_slices, split_rows
 from dar_jax.sampling import sampler
 from dar_jax.sampling.predict import predict_group
 from dar_jax.sampling.prepare import prepare
@@ -127,21 +128,57 @@ def test_frozen_networks_have_places():
 
 def test_unknown_path_is_an_error_until_a_rule_is_given():
     mesh = parallel.make_mesh(MeshConfig())
-    tree = {"blocks": {"sink": jnp.zeros((2, 8))}}
-    with pytest.raises(ValueError, match="blocks/sink"):
+    tree = {"blocks": {"sink": jnp.zeros((2, 8, 8))}}
+    with pytest.raises(InputError, match="blocks/sink"):
         parallel.shardings(tree, mesh)
-    assert parallel.shardings(tree, mesh, rules=[("sink", P("data"))])["blocks"]["sink"].spec == P(None, "data")
+    assert parallel.shardings(tree, mesh, rules=[("sink", P("data"))])["blocks"]["sink"].spec == P(None, None, "data")
 
 
 def test_mesh_sizes(monkeypatch):
     assert dict(parallel.make_mesh(MeshConfig(-1, 2, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
     assert parallel.make_mesh(MeshConfig(2, 1, -1), jax.devices()[:6]).shape["tensor"] == 3
     for most, shape in ((16, (1, 8, 1)), (4, (2, 4, 1)), (3, (4, 2, 1))):  # at most so many, and a divisor of all
-        monkeypatch.setattr(parallel, "MOST_PARTS", most)
+        monkeypatch.setattr(parallel.mesh, "MOST_PARTS", most)
         assert tuple(parallel.make_mesh(MeshConfig(-1, -1, 1)).shape.values()) == shape
     for sizes in ((-1, 1, -1), (-1, -1, 16), (3, 1, 1), (-1, 3, 1), (-1, 16, 1), (0, 1, 8)):
         with pytest.raises(InputError, match="mesh data x fsdp x tensor"):
             parallel.make_mesh(MeshConfig(*sizes))
+
+
+def test_batches_are_padded_and_come_back_one_behind():
+    mesh, events = parallel.make_mesh(MeshConfig()), []
+
+    def batches():
+        for rows, arguments in split_rows(row_slices(0, 19, 8), np.arange(19), None):
+            events.append(f"read {rows.start}")
+            yield rows, (*arguments, {"twice": 2 * arguments[0]})
+
+    def function(numbers, nothing, tree):
+        assert nothing is None and numbers.sharding == parallel.batch_sharding(mesh) and len(numbers) == 8
+        assert jax.sharding.get_abstract_mesh().shape == mesh.shape
+        return numbers + tree["twice"], None
+
+    parts = []
+    for rows, (tripled, nothing) in over_batches(function, batches(), 8, mesh):
+        events.append(f"done {rows.start}")
+        parts.append(tripled)
+        assert nothing is None and len(tripled) == rows.stop - rows.start
+        assert not jax.sharding.get_abstract_mesh().shape
+    assert events == ["read 0", "read 8", "done 0", "read 16", "done 8", "done 16"]
+    np.testing.assert_array_equal(np.concatenate(parts), 3 * np.arange(19))
+
+
+def test_results_that_come_one_by_one():
+    mesh = parallel.make_mesh(MeshConfig())
+
+    def powers(numbers):
+        for power in (1, 2, 3):
+            assert jax.sharding.get_abstract_mesh().shape == mesh.shape
+            yield numbers**power
+
+    results = list(over_batches(powers, split_rows(row_slices(2, 12, 8), np.arange(12)), 8, mesh))
+    assert [rows.start for rows, _ in results] == [2, 2, 2, 10, 10, 10]
+    np.testing.assert_array_equal(results[-1][1], [1000, 1331])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +203,7 @@ def test_nodes_are_taken_apart_along_data_first():
             assert len({device.slice_index for device in neighbours}) == 1, sizes
     for sizes, nodes in (((2, 1, 3), 4), ((1, 1, 3), 2)):
         some = [Device(number, number % nodes) for number in range(math.prod(sizes))]
-        with pytest.raises(InputError, match=r"cannot be cut into slices or nodes of \d( \+ \d)+ devices"):
+        with pytest.raises(InputError, match=r"cannot be split into slices or nodes of \d( \+ \d)+ devices"):
             parallel.arrange(sizes, some)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from test_fid import stand_in
+from test_fid import from_array, stand_in
 
 from dar_jax import parallel
 from dar_jax.cli.main import main
@@ -16,7 +16,6 @@ from dar_jax.errors import InputError
 from dar_jax.evaluation import extractor as extractors
 from dar_jax.evaluation.extractor import Extractor, Network
 from dar_jax.evaluation.fid import evaluate
-from dar_jax.evaluation.images import from_array
 from dar_jax.evaluation.sweep import share_compilation, sweep, variants
 from dar_jax.inference.samples import sample
 from dar_jax.inference.trained import load_sampler

@@ -1,1 +1,1 @@
-"""What trained networks are used for: samples, reconstructions, stored codes, and the pictures of them."""
+"""The quality of a checkpoint: metrics of samples, reconstructions and codes, and comparisons of sampling settings."""

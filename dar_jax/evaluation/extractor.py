@@ -18,15 +18,14 @@ from dar_jax.features.load import load_inception
 from dar_jax.parallel.batches import full_batch, over_batches
 from dar_jax.weights.published import resolve
 
-CPU_BATCH = 8  # whose maps stay in a processor's caches: two cores do 11 images/s, with 64 they do 7
-
+CPU_BATCH = 8  # its activations stay in a processor's caches: two cores do 11 images/s, with 64 they do 7
 
 Resize = Literal["tensorflow1", "half_pixel"]
 
 
 @dataclass(frozen=True)
 class Network:
-    """What computed features: the file of the weights, its SHA-256, and how images came to 299 pixels."""
+    """The network that computed features: the file of its weights, its SHA-256, and how images were resized to 299 x 299."""
 
     weights: str
     sha256: str
@@ -35,7 +34,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Extractor:
-    """A feature network ready for use on a mesh: parameters on every device, batches cut over all of them.
+    """A feature network on a mesh: parameters on every device, batches sharded over all of them.
 
     features: (params, uint8 [B, H, W, 3]) -> features, traced once for each size of images.
     batch_size: images at a time, rounded up to fit the devices.
@@ -48,14 +47,14 @@ class Extractor:
     network: Network
 
     def __call__(self, chunks: Iterable[np.ndarray]) -> Iterator[InceptionFeatures]:
-        """The features of uint8 images [n, H, W, C], n as it comes and C = 1 (taken for grey) or 3.
+        """The features of uint8 images [n, H, W, C], any n, C = 1 (grey) or 3.
 
-        Yields NumPy arrays, at most a batch at a time. While the devices work on a batch, the caller handles the one before
-        and the next one is read. Where there are several processes, each of them gives the same images and gets all features.
+        Yields NumPy arrays, at most a batch at a time, see `over_batches`.
         """
-        batches = ((batch,) for batch in _batches(chunks, full_batch(self.batch_size, self.mesh)))
+        size = full_batch(self.batch_size, self.mesh)
+        batches = ((None, (batch,)) for batch in _batches(chunks, size))
         extract = functools.partial(_features, self.features, self.params)
-        for _, features in over_batches(extract, batches, self.batch_size, self.mesh):
+        for _, features in over_batches(extract, batches, size, self.mesh):
             yield features
 
 
@@ -68,15 +67,15 @@ def open_extractor(
     """The FID Inception network.
 
     Args:
-      weights: a file, or a folder that holds it; None: looked for as `release.weights.resolve` does.
-      resize: how images come to 299 pixels. ADM's figures, and all others of TensorFlow 1, take "tensorflow1".
+      weights: a file, or a folder that holds it; None: the file that `published.resolve` finds.
+      resize: how images are resized to 299 x 299. ADM's figures, and all others of TensorFlow 1, take "tensorflow1".
       batch_size: images at a time; on a CPU at most `CPU_BATCH`, which changes nothing but the speed.
       mesh: None: all devices.
 
     Raises InputError where there are no weights or they are damaged.
     """
-    found = resolve("fid_inception", weights)
-    (path,), (sha256,) = found.files, found.sha256
+    resolved = resolve("fid_inception", weights)
+    (path,), (sha256,) = resolved.files, resolved.sha256
     params = load_inception(path)
     model = Inception("fc" in params, resize)
     mesh = mesh or parallel.make_mesh(MeshConfig())
@@ -95,15 +94,12 @@ def _features(features: Callable, params: Any, images: jax.Array) -> InceptionFe
 
 
 def _batches(chunks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Parts of any length [n, ...] as batches [size, ...]; the last one may be shorter."""
-    held, count = [], 0
+    """Chunks [n, ...] of any length as batches [size, ...]; the last one may be shorter."""
+    batch = None
     for chunk in chunks:
-        while count + len(chunk) >= size:
-            first, chunk = np.split(chunk, [size - count])
-            yield np.concatenate([*held, first])
-            held, count = [], 0
-        if len(chunk):
-            held.append(chunk)
-            count += len(chunk)
-    if held:
-        yield np.concatenate(held)
+        batch = chunk if batch is None else np.concatenate([batch, chunk])
+        while len(batch) >= size:
+            yield batch[:size]
+            batch = batch[size:]
+    if batch is not None and len(batch):
+        yield batch

@@ -1,4 +1,4 @@
-"""Generated images against a reference: FID, sFID, inception score, precision and recall, and what they were computed from."""
+"""Generated images against a reference: FID, sFID, inception score, precision and recall, with the data behind them."""
 
 import dataclasses
 import os
@@ -15,7 +15,7 @@ from dar_jax.evaluation.statistics import Statistics, collect, load, save
 from dar_jax.inference import npz
 from dar_jax.weights.published import PYTORCH_FID, TORCH_FIDELITY
 
-# Of how many images the features are kept for precision and recall: as many as ADM's reference files and samples have.
+# Images whose features are kept for precision and recall: as many as ADM's reference files and samples have.
 REFERENCE_FEATURES, SAMPLE_FEATURES = 10_000, 50_000
 FEW = 10_000  # images; with fewer, a Fréchet distance tells more of their number than of what they show
 NAMES = {
@@ -28,12 +28,12 @@ NAMES = {
 
 FILES_WITH_CLASSIFIER = " and ".join(source.name for source in (TORCH_FIDELITY, PYTORCH_FID))
 
-Given = str | os.PathLike | DataConfig | Images | Statistics
+ImagesOrStatistics = str | os.PathLike | DataConfig | Images | Statistics
 
 
 def evaluate(
-    samples: Given,
-    reference: Given,
+    samples: ImagesOrStatistics,
+    reference: ImagesOrStatistics,
     extractor: Extractor,
     num_images: int | None = None,
     reference_images: int | None = None,
@@ -42,15 +42,14 @@ def evaluate(
     """Measures samples against a reference.
 
     Args:
-      samples, reference: an NPZ file (with images uint8 [N, H, W, C] in `arr_0`; with moments, as ADM's reference files have
-        them besides, pytorch-fid's instead, and `statistics.save` writes; or both, then the moments count, and precision and
-        recall use the images), a folder of images of one size, a `DataConfig`, whose images are centre-cropped to its
-        image_size, `Images`, or `Statistics`.
-      num_images, reference_images: so many of them, drawn at random with a fixed seed; None: all.
+      samples, reference: an NPZ file (with images uint8 [N, H, W, C] in `arr_0`, or moments as `statistics.load` reads them; of
+        a file with both, only precision and recall use the images), a folder of images of one size, a `DataConfig`, whose
+        images are centre-cropped to its image_size, `Images`, or `Statistics`.
+      num_images, reference_images: the number of them, drawn at random with a fixed seed; None: all.
       keep_as: also write the statistics of the samples to this NPZ file, a reference for other samples.
 
-    Returns: the report of `compare`. Raises InputError where something cannot be read or does not fit; before any image is
-    looked at, if that can be known.
+    Returns the report of `compare`. Raises InputError where something cannot be read or does not fit; before any image is read,
+    if that can be known.
     """
     real, fake = _open(reference, reference_images), _open(samples, num_images)
     real = _complete(*real, extractor, REFERENCE_FEATURES, "images of the reference")
@@ -60,7 +59,7 @@ def evaluate(
     return compare(fake, real)
 
 
-def open_reference(reference: Given, extractor: Extractor) -> Statistics:
+def open_reference(reference: ImagesOrStatistics, extractor: Extractor) -> Statistics:
     """The statistics of a reference, as `evaluate` takes it, to compare several sets of samples with. Raises as `evaluate`."""
     return _complete(*_open(reference, None), extractor, REFERENCE_FEATURES, "images of the reference")
 
@@ -69,8 +68,8 @@ def compare(samples: Statistics, reference: Statistics) -> dict[str, Any]:
     """The report on samples against a reference, JSON-able.
 
     Keys: `fid`, `sfid`, `inception_score` (with `inception_score_std`), `precision` and `recall`, as far as they can be
-    computed; `left_out`, why the others are missing; `samples` and `reference`, what they were; `weights` and `resize` of the
-    network; `notes`, what a reader should know, a line each.
+    computed; `left_out`, why the others are missing; descriptions of `samples` and `reference`; `weights` and `resize` of the
+    network; `notes` for readers, a line each.
 
     Raises InputError where the two come from different networks or were resized differently.
     """
@@ -141,8 +140,8 @@ def table(report: dict[str, Any]) -> str:
     return columns([*rows, *(("note", note) for note in report["notes"])])
 
 
-def _open(what: Given, count: int | None) -> tuple[Statistics | None, Images | None]:
-    """Statistics, or images that they are still to be made of, or both: then only their features."""
+def _open(what: ImagesOrStatistics, count: int | None) -> tuple[Statistics | None, Images | None]:
+    """Statistics, or images to compute them from, or both: then the images are for their features."""
     if not isinstance(what, (DataConfig, Images, Statistics)) and Path(what).is_file():
         names = npz.names(what)
         if "mu" in names:
@@ -167,8 +166,8 @@ def _complete(statistics: Statistics | None, images: Images | None, extractor: E
     if statistics:
         images = subset(images, min(keep, images.count))
     with Progress(what, images.count) as progress:
-        found = collect(extractor, images, keep, progress.add)
-    return found if statistics is None else dataclasses.replace(statistics, features=found.features)
+        collected = collect(extractor, images, keep, progress.add)
+    return collected if statistics is None else dataclasses.replace(statistics, features=collected.features)
 
 
 def _check_same_network(samples: Statistics, reference: Statistics) -> None:

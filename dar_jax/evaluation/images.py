@@ -1,4 +1,4 @@
-"""Images to be judged: of one size, read in order, never all in memory, from an NPZ file, a folder, or any data source.
+"""Images to evaluate: of one size, read in order, never all in memory, from an NPZ file, a folder, or any data source.
 
 Shapes: N images, n of them at a time, H W pixels, C channels (1 grey, 3 RGB).
 """
@@ -30,9 +30,9 @@ class Images:
     """N images [H, W, C] of one size.
 
     source: where they come from, one line.
-    count: N, including files of a folder that turn out unreadable, which are left out.
+    count: N, including unreadable files of a folder, which are left out.
     shape: (H, W, C).
-    chunks: starts reading; yields uint8 [n, H, W, C], n as it comes.
+    chunks: starts reading; yields uint8 [n, H, W, C], n of any size.
     """
 
     source: str
@@ -41,26 +41,23 @@ class Images:
     chunks: Callable[[], Iterator[np.ndarray]]
 
 
-def from_array(images: np.ndarray, source: str) -> Images:
-    """Of uint8 [N, H, W, C] in memory. Raises InputError for anything else."""
-    _check(images.dtype, images.shape, source)
-    return Images(source, len(images), images.shape[1:], lambda: iter([images]))
-
-
 def from_npz(path: str | os.PathLike) -> Images:
-    """Of the uint8 array `arr_0` [N, H, W, C] of an NPZ file.
+    """The uint8 array `arr_0` [N, H, W, C] of an NPZ file.
 
     Raises InputError where there is none; reading does where it is damaged.
     """
     dtype, shape = npz.header(path, ARRAY)
-    _check(dtype, shape, f"{ARRAY} in {path}")
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3):
+        raise InputError(f"{ARRAY} in {path} is {dtype} {shape}; images are uint8 (N, height, width, 1 or 3)")
+    if math.prod(shape[1:]) > LARGEST:
+        raise InputError(f"{ARRAY} in {path} has images of {shape[2]} x {shape[1]} pixels, which is too large")
     return Images(str(path), shape[0], shape[1:], lambda: npz.chunks(path, ARRAY))
 
 
 def from_source(source: Source, image_size: int | None = None) -> Images:
-    """Of a data source: centre crops of `image_size` pixels, or with None the images as they are.
+    """Centre crops of `image_size` pixels of a data source, or with None its images as they are.
 
-    Raises InputError for stored codes; reading does where the images are taken as they are and differ in size.
+    Raises InputError for stored codes; reading does where images as they are differ in size.
     """
     first = source[0]
     if "image" not in first:
@@ -102,14 +99,14 @@ def open_images(what: str | os.PathLike | DataConfig) -> Images:
 def data_source(name: str) -> DataConfig | None:
     """The data source of a name SOURCE/SPLIT[/SIZE][:PLACE]; None for another name.
 
-    PLACE is the folder, of TFDS the data set. SIZE, in pixels, is needed but for digits and CIFAR-10, which have their own.
+    PLACE is the folder, or the data set of TFDS. SIZE, in pixels, is needed but for digits and CIFAR-10, which have their own.
     Examples: digits/test, cifar10/train:cifar-10-batches-bin, folder/val/256:imagenet, tfds/train[:10000]/256:imagenet2012.
     Raises InputError where SIZE is missing.
     """
-    found = re.fullmatch(r"(digits|cifar10|folder|tfds)/([^/:\[]+(?:\[[^\]]*\])?)(?:/(\d+))?(?::(.+))?", name)
-    if found is None:
+    match = re.fullmatch(r"(digits|cifar10|folder|tfds)/([^/:\[]+(?:\[[^\]]*\])?)(?:/(\d+))?(?::(.+))?", name)
+    if match is None:
         return None
-    source, split, size, place = found.groups()
+    source, split, size, place = match.groups()
     size = int(size) if size else {"digits": 8, "cifar10": 32}.get(source)
     if not size:
         example = f"{source}/{split}/256" + (f":{place}" if place else "")
@@ -119,7 +116,7 @@ def data_source(name: str) -> DataConfig | None:
 
 
 def subset(images: Images, count: int) -> Images:
-    """`count` of the images, drawn at random with a fixed seed, in their order: the first ones would often be of one class.
+    """`count` of the images in their order, drawn at random with a fixed seed: the first ones would often be of one class.
 
     Raises InputError where there are fewer.
     """
@@ -140,14 +137,7 @@ def subset(images: Images, count: int) -> Images:
 
 
 def choose(total: int, count: int) -> np.ndarray:
-    """Which `count` of `total` things are taken, drawn at random with a fixed seed; all, if there are fewer: bool [total]."""
+    """A mask, bool [total], of `count` elements drawn at random with a fixed seed; all, if there are fewer."""
     chosen = np.zeros(total, bool)
     chosen[np.random.default_rng(0).permutation(total)[:count]] = True
     return chosen
-
-
-def _check(dtype: np.dtype, shape: tuple[int, ...], what: str) -> None:
-    if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3):
-        raise InputError(f"{what} is {dtype} {shape}; images are uint8 (N, height, width, 1 or 3)")
-    if math.prod(shape[1:]) > LARGEST:
-        raise InputError(f"{what} has images of {shape[2]} x {shape[1]} pixels, which is too large")

@@ -1,8 +1,8 @@
-"""The numbers by which generated and decoded images are judged. Pure functions of arrays: no networks, no files.
+"""Metrics of generated and decoded images. Pure functions of arrays: no networks, no files.
 
 The definitions are those of ADM's evaluation suite (Dhariwal and Nichol 2021, arXiv 2105.05233). Sums over a data set are kept
-on the host in float64; what compares every image with every other runs on the device, block by block.
-Shapes: N samples, M reference images, D features, K classes or codes, B batch, b rows of a block, H W pixels, C channels.
+on the host in float64; comparisons of every image with every other run on the device, block by block.
+Shapes: N samples, M reference images, D features, K classes or codes, B batch, H W pixels, C channels.
 """
 
 import functools
@@ -17,20 +17,17 @@ from dar_jax.errors import InputError
 
 SPLIT = 5000  # images of one inception score
 NEIGHBOURS = 3  # of precision and recall
-BLOCK = 2048  # rows and columns of a block of distances
+BLOCK = 512  # rows of a block of distances, as many columns as there are points
 NOISE = 4e-6  # a squared distance below this share of the squared norms is rounding: the points are the same
 WINDOW, SIGMA = 11, 1.5  # of SSIM, in pixels
 K1, K2 = 0.01, 0.03
 
 
-# --- Frechet distance ------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Moments:
-    """What a Fréchet distance knows of a set of features: mean [D] and unbiased covariance [D, D], float64.
+    """Mean [D] and unbiased covariance [D, D] of a set of features, float64: all that a Fréchet distance depends on.
 
-    `count` is the number of features, None where it is not known, as of files that do not say it.
+    `count` is the number of features, None where a file does not say it.
     """
 
     mean: np.ndarray
@@ -61,33 +58,17 @@ class RunningMoments:
         if len(features):
             mean = features.mean(axis=0)
             centred = features - mean
-            self._merge(len(features), mean, centred.T @ centred)
-
-    def merge(self, other: "RunningMoments") -> None:
-        """Adds everything that `other` has seen."""
-        if other.count:
-            self._merge(other.count, other._mean, other._scatter)
+            total, apart = self.count + len(features), mean - self._mean
+            self._scatter = self._scatter + centred.T @ centred
+            self._scatter += np.outer(apart * (self.count * len(features) / total), apart)
+            self._mean = self._mean + apart * (len(features) / total)
+            self.count = total
 
     def result(self) -> Moments:
         """Raises InputError for fewer than two features, which have no covariance."""
         if self.count < 2:
             raise InputError(f"a covariance needs at least 2 images, there are {self.count}")
         return Moments(self._mean, self._scatter / (self.count - 1), self.count)
-
-    def _merge(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
-        total = self.count + count
-        apart = mean - self._mean
-        self._scatter = self._scatter + scatter
-        self._scatter += np.outer(apart * (self.count * count / total), apart)
-        self._mean = self._mean + apart * (count / total)
-        self.count = total
-
-
-def moments(features: np.ndarray) -> Moments:
-    """The moments of features [N, D], N >= 2."""
-    running = RunningMoments()
-    running.add(features)
-    return running.result()
 
 
 @dataclass(frozen=True)
@@ -114,9 +95,6 @@ def frechet_distance(a: Moments, b: Moments) -> FrechetDistance:
     return FrechetDistance(max(float(value), 0.0), (len(a.root), len(b.root)))
 
 
-# --- inception score -------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Score:
     """An inception score: mean and standard deviation over the splits."""
@@ -126,14 +104,18 @@ class Score:
 
 
 class RunningScore:
-    """The inception score of logits that arrive in batches; see `inception_score`. Keeps 2 K numbers at most."""
+    """The inception score: certainty of a classifier, and variety of its answers (Salimans et al. 2016, arXiv 1606.03498).
+
+    exp(mean over the images of KL(p(class | image) || p(class))), for each `split` images in the order of the batches (the last
+    split may be shorter), as ADM computes it.
+    """
 
     def __init__(self, split: int = SPLIT):
         self._split, self._scores = split, []
         self._begin()
 
     def add(self, logits: np.ndarray) -> None:
-        """Adds logits [B, K] of any float dtype."""
+        """Adds logits, or logarithms of probabilities, [B, K] of any float dtype."""
         logits = np.asarray(logits, np.float64)
         while len(logits):
             part, logits = np.split(logits, [self._split - self._count])
@@ -160,23 +142,9 @@ class RunningScore:
         return np.exp(self._negative_entropy / self._count - _p_log_p(self._probabilities / self._count))
 
 
-def inception_score(logits: np.ndarray, split: int = SPLIT) -> Score:
-    """How certain a classifier is of each image, and how varied its answers are (Salimans et al. 2016, arXiv 1606.03498).
-
-    exp(mean over the images of KL(p(class | image) || p(class))), for each `split` images in the order given (the last split
-    takes what is left), as ADM computes it. Of logits [N, K], or of the logarithms of probabilities.
-    """
-    running = RunningScore(split)
-    running.add(logits)
-    return running.result()
-
-
 def _p_log_p(p: np.ndarray) -> float:
     positive = p[p > 0]
     return float(positive @ np.log(positive))
-
-
-# --- precision and recall --------------------------------------------------------------------------------------------------
 
 
 def precision_recall(reference: np.ndarray, samples: np.ndarray, k: int = NEIGHBOURS) -> tuple[float, float]:
@@ -188,82 +156,56 @@ def precision_recall(reference: np.ndarray, samples: np.ndarray, k: int = NEIGHB
 
     Args:
       reference, samples: float32 [M, D] and [N, D]. Distances are computed about the reference's mean, which keeps float32
-        exact enough, and those that could as well be rounding count as zero.
+        exact enough; those within rounding count as zero.
 
-    Raises: InputError where one set has no more than k points.
+    Raises InputError where one set has no more than k points.
     """
     if min(len(reference), len(samples)) <= k:
         raise InputError(f"precision and recall need more than {k} images, not {min(len(reference), len(samples))}")
     centre = reference.mean(axis=0, dtype=np.float64).astype(np.float32)
-    real, fake = _in_blocks(reference - centre), _in_blocks(samples - centre)
-    inside_real, inside_fake = _inside(fake, _radii(fake, k), real, _radii(real, k))
-    return int(inside_real.sum()) / len(samples), int(inside_fake.sum()) / len(reference)
+    real, fake = (jnp.asarray(rows - centre) for rows in (reference, samples))
+    precise = _inside(fake, real, _radii(real, k, BLOCK), BLOCK)
+    recalled = _inside(real, fake, _radii(fake, k, BLOCK), BLOCK)
+    return int(precise.sum()) / len(samples), int(recalled.sum()) / len(reference)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class _Points:
-    """Rows [blocks, b, D] with their squared norms [blocks, b], filled up with points at infinity."""
+@functools.partial(jax.jit, static_argnames=("k", "block"))
+def _radii(points: Array, k: int, block: int) -> Array:
+    """Squared distances [N] to the k-th nearest other point."""
+    norms = jnp.square(points).sum(axis=1)
 
-    rows: Array
-    norms: Array
+    def radius(row: tuple[Array, Array]) -> Array:
+        distances = _squared_distances(*row, points, norms)
+        for _ in range(k):  # without the nearest, which is first the point itself, at 0; `top_k` is ten times slower on a CPU
+            distances = jnp.where(jnp.arange(len(distances)) == distances.argmin(), jnp.inf, distances)
+        return distances.min()
 
-
-def _in_blocks(rows: np.ndarray) -> _Points:
-    size = min(BLOCK, len(rows))
-    missing = -len(rows) % size
-    norms = np.pad(np.square(rows).sum(axis=1), (0, missing), constant_values=np.inf)
-    rows = np.pad(rows, ((0, missing), (0, 0)))
-    return _Points(jnp.asarray(rows.reshape(-1, size, rows.shape[1])), jnp.asarray(norms.reshape(-1, size)))
+    return jax.lax.map(radius, (points, norms), batch_size=block)
 
 
-def _squared_distances(a: _Points, b: _Points) -> Array:
-    """Between the rows of two blocks: [b, b], infinite for points at infinity."""
-    norms = a.norms[:, None] + b.norms
-    squared = norms - 2 * jnp.matmul(a.rows, b.rows.T, precision=jax.lax.Precision.HIGHEST)
+@functools.partial(jax.jit, static_argnames="block")
+def _inside(points: Array, centres: Array, radii: Array, block: int) -> Array:
+    """The points [N] that lie in a ball about one of the centres [M], of squared radii [M]: bool [N]."""
+    norms = jnp.square(centres).sum(axis=1)
+
+    def inside(row: tuple[Array, Array]) -> Array:
+        return (_squared_distances(*row, centres, norms) <= radii).any()
+
+    return jax.lax.map(inside, (points, jnp.square(points).sum(axis=1)), batch_size=block)
+
+
+def _squared_distances(point: Array, norm: Array, points: Array, norms: Array) -> Array:
+    """Between a point [D] and points [N, D], of squared norms [] and [N]: [N]."""
+    norms = norm + norms
+    squared = norms - 2 * jnp.matmul(points, point, precision=jax.lax.Precision.HIGHEST)
     return jnp.where(squared < NOISE * norms, 0, squared)
-
-
-@functools.partial(jax.jit, static_argnames="k")
-def _radii(points: _Points, k: int) -> Array:
-    """Squared distances [blocks, b] to the k-th nearest other point; of points at infinity -1, so that nothing is near them."""
-
-    def of_block(block: _Points) -> Array:
-        def nearer(nearest: Array, others: _Points) -> tuple[Array, None]:
-            candidates = jnp.concatenate([nearest, _squared_distances(block, others)], axis=1)
-            return -jax.lax.top_k(-candidates, k + 1)[0], None
-
-        nearest = jax.lax.scan(nearer, jnp.full((len(block.norms), k + 1), jnp.inf), points)[0]
-        return jnp.where(jnp.isinf(block.norms), -1, nearest[:, k])  # the nearest of all, at 0, is the point itself
-
-    return jax.lax.map(of_block, points)
-
-
-@jax.jit
-def _inside(a: _Points, radii_a: Array, b: _Points, radii_b: Array) -> tuple[Array, Array]:
-    """Which points of a lie in a ball of b, and which of b in a ball of a: two bool arrays [blocks, b]."""
-
-    def of_block(block: tuple[_Points, Array]) -> tuple[Array, Array]:
-        rows, radii = block
-
-        def look(inside: Array, others: tuple[_Points, Array]) -> tuple[Array, Array]:
-            squared = _squared_distances(rows, others[0])
-            return inside | (squared <= others[1]).any(axis=1), (squared <= radii[:, None]).any(axis=0)
-
-        return jax.lax.scan(look, jnp.zeros(len(radii), bool), (b, radii_b))
-
-    in_b, in_a = jax.lax.map(of_block, (a, radii_a))
-    return in_b, in_a.any(axis=0)
-
-
-# --- pairs of images -------------------------------------------------------------------------------------------------------
 
 
 def ssim(images: Array, others: Array, data_range: float = 255.0) -> Array:
     """Structural similarity of each pair of images (Wang et al. 2004, IEEE Transactions on Image Processing 13 (4)).
 
-    A Gaussian window of 11 pixels (sigma 1.5) wherever it fits as a whole, K1 = 0.01, K2 = 0.03, each channel by itself, then
-    the mean over places and channels.
+    A Gaussian window of 11 pixels (sigma 1.5) wherever all of it fits, K1 = 0.01, K2 = 0.03, each channel by itself, then the
+    mean over positions and channels.
 
     Args:
       images, others: [B, H, W, C] of any dtype, values in [0, data_range].
@@ -293,22 +235,18 @@ def _blur(x: Array) -> Array:
     return x
 
 
-# --- codes -----------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class CodeStatistics:
-    """How a codebook is used: share of the codes that occur, entropy of their frequencies in bits, and 2 to that power."""
+    """The use of a codebook: share of the codes that occur, and entropy of their frequencies in bits."""
 
     usage: float
     entropy: float
-    perplexity: float
 
 
 def code_statistics(counts: np.ndarray) -> CodeStatistics:
-    """Of how often each code occurs, integers [K]. Raises InputError if none does."""
+    """Args: counts, how often each code occurs, integers [K]. Raises InputError if none does."""
     counts = np.asarray(counts, np.float64)
     if not counts.sum() > 0:
         raise InputError("no codes were counted, so there is nothing to say about their use")
     entropy = max(0.0, -_p_log_p(counts / counts.sum()) / np.log(2))
-    return CodeStatistics(float(np.mean(counts > 0)), float(entropy), float(2**entropy))
+    return CodeStatistics(float(np.mean(counts > 0)), float(entropy))

@@ -1,4 +1,4 @@
-"""How sampling settings change what comes out: FID and company of N samples for each, and for each length of the preview."""
+"""Sampling settings compared: FID and the other metrics of N samples with each of them, and of their previews."""
 
 import dataclasses
 import itertools
@@ -15,8 +15,9 @@ from dar_jax.console import Progress, columns
 from dar_jax.errors import InputError
 from dar_jax.evaluation.extractor import Extractor
 from dar_jax.evaluation.fid import SAMPLE_FEATURES, compare, open_reference
-from dar_jax.evaluation.statistics import RunningStatistics
-from dar_jax.files import replacing, write_json
+from dar_jax.evaluation.statistics import RunningStatistics, add_features
+from dar_jax.files import write_json
+from dar_jax.inference.pictures import plot
 from dar_jax.inference.samples import sample
 from dar_jax.inference.trained import Trained, seeds_from
 from dar_jax.sampling.settings import Settings, make_settings
@@ -31,14 +32,14 @@ def variants(
     top_k: Sequence[int] = (),
     top_p: Sequence[float] = (),
 ) -> list[SamplingConfig]:
-    """Every combination of the values given; what is not given stays as in `base`."""
+    """All combinations of these values; settings without any are those of `base`."""
     axes = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     axes = {name: values or (getattr(base, name),) for name, values in axes.items()}
     return [dataclasses.replace(base, **dict(zip(axes, values))) for values in itertools.product(*axes.values())]
 
 
 def share_compilation(settings: Sequence[Settings], vocab_size: int) -> list[Settings]:
-    """The same settings with the same parts switched on, though without effect, so that one compilation serves all."""
+    """Enables the same filters in all settings (with neutral values), so that one compiled sampler serves them all."""
     neutral = {
         "temperature": None,  # taking the most probable token is another computation
         "top_k": jnp.int32(vocab_size),
@@ -66,17 +67,17 @@ def sweep(
     them against the reference.
 
     Args:
-      reference: as `evaluate.evaluate` takes it.
-      groups: after how many groups the previews are measured, which cost no more sampling; None: the finished images only.
+      reference: as `fid.evaluate` takes it.
+      groups: numbers of groups after which the previews are measured, at no cost in sampling; None: the finished images only.
 
     Returns a row for each setting and preview: the setting, `groups`, `tokens`, the metrics, `notes`. Raises InputError where
     settings, seeds, groups or the reference do not fit.
     """
     config, last = trained.config, trained.config.num_groups
-    wanted = sorted(set(groups or (last,)))
-    if not 1 <= wanted[0] <= wanted[-1] <= last:
-        raise InputError(f"groups are {wanted}, they should be between 1 and {last}")
-    configs = [dataclasses.replace(each, num_groups=wanted[-1]) for each in configs]
+    groups = sorted(set(groups or (last,)))
+    if not 1 <= groups[0] <= groups[-1] <= last:
+        raise InputError(f"groups are {groups}, they should be between 1 and {last}")
+    configs = [dataclasses.replace(each, num_groups=groups[-1]) for each in configs]
     settings = share_compilation(
         [make_settings(each, config, trained.networks.method) for each in configs],
         trained.networks.transformer.config.vocab_size,
@@ -85,17 +86,14 @@ def sweep(
     real = open_reference(reference, extractor)
     labels = np.arange(num_samples) % trained.networks.transformer.config.num_classes
     rows = []
-    for number, (each, made) in enumerate(zip(configs, settings), 1):
-        running = {group: RunningStatistics(extractor.network, num_samples, SAMPLE_FEATURES) for group in wanted}
-        with Progress(f"setting {number} of {len(configs)}:", num_samples) as progress:
-            for drawn in sample(trained, labels, seeds, made, batch_size, previews=len(wanted) > 1):
-                if drawn.groups in running:
-                    for features in extractor([drawn.images]):
-                        running[drawn.groups].add(features)
-                if drawn.groups == wanted[-1]:
-                    progress.add(len(drawn.images))
-        for group in wanted:
-            shape = (trained.config.image_size, trained.config.image_size, trained.config.channels)
+    shape = (config.image_size, config.image_size, config.channels)
+    for number, (each, prepared) in enumerate(zip(configs, settings), 1):
+        running = {group: RunningStatistics(extractor.network, num_samples, SAMPLE_FEATURES) for group in groups}
+        samples = sample(trained, labels, seeds, prepared, batch_size, previews=len(groups) > 1)
+        chunks = ((running[batch.groups], batch.images) for batch in samples if batch.groups in running)
+        with Progress(f"setting {number} of {len(configs)}:", num_samples * len(groups)) as progress:
+            add_features(extractor, chunks, progress.add)
+        for group in groups:
             report = compare(running[group].result(f"samples after {group} of {last} groups", shape), real)
             rows.append(
                 {
@@ -122,21 +120,15 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def write_report(rows: Sequence[dict[str, Any]], out: str | os.PathLike, about: dict[str, Any]) -> list[Path]:
     """Writes report.json (with `about`) and fid.png, FID against the settings, a line for each preview; returns the paths."""
-    from matplotlib.figure import Figure
-
     out = Path(out)
     write_json(out / "report.json", {**about, "rows": list(rows)})
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
     varied = [name for name in ("guidance", "temperature", "top_k", "top_p") if len({str(row[name]) for row in rows}) > 1]
-    for tokens in sorted({row["tokens"] for row in rows}):
-        chosen = [row for row in rows if row["tokens"] == tokens]
-        labels = ["\n".join(f"{name} {_cell(row[name])}" for name in varied) or "all settings" for row in chosen]
-        axes.plot(labels, [row["fid"] for row in chosen], marker="o", label=f"{tokens} tokens")
-    axes.set(ylabel="FID", ylim=(0, None))
-    axes.legend()
-    with replacing(out / "fid.png") as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    with plot(out / "fid.png") as axes:
+        for tokens in sorted({row["tokens"] for row in rows}):
+            curve = [row for row in rows if row["tokens"] == tokens]
+            labels = ["\n".join(f"{name} {_cell(row[name])}" for name in varied) or "all settings" for row in curve]
+            axes.plot(labels, [row["fid"] for row in curve], marker="o", label=f"{tokens} tokens")
+        axes.set(ylabel="FID", ylim=(0, None))
     return [out / "report.json", out / "fid.png"]
 
 

@@ -1,9 +1,12 @@
-"""How well a tokenizer keeps images: PSNR, SSIM, LPIPS, rFID, and how its codebook is used.
+"""The quality of a tokenizer's reconstructions: PSNR, SSIM, LPIPS, rFID, and the use of its codebook.
 
 Shapes: B images, H W pixels, C channels, V codes.
 """
 
+import collections
+import functools
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,20 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from dar_jax.config import DataConfig, SamplingConfig
-from dar_jax.console import Progress, columns
-from dar_jax.data.pipeline import epoch
+from dar_jax.console import columns
 from dar_jax.data.sources import Source
 from dar_jax.errors import InputError
 from dar_jax.evaluation import metrics
 from dar_jax.evaluation.extractor import Extractor
 from dar_jax.evaluation.fid import FEW
-from dar_jax.evaluation.statistics import RunningStatistics
+from dar_jax.evaluation.statistics import RunningStatistics, add_features
 from dar_jax.features.load import load_lpips
 from dar_jax.features.vgg_lpips import SMALLEST, Lpips
-from dar_jax.inference.reconstruct import reconstruct
+from dar_jax.inference.reconstruct import reconstruct_source
 from dar_jax.inference.trained import Trained, seeds_from
 from dar_jax.models.pixels import to_float
-from dar_jax.parallel.batches import full_batch, pad, put_batch, to_host
+from dar_jax.parallel.batches import over_batches
 from dar_jax.weights.published import resolve
 
 NAMES = {
@@ -41,16 +43,16 @@ NAMES = {
 
 @dataclass(frozen=True)
 class LpipsWeights:
-    """Parameters of `Lpips`, and what they were read from, one line."""
+    """Parameters of `Lpips`, and a line about their files."""
 
     params: dict
     description: str
 
 
 def open_lpips(path: str | os.PathLike | None = None) -> LpipsWeights:
-    """The weights of LPIPS: a file or folder, else looked for as `release.weights.resolve` does. Raises InputError as that."""
-    found = resolve("lpips_vgg16", path)
-    return LpipsWeights(load_lpips(*found.files), str(found))
+    """The weights of LPIPS, of a file or folder, or where `published.resolve` finds them. Raises InputError as that."""
+    resolved = resolve("lpips_vgg16", path)
+    return LpipsWeights(load_lpips(*resolved.files), str(resolved))
 
 
 def evaluate_tokenizer(
@@ -67,52 +69,57 @@ def evaluate_tokenizer(
     """Encodes and decodes the images of a data set, centre-cropped to the tokenizer's size.
 
     Args:
-      extractor: for rFID (and rsFID, of the spatial features), between the images and what is decoded; None: left out.
+      extractor: for rFID (and rsFID, of the spatial features), between originals and decoded images; None: left out.
       lpips: None: left out.
       sampling: its solver and number of steps count.
       seed: image i is denoised from the noise of seed + i.
-      num_images: only so many, from the first on; None: all.
+      num_images: the number of images, from the first on; None: all.
 
     Returns a JSON-able report: the keys of `NAMES`, means over images where they are of each; `left_out`, why one is missing;
-    `images`, `unreadable`, `data`, `weights`, `notes`. Raises InputError where no image can be read, or a seed is
-    not in [0, 2**32).
+    `images`, `unreadable`, `data`, `weights`, `notes`. Raises InputError where no image can be read, or a seed is not in
+    [0, 2**32).
     """
     total = min(num_images or len(source), len(source))
     seeds = seeds_from(seed, total)
-    size = full_batch(min(batch_size, total), trained.mesh)
-    config, left_out, of_each = trained.config, {}, {"psnr": [], "ssim": [], "lpips": []}
-    if config.image_size < metrics.WINDOW:
+    config, left_out, of_each = trained.config, {}, collections.defaultdict(list)
+    measures: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {}  # (originals, decoded) -> [B]
+    if config.image_size >= metrics.WINDOW:
+        measures["ssim"] = _ssim
+    else:
         left_out["ssim"] = f"it needs images of at least {metrics.WINDOW} pixels"
-    if lpips is None or config.image_size < SMALLEST:
+    if lpips is not None and config.image_size >= SMALLEST:
+        measures["lpips"] = functools.partial(_lpips, lpips.params)
+    else:
         left_out["lpips"] = f"it needs images of at least {SMALLEST} pixels" if lpips else "there are no weights for it"
     if extractor is None:
         left_out["rfid"] = left_out["rsfid"] = "there are no weights of Inception"
     sides = [] if extractor is None else [RunningStatistics(extractor.network, total, 0) for _ in range(2)]
     counts = np.zeros(config.codebook_size, np.int64)
-    images = 0
-    with Progress("evaluated", total) as progress:
-        for number, batch in enumerate(epoch(source, data, batch_size=size, stop=total)):
-            places = np.flatnonzero(batch["valid"])
-            progress.add(min(size, total - progress.done))
-            if not len(places):
-                continue
-            originals = batch["image"][places]
-            result = reconstruct(trained, originals, seeds[number * size + places], sampling, size)
-            images += len(places)
-            of_each["psnr"].append(result.psnr)
-            pair = put_batch((pad(originals, size), pad(result.images, size)), trained.mesh)
-            for name, function, arguments in (("ssim", _ssim, ()), ("lpips", _lpips, (lpips and lpips.params,))):
-                if name not in left_out:
-                    of_each[name].append(to_host(function(*arguments, *pair))[: len(places)])
+
+    def measure_pairs(originals: jax.Array, decoded: jax.Array) -> dict[str, jax.Array]:
+        return {name: measure(originals, decoded) for name, measure in measures.items()}
+
+    def measured() -> Iterator[tuple[RunningStatistics, np.ndarray]]:
+        """Takes all measures but those of the extractor, and yields the images for it."""
+        results = reconstruct_source(trained, source, data, "evaluated", seeds, sampling, batch_size)
+        pairs = ((result, (result.originals, result.images)) for _, result in results)
+        size = trained.full_batch(min(batch_size, total))
+        for result, values in over_batches(measure_pairs, pairs, size, trained.mesh):
+            for name, value in {"psnr": result.psnr, **values}.items():
+                of_each[name].append(value)
             if result.codes is not None:
-                counts += np.bincount(result.codes.reshape(-1), minlength=len(counts))
-            for side, pixels in zip(sides, (originals, result.images)):
-                for features in extractor([pixels]):
-                    side.add(features)
+                counts[:] += np.bincount(result.codes.reshape(-1), minlength=len(counts))
+            yield from zip(sides, (result.originals, result.images))
+
+    if extractor is None:
+        collections.deque(measured(), maxlen=0)
+    else:
+        add_features(extractor, measured())
+    images = sum(map(len, of_each["psnr"]))
     if images == 0:
         raise InputError(f"none of the {total} images can be read: {source.description}")
 
-    report = {name: float(np.mean(np.concatenate(values))) for name, values in of_each.items() if name not in left_out}
+    report = {name: float(np.mean(np.concatenate(values))) for name, values in of_each.items()}
     if sides and images == 1:
         left_out["rfid"] = left_out["rsfid"] = "it needs more than one image"
     elif sides:

@@ -1,0 +1,1 @@
+"""A checkpoint in use: samples, reconstructions, stored codes, and pictures of them."""

@@ -1,4 +1,4 @@
-"""Many samples into one NPZ file, batch by batch, so that an interrupted run goes on where it stopped.
+"""Many samples in one NPZ file, batch by batch, so that an interrupted run goes on where it stopped.
 
 Shapes: N samples, B at a time, H W pixels, C channels.
 """
@@ -10,7 +10,6 @@ import zipfile
 from pathlib import Path
 from typing import Literal
 
-import jax
 import numpy as np
 
 from dar_jax.config import SamplingConfig
@@ -18,12 +17,11 @@ from dar_jax.console import Progress
 from dar_jax.errors import InputError
 from dar_jax.files import replacing
 from dar_jax.inference import identity
+from dar_jax.inference.samples import sample
 from dar_jax.inference.trained import Trained, seeds_from
-from dar_jax.models.pixels import to_uint8
 from dar_jax.parallel import hosts
-from dar_jax.parallel.batches import full_batch, pad, put_batch, to_host
-from dar_jax.sampling.sampler import generate
-from dar_jax.sampling.settings import Settings, make_settings
+from dar_jax.parallel.batches import row_slices
+from dar_jax.sampling.settings import make_settings
 from dar_jax.training.checkpoint import require_shared
 
 Labels = Literal["balanced", "uniform"]
@@ -48,8 +46,8 @@ def generate_npz(
     """Draws samples and writes them in ADM's layout: `arr_0` uint8 [N, H, W, C] and `arr_1`, their classes, int64 [N].
 
     Sample i has the seed `seed` + i and does not depend on the batch, so a run that was interrupted ends with the images of an
-    undisturbed one, also with other batches and devices. Until the file is whole, batches are kept in the folder OUT.parts.
-    While the devices draw a batch, the host writes the one before; no more are in memory. Of several hosts, which share the
+    undisturbed one, also with other batches and devices. Until the file is complete, batches are kept in the folder OUT.parts.
+    While the devices draw a batch, the host writes the one before; no more are in memory. With several hosts, which share the
     folder, the first writes.
 
     Raises InputError where OUT exists, OUT.parts holds batches of anything else (other weights, settings or code, see
@@ -61,7 +59,7 @@ def generate_npz(
         raise InputError(f"{out} exists already; choose another file")
     seeds = seeds_from(seed, num)
     settings = make_settings(sampling, trained.config, trained.networks.method)
-    size = full_batch(min(batch_size, num), trained.mesh)
+    size = trained.full_batch(min(batch_size, num))
     classes = class_labels(labels, num, len(trained.class_names), seed)
     require_shared(parts.folder)
     about = {"model": identity.of_model(trained), "sampling": dataclasses.asdict(sampling)}
@@ -69,8 +67,13 @@ def generate_npz(
     mark = f"dar_jax {identity.digest(about)}".encode()
     if not out.exists():
         identity.claim(parts.folder, about, "*.npy")
-        _draw(trained, settings, classes, seeds, parts, size)
-    elif _comment(out) != mark:  # else this very file was finished, and its parts were not deleted any more
+        missing = parts.missing(size)
+        with Progress("generated", num) as progress:
+            progress.skip(num - sum(rows.stop - rows.start for rows in missing))
+            for batch in sample(trained, classes, seeds, settings, size, batches=missing):
+                parts.write(batch.rows, batch.images)
+                progress.add(len(batch.images))
+    elif _comment(out) != mark:  # else this very file was finished, but its parts not yet deleted
         raise InputError(f"{out} exists already; choose another file")
     if hosts.first():
         if not out.exists():
@@ -81,55 +84,31 @@ def generate_npz(
     return out
 
 
-def _draw(trained: Trained, settings: Settings, classes: np.ndarray, seeds: np.ndarray, parts: "_Parts", size: int) -> None:
-    """Draws the samples that are missing, `size` at a time."""
-    waiting = None
-    missing = parts.missing(size)
-    with Progress("generated", parts.num) as progress:
-        progress.skip(parts.num - sum(rows.stop - rows.start for rows in missing))
-        for rows in missing:
-            batch_labels, batch_seeds = put_batch(
-                (pad(classes[rows].astype(np.int32), size), pad(seeds[rows], size)), trained.mesh
-            )
-            with jax.set_mesh(trained.mesh):
-                condition = trained.networks.condition({"label": batch_labels})
-                images = generate(trained.networks, trained.sampler_params, settings, condition, batch_seeds).images
-            if waiting:
-                parts.write(*waiting)
-                progress.add(waiting[0].stop - waiting[0].start)
-            waiting = rows, images
-        if waiting:
-            parts.write(*waiting)
-            progress.add(waiting[0].stop - waiting[0].start)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Parts:
-    """The folder of the batches, START-STOP.npy with the images of these samples each."""
+    """The folder of the batches: START-STOP.npy with the images of these samples."""
 
     folder: Path
     num: int
 
     def done(self) -> list[slice]:
-        """The samples that are there, batch by batch in their order."""
+        """The samples that are drawn, batch by batch in their order."""
         names = sorted(path.stem for path in self.folder.glob("*-*.npy"))
         return [slice(*map(int, name.split("-"))) for name in names]
 
     def missing(self, size: int) -> list[slice]:
-        """The samples that are not, in batches of `size` at most."""
-        done, batches = self.done(), []
-        for start, stop in zip([0, *(rows.stop for rows in done)], [*(rows.start for rows in done), self.num]):
-            batches += [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
-        return batches
+        """The other samples, in batches of `size` at most."""
+        done = self.done()
+        gaps = zip([0, *(rows.stop for rows in done)], [*(rows.start for rows in done), self.num])
+        return [rows for start, stop in gaps for rows in row_slices(start, stop, size)]
 
     def path(self, rows: slice) -> Path:
         return self.folder / f"{rows.start:010d}-{rows.stop:010d}.npy"
 
-    def write(self, rows: slice, images: jax.Array) -> None:
-        pixels = to_uint8(to_host(images)[: rows.stop - rows.start])
+    def write(self, rows: slice, images: np.ndarray) -> None:
         if hosts.first():
             with replacing(self.path(rows)) as temporary, temporary.open("wb") as file:
-                np.save(file, pixels)
+                np.save(file, images)
 
     def read(self, rows: slice) -> np.ndarray:
         try:
@@ -153,7 +132,7 @@ def _assemble(path: Path, parts: _Parts, classes: np.ndarray, comment: bytes) ->
 
 
 def _comment(path: Path) -> bytes | None:
-    """The comment of a zip archive; None where it is none."""
+    """The comment of a zip archive; None for another file."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.comment

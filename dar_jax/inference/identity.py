@@ -1,7 +1,7 @@
-"""What a result that is made piece by piece depends on, so that an interrupted run does not go on with anything else.
+"""The identity of a result that is written piece by piece, so that an interrupted run does not go on with anything else.
 
 The identity of a result is JSON-able data: SHA-256 of weights, images and code, and every setting as it is. It is kept in
-`identity.json` beside the pieces and compared as a whole. How the work is divided (batch size, mesh, hosts) is no part of it.
+`identity.json` beside the pieces and compared completely. The division of the work (batch size, mesh, hosts) is no part of it.
 """
 
 import contextlib
@@ -29,9 +29,9 @@ from dar_jax.parallel import hosts
 from dar_jax.training.checkpoint import absolute
 
 FILE = "identity.json"
-TAIL = 4096  # bytes of an image file that are looked at, the last ones: there PNG keeps a checksum of all pixels
-PROBES = 64  # images of another source that are looked at
-THREADS = 16  # that read image files
+TAIL = 4096  # last bytes of an image file that are hashed: there PNG keeps a checksum of all pixels
+PROBES = 64  # images of another source that are hashed
+THREADS = 16  # for reading image files
 STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 SHOWN = 3  # differences in a message
 LONGEST = 32  # characters of a value in a message
@@ -40,7 +40,7 @@ LONGEST = 32  # characters of a value in a message
 def of_model(trained: Trained) -> dict[str, Any]:
     """The identity of a model: weights, networks with all their settings, class names, and the version of this package.
 
-    Where parameters are cut over several processes, all of them have to call it.
+    Where parameters are sharded over several processes, all of them have to call it.
     """
     weights = {name: fingerprint(params) for name, params in trained.params.items() if params}
     class_names = list(trained.class_names)
@@ -50,8 +50,8 @@ def of_model(trained: Trained) -> dict[str, Any]:
 def of_source(source: Source) -> dict[str, Any]:
     """The identity of a data set: its classes, and its images' names, labels and contents.
 
-    Reading all images would take as long as the work itself. Of image files the size and the last 4 KB count, so that one
-    replaced by another that is equal in both goes unnoticed; of other sources 64 images, spread evenly.
+    Reading all images would take as long as the work itself. So the size and the last 4 KB of image files count (another file
+    that is equal in both goes unnoticed), and 64 evenly spread images of other sources.
     """
     images, class_names = len(source), list(source.class_names)
     if isinstance(source, FolderSource):
@@ -85,9 +85,9 @@ def describe(value: Any) -> Any:
 
 
 def claim(folder: str | os.PathLike, identity: Mapping[str, Any], pieces: str) -> None:
-    """Writes the identity of what is made in a folder, or compares it with that of the pieces that are there.
+    """Writes the identity of a result into its folder, or compares it with that of the pieces that are there.
 
-    Of several hosts, which share the folder, the first writes and all compare.
+    With several hosts, which share the folder, the first writes and all compare.
 
     Args:
       pieces: pattern of the pieces' names.
@@ -120,7 +120,7 @@ def digest(value: Any) -> str:
 def _file(source: FolderSource, index: int) -> list[Any]:
     """Name, label, size and SHA-256 of the end of an image file."""
     path, label = source.encoded(index)
-    size = tail = None  # it counts as unreadable, and so does what is no file: opening a pipe would wait for a writer
+    size = tail = None  # of an unreadable file, and of a pipe, which would wait for a writer
     with contextlib.suppress(OSError):
         if os.path.isfile(path):
             with open(path, "rb") as file:
@@ -131,7 +131,7 @@ def _file(source: FolderSource, index: int) -> list[Any]:
 
 
 def _code(value: Any) -> str:
-    """The name of a class or function; if it is the user's, with the SHA-256 of all Python files loaded from its folder.
+    """The name of a class or function, for the user's own with the SHA-256 of all Python files loaded from its folder.
 
     Installed packages are known by name only.
     """
@@ -145,7 +145,7 @@ def _code(value: Any) -> str:
 
 
 def _is_users(module: Any) -> bool:
-    """Whether a module was loaded from a file that belongs neither to this package nor to an installed one."""
+    """True for a module that was loaded from a file that belongs neither to this package nor to an installed one."""
     if not getattr(module, "__file__", None) or module.__name__.partition(".")[0] == "dar_jax":
         return False
     file = Path(module.__file__).absolute()
@@ -154,7 +154,7 @@ def _is_users(module: Any) -> bool:
 
 
 def _differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
-    """The places where two JSON values differ, a line each."""
+    """The paths at which two JSON values differ, a line each."""
     if isinstance(there, (dict, list)) and type(there) is type(here):
         there, here = (dict(enumerate(value)) if isinstance(value, list) else value for value in (there, here))
         for name in there | here:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, as text for people."""
+"""The contents of a checkpoint as text for people."""
 
 import math
 import os

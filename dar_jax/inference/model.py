@@ -5,7 +5,7 @@ Shapes: N samples or images, T tokens, G groups, H W pixels, C channels.
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from dar_jax.inference.samples import class_number, pair, sample
 from dar_jax.inference.trained import Trained, Weights, load_sampler, load_tokenizer
 from dar_jax.models.pixels import to_uint8
 from dar_jax.models.transformer import score
-from dar_jax.parallel.batches import over_batches, split_rows
+from dar_jax.parallel.batches import over_batches, row_slices, split_rows
 from dar_jax.sampling.sampler import decode, lookup_codes
 from dar_jax.sampling.settings import make_settings
 from dar_jax.training.checkpoint import inspect
@@ -28,9 +28,9 @@ from dar_jax.training.checkpoint import inspect
 class Model:
     """A trained tokenizer, or a transformer with its tokenizer, on this machine's devices.
 
-    Images are uint8 [N, H, W, C], codes int32 [N, T]. Whatever is drawn follows from its seed alone: the same label, seed and
-    settings give the same image in any batch and on any devices. Every method raises InputError, in one line, for what does
-    not fit the model.
+    Images are uint8 [N, H, W, C], codes int32 [N, T]. Every sample follows from its seed alone: the same label, seed and
+    settings give the same image in any batch and on any devices. Every method raises InputError, in one line, for arguments
+    that do not fit the model.
     """
 
     def __init__(self, trained: Trained, batch_size: int = 64):
@@ -49,12 +49,12 @@ class Model:
           settings: fields of `SamplingConfig` that differ from the run's, such as `guidance=(1.1, 8.0)` or `temperature=0.9`;
             `prefix`, int32 [k] or [N, k], fixes the first k tokens.
         """
-        *_, images = self._drawn(labels, seeds, settings, previews=False)
+        *_, images = self._draw(labels, seeds, settings, previews=False)
         return images
 
     def stream(self, labels: Sequence[int | str], seeds: Sequence[int] = (0,), **settings: Any) -> Iterator[np.ndarray]:
         """Yields the previews uint8 [N, H, W, C] after each of the G groups, the last of which are the images. As `sample`."""
-        return self._drawn(labels, seeds, settings, previews=True)
+        return self._draw(labels, seeds, settings, previews=True)
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """The codes int32 [N, T] of images uint8 [N, H, W, C] of the tokenizer's size."""
@@ -66,17 +66,15 @@ class Model:
 
     def decode(self, codes: np.ndarray, seeds: Sequence[int] | None = None) -> np.ndarray:
         """Images uint8 [N, H, W, C] of codes int32 [N, T], denoised from the noise of these seeds (default: 0 .. N - 1)."""
-        codes = self._codes(codes)
+        codes, trained = self._codes(codes), self.trained
         seeds = np.asarray(np.arange(len(codes)) if seeds is None else seeds, np.uint32)
-        trained = self.trained
         settings = make_settings(SamplingConfig(), trained.config, trained.networks.method)
 
         def images(codes: jax.Array, seeds: jax.Array) -> jax.Array:
             values = lookup_codes(trained.networks, trained.params, codes)
             return decode(trained.networks, trained.sampler_params, settings, values, seeds).images
 
-        batches = over_batches(images, split_rows(self.batch_size, codes, seeds), self.batch_size, trained.mesh)
-        return np.concatenate([to_uint8(part) for _, part in batches])
+        return to_uint8(self._over_rows(images, codes, seeds))
 
     def score(self, images: np.ndarray, labels: Sequence[int | str]) -> np.ndarray:
         """The bits float32 [N, T] that each code of these images takes, given their classes and the codes before it."""
@@ -88,16 +86,15 @@ class Model:
         def bits_of(codes: jax.Array, labels: jax.Array) -> jax.Array:
             return score(networks.transformer, params, networks.condition({"label": labels}), codes)[0]
 
-        batches = split_rows(self.batch_size, self.encode(images), numbers)
-        bits = over_batches(
-            bits_of,
-            batches,
-            self.batch_size,
-            self.trained.mesh,
-        )
-        return np.concatenate([part for _, part in bits])
+        return self._over_rows(bits_of, self.encode(images), numbers)
 
-    def _drawn(self, labels: Sequence[int | str], seeds: Sequence[int], settings: dict[str, Any], previews: bool):
+    def _over_rows(self, function: Callable[..., jax.Array], *arrays: np.ndarray) -> np.ndarray:
+        """A function of arrays [N, ...], on the devices batch by batch."""
+        size = self.trained.full_batch(self.batch_size)
+        batches = split_rows(row_slices(0, len(arrays[0]), size), *arrays)
+        return np.concatenate([part for _, part in over_batches(function, batches, size, self.trained.mesh)])
+
+    def _draw(self, labels: Sequence[int | str], seeds: Sequence[int], settings: dict[str, Any], previews: bool):
         base = self._transformer().info.config.sampling
         prefix = settings.pop("prefix", None)
         if unknown := sorted(set(settings) - {field.name for field in dataclasses.fields(base)}):
@@ -105,7 +102,7 @@ class Model:
         numbers, seeds = pair([self._number(label) for label in labels], seeds)
         sampling = dataclasses.replace(base, **settings)
         batches = sample(self.trained, numbers, seeds, sampling, min(self.batch_size, len(numbers)), prefix, previews=previews)
-        finished: dict[int, list[np.ndarray]] = {}  # of each group, those of the batches so far
+        finished: dict[int, list[np.ndarray]] = {}  # by group, the images of the batches so far
         for batch in batches:
             parts = finished.setdefault(batch.groups, [])
             parts.append(batch.images)

@@ -1,10 +1,12 @@
-"""Pictures of images: labelled grids, originals beside reconstructions, samples group by group, animated denoising.
+"""Pictures of images: labelled grids, originals beside reconstructions, samples group by group, animated denoising; plots.
 
 Everything is uint8 in and out. Shapes: N images, G groups, H W pixels, C channels (1 grey, 3 RGB); h w pixels of a picture.
 """
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -28,9 +30,8 @@ def grid(
 
     Args:
       images: uint8 [rows, columns, H, W, C].
-      row_labels, column_labels: text at the left of every row and above every column, long ones cut; none: no space for it.
-      captions: text under each image, row by row, cut to the image's width; where there are fewer than images, the rest of
-        the grid stays white.
+      row_labels, column_labels: text at the left of every row and above every column, shortened if long; none: no space for it.
+      captions: text under each image, row by row, shortened to its width; positions without one stay white.
 
     Returns: uint8 [h, w, 3].
     """
@@ -79,17 +80,16 @@ def group_by_group(previews: np.ndarray, row_labels: Sequence[str]) -> np.ndarra
 
 
 def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
-    """Writes uint8 [H, W, C], whole or not at all."""
+    """Writes uint8 [H, W, C], completely or not at all."""
     with replacing(path) as temporary:
         Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(temporary, "PNG")
 
 
 def save_animation(path: str | os.PathLike, frames: Sequence[np.ndarray], milliseconds: int = 500, hold: int = 2000) -> None:
-    """Writes an endless, lossless WebP animation of uint8 [h, w, 3] frames, whole or not at all.
+    """Writes an endless, lossless WebP animation of uint8 [h, w, 3] frames, completely or not at all.
 
     Args:
-      milliseconds: each frame is shown for.
-      hold: milliseconds the last one is shown for.
+      milliseconds, hold: how long each frame, and the last one, is shown.
     """
     images = [Image.fromarray(frame) for frame in frames]
     durations = [milliseconds] * (len(images) - 1) + [hold]
@@ -97,6 +97,19 @@ def save_animation(path: str | os.PathLike, frames: Sequence[np.ndarray], millis
         images[0].save(
             temporary, "WEBP", save_all=True, append_images=images[1:], duration=durations, loop=0, lossless=True, quality=50
         )
+
+
+@contextlib.contextmanager
+def plot(path: str | os.PathLike) -> Iterator[Any]:
+    """Yields axes of Matplotlib to draw on, and writes them with a legend as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    yield axes
+    axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 def _enlarge(image: np.ndarray, scale: int) -> Image.Image:

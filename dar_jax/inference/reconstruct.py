@@ -1,4 +1,4 @@
-"""Images -> codes -> images, and how well that went.
+"""Images -> codes -> images, and their PSNR.
 
 Shapes: N images, B images at a time, H W pixels, C channels, T tokens, E code dimension.
 """
@@ -8,9 +8,9 @@ import dataclasses
 import functools
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from dar_jax.config import DataConfig, SamplingConfig, TokenizerConfig
 from dar_jax.console import Progress
 from dar_jax.data.images import ImageError, read_image, size_of_image
 from dar_jax.data.pipeline import epoch
-from dar_jax.data.sources import FolderSource, open_source
+from dar_jax.data.sources import FolderSource, Source, open_source
 from dar_jax.data.transforms import center_crop
 from dar_jax.errors import InputError
 from dar_jax.files import write_json
@@ -27,17 +27,17 @@ from dar_jax.inference import pictures
 from dar_jax.inference.trained import Trained, seeds_from
 from dar_jax.models.pixels import psnr, to_float, to_uint8
 from dar_jax.models.quantizer import Quantized
-from dar_jax.parallel.batches import full_batch, over_batches, split_rows
+from dar_jax.parallel.batches import over_batches, row_slices, split_rows
 from dar_jax.sampling.sampler import decode
 from dar_jax.sampling.settings import Networks, make_settings
 
 SHOWN = 32  # pairs in the grid of a folder
 
 
-@dataclass(frozen=True)
-class Reconstructed:
-    """images uint8 [N, H, W, C]; psnr [N] float64 in dB; codes int32 [N, T], None of a continuous tokenizer."""
+class Reconstructed(NamedTuple):
+    """originals and images uint8 [N, H, W, C]; psnr [N] float64 in dB; codes int32 [N, T], None for a continuous tokenizer."""
 
+    originals: np.ndarray
     images: np.ndarray
     psnr: np.ndarray
     codes: np.ndarray | None
@@ -54,28 +54,67 @@ def reconstruct(
       sampling: its solver and number of steps count; None: the defaults.
       batch_size: images at a time, rounded up to fit the devices; fewer are padded, so that one compilation serves.
     """
+    size = trained.full_batch(batch_size)
+    batches = split_rows(row_slices(0, len(images), size), images, np.asarray(seeds, np.uint32))
+    parts = zip(*(result for _, result in _reconstruct(trained, batches, sampling, size)))
+    return Reconstructed(*(None if part[0] is None else np.concatenate(part) for part in parts))
+
+
+def reconstruct_source(
+    trained: Trained,
+    source: Source,
+    data: DataConfig,
+    what: str,
+    seeds: np.ndarray,
+    sampling: SamplingConfig | None = None,
+    batch_size: int = 64,
+) -> Iterator[tuple[np.ndarray, Reconstructed]]:
+    """Reconstructs the first images of a data set, one for each seed, batch by batch, and shows the progress as `what`.
+
+    Yields (indices int [n], results) of those that can be read. The other arguments are those of `reconstruct`.
+    """
+    total = len(seeds)
+    size = trained.full_batch(min(batch_size, total))
+
+    def batches() -> Iterator[tuple[np.ndarray, tuple]]:
+        for number, batch in enumerate(epoch(source, data, batch_size=size, stop=total)):
+            rows = np.flatnonzero(batch["valid"])
+            indices = number * size + rows
+            if len(rows):
+                yield indices, (batch["image"][rows], seeds[indices])
+
+    with Progress(what, total) as progress:
+        for indices, result in _reconstruct(trained, batches(), sampling, size):
+            progress.add(int(indices[-1]) + 1 - progress.done)
+            yield indices, result
+        progress.add(total - progress.done)
+
+
+def _reconstruct(
+    trained: Trained, batches: Iterable[tuple[Any, tuple]], sampling: SamplingConfig | None, size: int
+) -> Iterator[tuple[Any, Reconstructed]]:
+    """Reconstructs batches (tag, (images, seeds)) of up to `size` rows; yields (tag, result)."""
     prepared = trained.sampler_params  # the resolution changes none of them
     trained = trained.with_tokenizer(at_image_size(trained.config))
-    networks, params, mesh = trained.networks, trained.params, trained.mesh
+    networks, params = trained.networks, trained.params
     settings = make_settings(sampling or SamplingConfig(), trained.config, networks.method)
 
-    def run(batch: jax.Array, seeds: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        quantized = quantize(networks, params, batch)
+    def run(images: jax.Array, seeds: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        quantized = quantize(networks, params, images)
         return decode(networks, prepared, settings, quantized.values, seeds).images, quantized.codes
 
-    meshes = mesh, trained.decoder_mesh or mesh
-    batches = split_rows(full_batch(batch_size, *meshes), images, np.asarray(seeds, np.uint32))
-    results = over_batches(run, batches, batch_size, *meshes)
-    decoded, codes = zip(*((to_uint8(images), codes) for _, (images, codes) in results))
-    decoded = np.concatenate(decoded)
-    return Reconstructed(decoded, psnr(images, decoded), None if codes[0] is None else np.concatenate(codes))
+    tagged = (((tag, arguments[0]), arguments) for tag, arguments in batches)
+    for (tag, originals), (images, codes) in over_batches(run, tagged, size, trained.mesh):
+        images = to_uint8(images)
+        yield tag, Reconstructed(originals, images, psnr(originals, images), codes)
 
 
 def encode(trained: Trained, images: np.ndarray, batch_size: int = 64) -> np.ndarray:
     """uint8 [N, H, W, C] -> codes int32 [N, T], `batch_size` images at a time as in `reconstruct`."""
-    run = lambda batch: quantize(trained.networks, trained.params, batch).codes  # noqa: E731
-    batches = over_batches(run, split_rows(full_batch(batch_size, trained.mesh), images), batch_size, trained.mesh)
-    return np.concatenate([codes for _, codes in batches])
+    size = trained.full_batch(batch_size)
+    batches = split_rows(row_slices(0, len(images), size), images)
+    run = functools.partial(quantize, trained.networks, trained.params)
+    return np.concatenate([quantized.codes for _, quantized in over_batches(run, batches, size, trained.mesh)])
 
 
 @functools.partial(jax.jit, static_argnames="networks")
@@ -96,7 +135,7 @@ def at_image_size(config: TokenizerConfig) -> TokenizerConfig:
 
 
 def open_images(folder: str | os.PathLike, split: str, config: TokenizerConfig) -> FolderSource:
-    """The images of a folder that a tokenizer is to encode.
+    """The images of a folder, for a tokenizer to encode.
 
     Raises InputError if there are none, or one is smaller than the tokenizer's patches.
     """
@@ -142,26 +181,18 @@ def reconstruct_folder(
     """
     started = time.perf_counter()
     out, config, seeds = Path(out), trained.config, seeds_from(seed, len(source))
-    data = DataConfig(image_size=config.image_size)
-    size = full_batch(min(batch_size, len(source)), trained.mesh)
     scores, codes, pairs = {}, [], []
-    with Progress("reconstructed", len(source)) as progress:
-        for number, batch in enumerate(epoch(source, data, batch_size=size)):
-            places = np.flatnonzero(batch["valid"])
-            progress.add(min(size, len(source) - number * size))
-            if not len(places):
-                continue
-            images, indices = batch["image"][places], number * size + places
-            result = reconstruct(trained, images, seeds[indices], sampling, size)
-            for index, image, score in zip(indices, result.images, result.psnr):
-                name = Path(source.files[index]).relative_to(source.folder)
-                kept = name if name.suffix == ".png" else name.with_name(name.name + ".png")
-                pictures.save_png(out / "images" / kept, image)
-                scores[str(name)] = round(float(score), 3)
-            if result.codes is not None:
-                codes.append(np.unique(result.codes))
-            if sum(len(originals) for originals, _ in pairs) < SHOWN:
-                pairs.append((images, result.images))
+    data = DataConfig(image_size=config.image_size)
+    for indices, result in reconstruct_source(trained, source, data, "reconstructed", seeds, sampling, batch_size):
+        for index, image, score in zip(indices, result.images, result.psnr):
+            name = Path(source.files[index]).relative_to(source.folder)
+            file = name if name.suffix == ".png" else name.with_name(name.name + ".png")
+            pictures.save_png(out / "images" / file, image)
+            scores[str(name)] = round(float(score), 3)
+        if result.codes is not None:
+            codes.append(np.unique(result.codes))
+        if len(scores) - len(indices) < SHOWN:
+            pairs.append((result.originals, result.images))
     if not scores:
         raise InputError(f"none of the {len(source)} images can be read, for instance {source.files[0]}")
     originals, decoded = (np.concatenate(images)[:SHOWN] for images in zip(*pairs))

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,19 +23,19 @@ from dar_jax.inference import pictures
 from dar_jax.inference.reconstruct import encode, open_image
 from dar_jax.inference.trained import Trained
 from dar_jax.models.pixels import to_float, to_uint8
-from dar_jax.parallel.batches import full_batch, pad, put_batch, to_host
+from dar_jax.parallel.batches import over_batches, row_slices, split_rows
 from dar_jax.sampling.sampler import generate, stream
 from dar_jax.sampling.settings import Method, Settings, make_settings
 from dar_jax.training.checkpoint import Info
 
-NAME_LENGTH = 50  # characters of the run's name in names of files, of which systems take 255 bytes
+NAME_LENGTH = 50  # characters of the run's name in names of files, which may have 255 bytes
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampleBatch:
     """The samples of one batch as they stand after `groups` groups.
 
-    rows: which of the N samples they are; tokens int32 [n, groups Q]; images uint8 [n, H, W, C], the previews of the
+    rows: their places among the N samples; tokens int32 [n, groups Q]; images uint8 [n, H, W, C], the previews of the
     unfinished ones.
     """
 
@@ -53,50 +54,47 @@ def sample(
     prefix: np.ndarray | None = None,
     image: np.ndarray | None = None,
     previews: bool = False,
-) -> Iterator[Drawn]:
+    batches: Sequence[slice] | None = None,
+) -> Iterator[SampleBatch]:
     """Draws N samples. Each depends on its own label and seed only, not on the batch it is drawn in.
 
     Args:
       labels, seeds: N integers each; seeds in [0, 2**32).
-      sampling: settings, or what `make_settings` made of them.
+      sampling: settings, or those of `make_settings`.
       batch_size: samples at a time, rounded up to fit the devices; the last batch is padded, so that one compilation serves.
       prefix: int32 [k] or [N, k], the first k tokens of all or of each (layout control).
       image: uint8 [R, R, C] to start all of them from at `sampling.start_step`.
-      previews: whether to yield every batch after each of its groups, as soon as that one ends, and not only in the end.
+      previews: yield every batch after each of its groups, as soon as that one ends, and not only in the end.
+      batches: which samples to draw together, up to `batch_size` each; None: all in their order.
     """
     settings = sampling
     if isinstance(sampling, SamplingConfig):
         settings = make_settings(sampling, trained.config, trained.networks.method)
-    networks, params, mesh = trained.networks, trained.sampler_params, trained.mesh
-    labels, seeds = np.asarray(labels, np.int32), np.asarray(seeds, np.uint32)
-    condition = jax.tree.map(np.asarray, networks.condition({"label": labels}))
-    size = full_batch(batch_size, mesh, trained.decoder_mesh or mesh)
-    given = {}
+    networks, params, total = trained.networks, trained.sampler_params, len(labels)
+    size = trained.full_batch(batch_size)
     if prefix is not None:
-        prefix = np.broadcast_to(np.asarray(prefix, np.int32), (len(labels), np.shape(prefix)[-1]))
+        prefix = np.broadcast_to(np.asarray(prefix, np.int32), (total, np.shape(prefix)[-1]))
     if image is not None:
-        given["image"] = put_batch(np.broadcast_to(to_float(image), (size, *image.shape)), mesh)
-    for start in range(0, len(labels), size):
-        rows = slice(start, min(start + size, len(labels)))
-        if prefix is not None:
-            given["prefix"] = put_batch(pad(prefix[rows], size), mesh)
-        batch = jax.tree.map(lambda leaf, rows=rows: pad(leaf[rows], size), (condition, seeds))
-        arguments = (networks, params, settings, *put_batch(batch, mesh))
-        steps = stream(*arguments, **given) if previews else (generate(*arguments, **given) for _ in range(1))
-        while True:
-            with jax.set_mesh(mesh):
-                samples = next(steps, None)
-            if samples is None:
-                break
-            count = rows.stop - rows.start
-            tokens = to_host(samples.tokens)[:count]
-            images = to_uint8(to_host(samples.images)[:count])
-            yield Drawn(rows, tokens.shape[1] // trained.config.tokens_per_group, tokens, images)
+        image = np.broadcast_to(to_float(image), (total, *image.shape))
+
+    def draw(labels: jax.Array, seeds: jax.Array, prefix: jax.Array | None, image: jax.Array | None) -> Any:
+        condition = networks.condition({"label": labels})
+        arguments = {"prefix": prefix, "image": image}
+        if previews:
+            steps = stream(networks, params, settings, condition, seeds, **arguments)
+            return ((step.tokens, step.images) for step in steps)
+        samples = generate(networks, params, settings, condition, seeds, **arguments)
+        return samples.tokens, samples.images
+
+    slices = row_slices(0, total, size) if batches is None else batches
+    arrays = split_rows(slices, np.asarray(labels, np.int32), np.asarray(seeds, np.uint32), prefix, image)
+    for rows, (tokens, images) in over_batches(draw, arrays, size, trained.mesh):
+        yield SampleBatch(rows, tokens.shape[1] // trained.config.tokens_per_group, tokens, to_uint8(images))
 
 
 @dataclass(frozen=True)
 class Request:
-    """What `dar-jax sample` is asked for, checked against the checkpoint; see `make_request`."""
+    """The arguments of `dar-jax sample`, checked against the checkpoint; see `make_request`."""
 
     labels: tuple[int, ...]
     seeds: tuple[int, ...]
@@ -126,9 +124,9 @@ def make_request(
     Args:
       info: the transformer's checkpoint, of `inspect_transformer`.
       labels: names or numbers of classes. One label goes with many seeds, one seed with many labels, equally many pair up.
-      prefix_image, prefix_tokens: where the first `prefix_length` tokens come from (default: all of `prefix_tokens`).
+      prefix_image, prefix_tokens: source of the first `prefix_length` tokens (default: all of `prefix_tokens`).
       start_image: to start from at `sampling.start_step`.
-      method: the experiment's parts of sampling, with which the settings have to go.
+      method: the experiment's parts of sampling, which the settings have to fit.
       resolution, output_resolution: pixels are denoised at the one and resized to the other (default: the tokenizer's).
 
     Raises InputError in one line where labels, seeds, settings, tokens or images do not fit.
@@ -143,15 +141,15 @@ def make_request(
         )
     if prefix_image is not None and prefix_tokens is not None:
         raise InputError("a prefix comes from an image or from tokens, not from both")
-    given = len(prefix_tokens) if prefix_tokens is not None else model.num_tokens
+    available = len(prefix_tokens) if prefix_tokens is not None else model.num_tokens
     if prefix_length is None:
         if prefix_image is not None:
             raise InputError("a prefix image needs a prefix length: how many of its first tokens are kept")
-        prefix_length = 0 if prefix_tokens is None else given
+        prefix_length = 0 if prefix_tokens is None else available
     elif prefix_image is None and prefix_tokens is None:
         raise InputError("a prefix length needs a prefix image or prefix tokens")
-    if not 0 <= prefix_length <= min(given, model.num_tokens):
-        raise InputError(f"the prefix length is {prefix_length}, it should be 0 .. {min(given, model.num_tokens)}")
+    if not 0 <= prefix_length <= min(available, model.num_tokens):
+        raise InputError(f"the prefix length is {prefix_length}, it should be 0 .. {min(available, model.num_tokens)}")
     if wrong := [token for token in prefix_tokens or () if not 0 <= token < model.vocab_size]:
         raise InputError(f"the prefix token {wrong[0]} is out of range, tokens are 0 .. {model.vocab_size - 1}")
     reference = None if prefix_image is None else open_image(prefix_image, tokenizer, tokenizer.image_size)
@@ -168,7 +166,7 @@ def make_request(
 
 
 def class_number(label: str, class_names: Sequence[str]) -> int:
-    """The number of a class given by name or by number; a name goes first where both are possible.
+    """The number of a class, from its name or its number; a name goes first where both are possible.
 
     Raises InputError, with a similar name where there is one.
     """
@@ -206,7 +204,7 @@ def write_samples(
     previews: bool = False,
     animate: bool = False,
 ) -> list[Path]:
-    """Draws what is requested and writes it into the folder `out`; returns the paths.
+    """Draws the samples of a request and writes them into the folder `out`; returns the paths.
 
     Writes NAME_label3_seed11.png for each sample and `grid.png`; with `previews` also NAME_label3_seed11_group1.png and so on
     as each group ends, and `groups.png`, a row for each sample; with `animate` also `denoising.webp`.
@@ -222,7 +220,7 @@ def write_samples(
         prefix = encode(trained, request.reference[None], batch_size=1)[0, : request.prefix_length]
 
     written, groups = [], [[] for _ in range(num_groups)]
-    drawn = sample(
+    batches = sample(
         trained,
         request.labels,
         request.seeds,
@@ -238,7 +236,7 @@ def write_samples(
         written.append(out / name)
 
     with Progress("sampled", total) as progress:
-        for batch in drawn:
+        for batch in batches:
             groups[batch.groups - 1].append(batch.images)
             for stem, image in zip(stems[batch.rows], batch.images):
                 if previews:

@@ -3,10 +3,10 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import random
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,14 +16,14 @@ import numpy as np
 from dar_jax.config import DataConfig, TokenizerConfig
 from dar_jax.console import Progress
 from dar_jax.data import codes, transforms
-from dar_jax.data.pipeline import Batch, elements
+from dar_jax.data.pipeline import elements
 from dar_jax.data.sources import Source
 from dar_jax.errors import InputError
 from dar_jax.inference import identity
 from dar_jax.inference.reconstruct import quantize
 from dar_jax.inference.trained import Trained
 from dar_jax.parallel import hosts
-from dar_jax.parallel.batches import full_batch, put_batch
+from dar_jax.parallel.batches import over_batches
 from dar_jax.sampling.settings import Networks
 from dar_jax.training.checkpoint import require_shared
 
@@ -33,15 +33,15 @@ def tokenize(
 ) -> codes.CodesInfo:
     """Encodes every image of a data set and stores the codes in the folder `out`, see `data.codes`.
 
-    Of several processes each writes its share of the shards, with its own devices and without waiting for the others; one
-    that is done goes on with what is still missing of theirs. Process 0 ends with a finished folder.
+    With several processes, each encodes its own shards on its own devices. A process that finishes early takes over shards
+    that are still missing. Process 0 ends with a finished folder.
 
     Args:
       trained: of `load_tokenizer`, on a mesh of devices of this process.
       source: the data set, of `open_source(data)`.
       data: how images are cropped. `center` stores one crop of each, and its mirror image too where `flip` is set;
         `ten_crop` stores ten, mirror images included.
-      out: a folder, or one in a bucket; of several processes it has to be the same.
+      out: a folder, or one in a bucket; the same one for all processes.
       batch_size: images (each with all its crops) at a time.
       shard_size: images per file.
 
@@ -64,32 +64,46 @@ def tokenize(
     host, count = jax.process_index(), jax.process_count()
     require_shared(out)
     about = {"model": model, "source": identity.of_source(source), "shard_size": shard_size}
-    about["data"] = dataclasses.asdict(dataclasses.replace(data, workers=0))  # how many workers there are changes nothing
+    about["data"] = dataclasses.asdict(dataclasses.replace(data, workers=0))  # their number changes nothing
     identity.claim(out, about, "shard-*")
     if host == 0:
         codes.begin(out, info)
     hosts.wait("the folder of codes is there")
-    missing, size = codes.missing_shards(out, info), full_batch(batch_size, trained.mesh)
+    missing, size = codes.missing_shards(out, info), trained.full_batch(batch_size)
+
+    side = _side(data)
+    encode = functools.partial(_codes, trained.networks, trained.params, data)
 
     def write(shards: Sequence[int], progress: Progress) -> None:
-        rows = [_padded(info.elements(shard), size) for shard in shards]
-        with contextlib.closing(_encode(trained, source, data, np.concatenate(rows), size)) as batches:
-            for shard, own_rows in zip(shards, rows):
+        indices = [_padded(info.elements(shard), size) for shard in shards]
+        owners = np.repeat(shards, [len(each) // size for each in indices]).tolist()  # the shard of every batch
+        with contextlib.closing(
+            elements(
+                source,
+                data,
+                np.concatenate(indices),
+                batch_size=size,
+                crop=lambda image: transforms.center_crop(image, side),
+            )
+        ) as batches:
+            tagged = (((shard, batch), (batch["image"],)) for shard, batch in zip(owners, batches))
+            results = over_batches(encode, tagged, size, trained.mesh)
+            for shard, of_shard in itertools.groupby(results, lambda result: result[0][0]):
                 stored, labels = [], []
-                for batch in islice(batches, len(own_rows) // size):
-                    stored.append(batch["codes"])
-                    labels.append(batch["label"])
-                    progress.add(min(size, len(info.elements(shard)) - (len(stored) - 1) * size))
+                for (_, batch), tokens in of_shard:
+                    progress.add(min(size, len(info.elements(shard)) - len(stored) * size))
+                    stored.append(tokens[batch["valid"]])
+                    labels.append(batch["label"][batch["valid"]])
                 codes.write_shard(out, shard, np.concatenate(stored), np.concatenate(labels))
 
     own = [shard for shard in missing if shard % count == host]
-    others = [shard for shard in missing if shard % count != host]
+    of_others = [shard for shard in missing if shard % count != host]
     total = sum(len(info.elements(shard)) for shard in range(host, info.shards, count))
     with Progress(f"tokenized on {hosts.name()}" if count > 1 else "tokenized", total) as progress:
         progress.skip(total - sum(len(info.elements(shard)) for shard in own))
         if own:
             write(own, progress)
-    for shard in random.Random(host).sample(others, len(others)):  # in another order on each host, to share what is left
+    for shard in random.Random(host).sample(of_others, len(of_others)):  # in another order on each host, to share what is left
         if not codes.has_shard(out, shard):
             with Progress(f"left by another host: shard {shard}", len(info.elements(shard))) as progress:
                 write([shard], progress)
@@ -99,7 +113,7 @@ def tokenize(
 
 
 def check_data(tokenizer: TokenizerConfig, data: DataConfig) -> None:
-    """Raises InputError where images as `data` gives them cannot be stored as codes of a tokenizer."""
+    """Raises InputError where a tokenizer cannot store the codes of such data."""
     if not tokenizer.vq_enable:
         raise InputError("the tokenizer is continuous (vq_enable is false), it makes no codes")
     if data.source == "codes":
@@ -111,49 +125,28 @@ def check_data(tokenizer: TokenizerConfig, data: DataConfig) -> None:
             raise InputError(f"data.{name} is {getattr(data, name)}, but the tokenizer's is {getattr(tokenizer, name)}")
 
 
-def _encode(trained: Trained, source: Source, data: DataConfig, indices: np.ndarray, size: int) -> Iterator[Batch]:
-    """{"codes": int32 [n, crops, T], "label": int32 [n]} of the readable ones of every `size` elements. The devices are a
-    batch ahead of the result."""
-    side = _side(data)
-    batches = elements(source, data, indices, batch_size=size, crop=lambda image: transforms.center_crop(image, side))
-    ahead = None
-    with contextlib.closing(batches):
-        for batch in batches:
-            with jax.set_mesh(trained.mesh):
-                begun = _codes(trained.networks, trained.params, put_batch(batch["image"], trained.mesh), data), batch
-            if ahead is not None:
-                yield _valid(*ahead)
-            ahead = begun
-    if ahead is not None:
-        yield _valid(*ahead)
-
-
-def _valid(tokens: jax.Array, batch: Batch) -> Batch:
-    return {"codes": np.asarray(tokens)[batch["valid"]], "label": batch["label"][batch["valid"]]}
-
-
 @functools.partial(jax.jit, static_argnames=("networks", "data"))
-def _codes(networks: Networks, params: dict, images: jax.Array, data: DataConfig) -> jax.Array:
-    """Centre crops uint8 [B, S, S, C] -> codes [B, crops, T]. Crops are cut here, so that a tenth of the pixels is moved."""
+def _codes(networks: Networks, params: dict, data: DataConfig, images: jax.Array) -> jax.Array:
+    """Centre crops uint8 [B, S, S, C] -> codes [B, crops, T]. Cropping here moves a tenth of the pixels."""
     crops = jnp.stack(_crops(images, data), axis=1)
     tokens = quantize(networks, params, crops.reshape(-1, *crops.shape[2:])).codes
     return tokens.reshape(*crops.shape[:2], -1)
 
 
 def _side(data: DataConfig) -> int:
-    """Pixels along a side of the centre crop that all crops are cut from."""
+    """Pixels along a side of the centre crop, from which the other crops are taken."""
     return int(data.image_size * data.ten_crop_scale) if data.crop == "ten_crop" else data.image_size
 
 
 def _crops(images: Any, data: DataConfig) -> list[Any]:
-    """Centre crops [..., S, S, C] -> what is stored of each, arrays [..., image_size, image_size, C]."""
+    """Centre crops [..., S, S, C] -> the crops to store of each, arrays [..., image_size, image_size, C]."""
     if data.crop == "ten_crop":
         return transforms.ten_crops(images, data.image_size)
     return [images, transforms.flip(images)] if data.flip else [images]
 
 
 def _padded(shard: range, size: int) -> np.ndarray:
-    """A shard's indices and -1 up to a multiple of `size`, so that it ends with a batch."""
+    """A shard's indices, padded with -1 to whole batches of `size`."""
     indices = np.full(-(-len(shard) // size) * size, -1)
     indices[: len(shard)] = shard
     return indices

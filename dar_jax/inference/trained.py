@@ -1,6 +1,6 @@
-"""Checkpoints made ready for use: networks and their weights, on the devices.
+"""Checkpoints in use: networks and their weights, on the devices.
 
-A transformer's folder holds its tokenizer in the sub-folder `tokenizer`, so it can be used wherever a tokenizer is wanted.
+A transformer's folder holds its tokenizer in the sub-folder `tokenizer`, so it also serves where a tokenizer is needed.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from dar_jax import parallel
 from dar_jax.config import MeshConfig, TokenizerConfig, TokenizerTraining
 from dar_jax.errors import InputError
 from dar_jax.experiment import Experiment
+from dar_jax.parallel.batches import full_batch
 from dar_jax.sampling.prepare import SamplerParams, prepare, separate
 from dar_jax.sampling.settings import Method, Networks
 from dar_jax.training import checkpoint
@@ -36,10 +37,11 @@ class Trained:
     """A checkpoint in use: networks with their weights on a mesh, as the sampler takes them.
 
     info: of the run, None for one that is still training. params: {"tokenizer": ..., "transformer": ..., "others": ...}.
-    decoder_mesh: devices of their own for denoising samples, see `prepare.separate`.
+    decoder_mesh: separate devices that denoise samples, see `prepare.separate`.
     """
 
     info: checkpoint.Info | None
+    class_names: tuple[str, ...]
     networks: Networks
     params: dict[str, Any]
     mesh: Mesh
@@ -50,25 +52,25 @@ class Trained:
         """The tokenizer's sizes."""
         return self.networks.tokenizer.config
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.info.class_names
+    def full_batch(self, size: int) -> int:
+        """`size` rounded up to a multiple of the devices that share a batch."""
+        return full_batch(size, self.mesh, self.decoder_mesh or self.mesh)
 
     @functools.cached_property
     def sampler_params(self) -> SamplerParams:
-        """The parameters as the sampler reads them, made at the first use."""
+        """The parameters as the sampler reads them, prepared at the first use."""
         with jax.set_mesh(self.mesh):
             params = prepare(self.networks, self.params)
         return params if self.decoder_mesh is None else separate(params, self.decoder_mesh)
 
     def with_tokenizer(self, config: TokenizerConfig) -> "Trained":
-        """The same weights in a tokenizer of other settings, of which the resolution may differ."""
+        """The same weights in a tokenizer of other settings; only its resolutions may differ."""
         tokenizer = self.networks.tokenizer.clone(config=config)
         return dataclasses.replace(self, networks=dataclasses.replace(self.networks, tokenizer=tokenizer))
 
 
 def inspect_transformer(path: str | os.PathLike) -> checkpoint.Info:
-    """`checkpoint.inspect` for what needs a transformer and its tokenizer. Raises InputError for a tokenizer alone."""
+    """`checkpoint.inspect` of a transformer that has its tokenizer. Raises InputError for a tokenizer alone."""
     info = checkpoint.inspect(path)
     if info.is_tokenizer:
         raise InputError(f"{path} holds a tokenizer; sampling needs the folder of a transformer's run")
@@ -93,7 +95,7 @@ def load_tokenizer(
     mesh = mesh or run_mesh(info.tokenizer.config.mesh)
     network, params = _load(info.tokenizer.path, _tokenizer_part(experiment), weights, mesh)
     method = experiment.method if experiment else Method()
-    return Trained(info, Networks(network, method=method), {"tokenizer": params}, mesh)
+    return Trained(info, info.class_names, Networks(network, method=method), {"tokenizer": params}, mesh)
 
 
 def load_sampler(
@@ -105,7 +107,7 @@ def load_sampler(
 ) -> Trained:
     """Both stages of a transformer's checkpoint. Arguments as of `load_tokenizer`; `weights` are the transformer's.
 
-    With a `decoder_mesh`, whose devices are not those of `mesh`, samples are denoised there, see `sampler.separate`.
+    With a `decoder_mesh`, whose devices are not those of `mesh`, samples are denoised there, see `prepare.separate`.
 
     Raises InputError where the checkpoint is missing, damaged, a tokenizer's, or needs its experiment.
     """
@@ -119,25 +121,25 @@ def load_sampler(
     networks = Networks(tokenizer, transformer, parts.method, parts.condition, modules)
     params = {"tokenizer": tokenizer_params, "transformer": transformer_params}
     params |= {"others": {name: weights for name, (_, weights) in others.items()}}
-    return Trained(info, networks, params, mesh, decoder_mesh)
+    return Trained(info, info.class_names, networks, params, mesh, decoder_mesh)
 
 
-def unless_missing(load: Callable[[], T], given: str | None = None) -> T | None:
-    """The weights that `load` finds; None, with a warning, where they are missing and nobody has `given` a path for them."""
+def unless_missing(load: Callable[[], T], path: str | None = None) -> T | None:
+    """The weights that `load` reads; None, with a warning, where they are missing and no `path` was asked for."""
     try:
         return load()
     except InputError as error:
-        if given is not None:
+        if path is not None:
             raise
         log.warning("not evaluated: %s", error)
         return None
 
 
 def run_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh for using the weights of a run: `tensor` as there, all other devices along `data`, where that fits the devices
-    (default: all there are).
+    """The mesh for using the weights of a run: `tensor` as there, the other devices along `data`, where that fits the devices
+    (default: all).
 
-    Nothing is cut over `fsdp`, which would gather all weights for every token.
+    Nothing is sharded over `fsdp`, which would gather all weights for every token.
     """
     try:
         return parallel.make_mesh(MeshConfig(data=1 if config.tensor == -1 else -1, tensor=config.tensor), devices)

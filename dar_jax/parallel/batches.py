@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -14,19 +14,21 @@ from dar_jax.errors import InputError
 from dar_jax.parallel.mesh import BATCH
 from dar_jax.parallel.sharding import put
 
+Tag = TypeVar("Tag")
+
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Batches are cut along their first dimension over `data` and `fsdp`."""
+    """Batches are sharded along their first dimension over `data` and `fsdp`."""
     return NamedSharding(mesh, P(BATCH))
 
 
 def batch_shares(mesh: Mesh) -> int:
-    """Over how many devices a batch is cut."""
+    """The number of shards of a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def check_batch(size: int, parts: int, mesh: Mesh) -> None:
-    """Raises InputError where a batch, in so many parts, cannot be spread over the mesh."""
+    """Raises InputError where a batch, in so many parts, cannot be sharded over the mesh."""
     shares = batch_shares(mesh)
     if size < 1 or size % (parts * shares):
         raise InputError(
@@ -36,14 +38,14 @@ def check_batch(size: int, parts: int, mesh: Mesh) -> None:
 
 
 def batch_parts(mesh: Mesh) -> tuple[list[int], int]:
-    """Which parts of a batch the devices of this host hold: (numbers of the parts in order, number of equal parts in all).
+    """The parts of a batch that the devices of this host hold: (numbers of the parts in order, number of equal parts in all).
 
-    With one part for every host this would be (host, hosts), but a mesh that follows the wires of a TPU slice may give a host
-    rows that do not lie together, and one whose `tensor` axis crosses hosts gives several hosts the same rows.
+    With one part for every host this would be (host, hosts), but a mesh that follows the topology of a TPU slice may give a
+    host rows that do not lie together, and one whose `tensor` axis crosses hosts gives several hosts the same rows.
     """
     shares = batch_shares(mesh)
-    places = batch_sharding(mesh).addressable_devices_indices_map((shares,)).values()
-    own = sorted({place[0].start or 0 for place in places})
+    indices = batch_sharding(mesh).addressable_devices_indices_map((shares,)).values()
+    own = sorted({index[0].start or 0 for index in indices})
     for size in range(len(own), 0, -1):  # the fewest parts: as many neighbouring shares in each as possible
         parts = own[::size]
         if (
@@ -56,20 +58,15 @@ def batch_parts(mesh: Mesh) -> tuple[list[int], int]:
 
 
 def global_batch(batch: Any, mesh: Mesh) -> Any:
-    """Arrays of the rows of this host's `batch_parts`, one part after the other -> global arrays, cut as `batch_sharding`."""
+    """The rows of this host's `batch_parts`, one part after the other -> global arrays, sharded as `batch_sharding`."""
     own, parts = batch_parts(mesh)
     sharding = batch_sharding(mesh)
 
-    def whole(rows: np.ndarray) -> jax.Array:
+    def global_array(rows: np.ndarray) -> jax.Array:
         shape = (len(rows) // len(own) * parts, *rows.shape[1:])
         return jax.make_array_from_process_local_data(sharding, rows, shape)
 
-    return jax.tree.map(whole, batch)
-
-
-def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Host arrays [B, ...], whole on every host -> arrays cut over the mesh along B, which `full_batch` made fit."""
-    return put(batch, batch_sharding(mesh))
+    return jax.tree.map(global_array, batch)
 
 
 def full_batch(size: int, *meshes: Mesh) -> int:
@@ -78,50 +75,65 @@ def full_batch(size: int, *meshes: Mesh) -> int:
     return -(-size // shares) * shares
 
 
-def pad(rows: np.ndarray, size: int) -> np.ndarray:
-    """Repeats the last of the rows [n, ...] until there are `size`."""
-    return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
-
-
 def to_host(array: jax.Array) -> np.ndarray:
-    """The whole of an array, also where other processes hold parts of it (all of them have to ask for it)."""
+    """The complete array, also where other processes hold shards of it (all of them have to ask for it)."""
     if array.is_fully_addressable:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def over_batches(
-    function: Callable[..., Any], batches: Iterable[tuple[np.ndarray, ...]], size: int, *meshes: Mesh
-) -> Iterator[tuple[int, Any]]:
+    function: Callable[..., Any], batches: Iterable[tuple[Tag, tuple]], size: int, mesh: Mesh
+) -> Iterator[tuple[Tag, Any]]:
     """Runs a function on the devices over batches from the host, and gives its results on the host, one batch behind.
 
     So the devices work on a batch while the caller handles the one before and the next one is read.
 
     Args:
-      function: takes arrays [B, ...] sharded over the first mesh, returns a tree of arrays with the batch first.
-      batches: tuples of host arrays of up to `size` rows; shorter ones are padded, so that one compilation serves.
-      size: rows at a time on the devices, rounded up to a multiple of those that share a batch, on each of the meshes.
+      function: takes trees of arrays [size, ...], sharded over the batch axes of the mesh; returns a tree of arrays with the
+        batch first, or an iterator of such trees, each of which is handed on as it ends, before the next batch begins.
+      batches: (tag, arguments): any value to know the batch by, and trees of host arrays of up to `size` rows; shorter batches
+        are padded with copies of their last row, so that one compilation serves.
+      size: rows at a time on the devices, see `full_batch`.
 
-    Yields (rows, results): how many rows the batch had, and NumPy arrays of so many. Every one of several hosts gives the same
-    batches and gets all results.
+    Yields (tag, results): NumPy arrays of as many rows as the batch has. Every host gives the same batches, and gets all
+    results.
     """
-    size, waiting = full_batch(size, *meshes), None
+    waiting = None
 
-    def finished(rows: int, results: Any) -> tuple[int, Any]:
-        return rows, jax.tree.map(lambda leaf: to_host(leaf)[:rows], results)
+    def finished(tag: Tag, rows: int, results: Any) -> Iterator[tuple[Tag, Any]]:
+        for result in _on_mesh(results, mesh) if isinstance(results, Iterator) else [results]:
+            yield tag, jax.tree.map(lambda leaf: to_host(leaf)[:rows], result)
 
-    for batch in batches:
-        rows = len(batch[0])
-        with jax.set_mesh(meshes[0]):
-            results = function(*put_batch(tuple(pad(array, size) for array in batch), meshes[0]))
+    for tag, arguments in batches:
+        rows = len(jax.tree.leaves(arguments)[0])
+        padded = jax.tree.map(lambda array: np.concatenate([array, np.repeat(array[-1:], size - len(array), 0)]), arguments)
+        padded = put(padded, batch_sharding(mesh))
+        with jax.set_mesh(mesh):
+            results = function(*padded)
         if waiting is not None:
-            yield finished(*waiting)
-        waiting = rows, results
+            yield from finished(*waiting)
+        waiting = tag, rows, results
     if waiting is not None:
-        yield finished(*waiting)
+        yield from finished(*waiting)
 
 
-def split_rows(size: int, *arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
-    """Arrays [N, ...] as batches of `size` rows, the last one perhaps of fewer."""
-    for start in range(0, len(arrays[0]), size):
-        yield tuple(array[start : start + size] for array in arrays)
+def _on_mesh(results: Iterator[Any], mesh: Mesh) -> Iterator[Any]:
+    """The same values; the mesh is set while each of them is computed, and not while the caller handles it."""
+    while True:
+        with jax.set_mesh(mesh):
+            result = next(results, None)
+        if result is None:
+            return
+        yield result
+
+
+def row_slices(start: int, stop: int, size: int) -> list[slice]:
+    """Rows start .. stop - 1, `size` at a time."""
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
+
+
+def split_rows(slices: Iterable[slice], *arrays: np.ndarray | None) -> Iterator[tuple[slice, tuple]]:
+    """Batches for `over_batches`: these rows of arrays [N, ...], and None for None."""
+    for rows in slices:
+        yield rows, tuple(None if array is None else array[rows] for array in arrays)

@@ -1,10 +1,10 @@
-"""Many hosts as one job: how they find each other, which one speaks, and how all of them end when one does.
+"""Many hosts as one job: how they find each other, which one prints, and how all of them end when one does.
 
 Every host runs the same command, on the same checkpoints and data; JAX makes one mesh of the devices of all. One process is a
 "host" here, however many of them share a machine.
 
-A host that dies stops the others within about `HEARTBEAT_TIMEOUT` seconds: JAX ends those that wait for one that gives no sign
-of life, and a computation that fails because of it ends its host at once. Nobody goes on alone; the job is started again, with
+A host that dies stops the others within about `HEARTBEAT_TIMEOUT` seconds: JAX ends those that wait for a silent one, and a
+computation that fails because of it ends its host at once. Nobody goes on alone; the job is started again, with
 --resume.
 """
 
@@ -43,16 +43,16 @@ def join(
 ) -> None:
     """Makes this process one host of a job, if it is to be one; has to be called before JAX looks for devices.
 
-    The hosts are found by what is given here, else by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, else by
-    what SLURM (tasks of one `srun`), Open MPI or Cloud TPU says. On a single machine where nothing of this is said, nothing is
-    done. Where the other hosts do not come, JAX ends this process with its own message.
+    The hosts are found by these arguments, else by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, else by
+    what SLURM (tasks of one `srun`), Open MPI or Cloud TPU says. On a single machine without any of these, nothing is done.
+    Where the other hosts do not come, JAX ends this process with its own message.
 
     Args:
       coordinator_address: host:port of process 0, where it will listen; process_id: 0 .. num_processes - 1.
       heartbeat_timeout: seconds after which a silent host counts as dead.
       start_timeout: seconds to wait for the other hosts.
-      preemptible: whether SIGTERM is to be answered by `multihost_utils.reached_preemption_sync_point`, as training does,
-        instead of ending the process.
+      preemptible: SIGTERM makes `multihost_utils.reached_preemption_sync_point` true, which training asks, instead of ending
+        the process.
 
     Raises InputError where the settings contradict each other, or are too few to find the other hosts.
     """
@@ -77,12 +77,12 @@ def join(
 
 
 def many() -> bool:
-    """Whether this process is one host of several."""
+    """True where this process is one host of several."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def first() -> bool:
-    """Whether this host is the one that prints and writes what is written once."""
+    """True on the process that prints and writes shared files."""
     return not many() or jax.process_index() == 0
 
 
@@ -95,12 +95,12 @@ def broadcast_from_first(value: int | None) -> int | None:
     """The first host's value, a number from 0 on or None, on all of them."""
     if not many():
         return value
-    found = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if value is None else value)))
-    return None if found < 0 else found
+    number = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if value is None else value)))
+    return None if number < 0 else number
 
 
 def all_agree(holds: bool) -> bool:
-    """Whether it holds on all hosts."""
+    """True where it holds on all hosts."""
     return bool(np.all(multihost_utils.process_allgather(np.bool_(holds)))) if many() else holds
 
 
@@ -112,9 +112,9 @@ def wait(what: str) -> None:
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """Around what hosts compute together: where JAX cannot go on, ends this process at once instead of raising.
+    """Ends this process at once, instead of raising, where a computation of all hosts fails.
 
-    Whatever would be closed on the way out, such as a checkpoint that is being written, would wait for hosts that are gone.
+    An exception would close a checkpoint that is being written, for instance, and so wait for hosts that are gone.
     """
     try:
         yield
@@ -128,10 +128,10 @@ def ending_together() -> Iterator[None]:
 def leave(message: str | None, code: int) -> NoReturn:
     """Ends this process, one of many hosts, now; an ordinary exit would wait for the others, who may be waiting for us.
 
-    Args: message, a line for stderr; None: the traceback of the exception at hand.
+    Args: message, a line for stderr; None: the traceback of the current exception.
     """
     if first():
-        time.sleep(1)  # all may have failed alike, and this host's end would end the others before they can say so
+        time.sleep(1)  # all may have failed alike; without this host the others would end before they can say so
     if message is None:
         traceback.print_exc()
     else:
@@ -146,16 +146,16 @@ def _settings(address: str | None, count: int | None, number: int | None) -> dic
     address = address or os.environ.get("JAX_COORDINATOR_ADDRESS")
     count = _number("JAX_NUM_PROCESSES") if count is None else count
     number = _number("JAX_PROCESS_ID") if number is None else number
-    given = {"coordinator_address": address, "num_processes": count, "process_id": number}
-    given = {key: value for key, value in given.items() if value is not None}
-    if len(given) == 3:
+    settings = {"coordinator_address": address, "num_processes": count, "process_id": number}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    if len(settings) == 3:
         if not re.fullmatch(r".+:\d+", address) or not 0 <= number < count:
             raise InputError(
                 f"process {number} of {count} with the coordinator {address} makes no sense; give HOST:PORT, 0 .. N-1"
             )
-        return {**given, "cluster_detection_method": "deactivate"}  # which would show each process of SLURM one device only
-    if given or _slurm_tasks() > 1 or (_number("OMPI_COMM_WORLD_SIZE") or 1) > 1 or _tpu_hosts() > 1:
-        return {**given, **_local_devices()}
+        return {**settings, "cluster_detection_method": "deactivate"}  # which would show each process of SLURM one device only
+    if settings or _slurm_tasks() > 1 or (_number("OMPI_COMM_WORLD_SIZE") or 1) > 1 or _tpu_hosts() > 1:
+        return {**settings, **_local_devices()}
     return None
 
 
@@ -169,13 +169,13 @@ def _number(variable: str) -> int | None:
 
 
 def _slurm_tasks() -> int:
-    """How many tasks the `srun` has that started this process; outside of one, 1."""
+    """The number of tasks of the `srun` that started this process; outside of one, 1."""
     return (_number("SLURM_NTASKS") or 1) if "SLURM_STEP_NODELIST" in os.environ else 1
 
 
 def _local_devices() -> dict[str, Any]:
-    """With one task for each node of SLURM, all of a node's GPUs are the task's; JAX would give it the first one only, unless
-    JAX_LOCAL_DEVICE_IDS says which, which an argument would override."""
+    """All GPUs of a node, where SLURM runs one task on each node: JAX would take the first one only. Nothing where
+    JAX_LOCAL_DEVICE_IDS is set, which an argument would override."""
     if "JAX_LOCAL_DEVICE_IDS" in os.environ:
         return {}
     tasks, gpus = _slurm_tasks(), _number("SLURM_GPUS_ON_NODE")
@@ -183,7 +183,7 @@ def _local_devices() -> dict[str, Any]:
 
 
 def _tpu_hosts() -> int:
-    """The hosts of the TPU slice, or slices, that this machine belongs to; 1 where it has no TPU."""
+    """The number of hosts of the TPU slice, or slices, of this machine; 1 where it has no TPU."""
     if not _has_tpu():
         return 1
     names = os.environ.get("TPU_WORKER_HOSTNAMES") or _metadata("worker-network-endpoints")
@@ -200,7 +200,7 @@ def _has_tpu() -> bool:
 
 
 def _metadata(key: str) -> str:
-    """What Google Cloud says about this machine; nothing where it is none of theirs."""
+    """Google Cloud's metadata of this machine; empty elsewhere."""
     server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     address = f"http://{server}/computeMetadata/v1/instance/attributes/{key}"
     request = urllib.request.Request(address, headers={"Metadata-Flavor": "Google"})

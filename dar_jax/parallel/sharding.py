@@ -1,22 +1,22 @@
-"""Where arrays live: the device mesh, and one table that says how every parameter is cut over it.
+"""Shardings: one table with the PartitionSpec of every parameter, and one of every activation.
 
-The mesh has three axes. `data` and `fsdp` share the batch; `fsdp` also cuts parameters along their width, so that each device
-keeps a part and gathers the rest when it is needed; `tensor` cuts heads and hidden units: products into them by columns,
+The mesh has three axes. `data` and `fsdp` share the batch; `fsdp` also shards parameters along their width, so that each device
+keeps a part and gathers the others when it needs them; `tensor` shards heads and hidden units: products into them by columns,
 products out of them by rows, so that a block needs one sum over `tensor` for its attention and one for its MLP.
 Callers enter the mesh with `jax.set_mesh(mesh)`; one device is a 1 x 1 x 1 mesh.
 
 By default all devices stand along `data`: every one holds all of the state, 16 bytes a parameter, and the only traffic is the
 sum of the gradients. That is best as long as the state leaves room for activations. Larger models, as in the ImageNet recipes,
-take `MeshConfig(data=-1, fsdp=-1)`, which cuts it over up to `MOST_PARTS` devices, at the price of gathering each layer's
-parameters in the forward and in the backward pass. More parts save little memory, and on a TPU parts of less than a tile are
-not scattered but summed up whole. Where the network between hosts is slow, `MeshConfig(data=-1, fsdp=N)` with the N devices of
+take `MeshConfig(data=-1, fsdp=-1)`, which shards it over up to `MOST_PARTS` devices, at the price of gathering each layer's
+parameters in the forward and in the backward pass. More shards save little memory, and on a TPU shards of less than a tile are
+all-reduced, not reduce-scattered. Where the network between hosts is slow, `MeshConfig(data=-1, fsdp=N)` with the N devices of
 one host keeps that traffic inside.
 `tensor` is for layers that do not fit otherwise, and for sampling in small batches.
 """
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,11 +29,12 @@ from dar_jax.errors import InputError
 from dar_jax.parallel.mesh import BATCH
 
 Rules = Sequence[tuple[str, P]]
+Axis = str | tuple[str, ...] | None
 
-# (regular expression on the end of a parameter's path, how its LAST dimensions are cut). The first match counts. Dimensions
-# that a rule does not name, such as the leading layers of a stack of blocks, stay whole.
+# (regular expression on the end of a parameter's path, sharding of its LAST dimensions). The first match counts. Dimensions
+# that a rule does not name, such as the leading layers of a stack of blocks, are not sharded.
 RULES: Rules = (
-    # frozen feature networks: convolutions and their norms are small, and whole everywhere
+    # frozen feature networks: convolutions and their norms are small, and replicated
     (r"conv\d_\d/kernel|(Conv2d_\w+|branch\w+|fc)/kernel", P()),
     (r"class_token|head\d|mean|var", P()),
     (r"qkv/bias", P("tensor", None, None)),
@@ -45,7 +46,7 @@ RULES: Rules = (
     # linears into a wider or hidden layer, and out of it
     (r"(in|linear0|linear2)/kernel", P("fsdp", "tensor")),
     (r"(in|linear0|linear2)/bias", P("tensor")),
-    # [D, parts, hidden]: what is taken apart later stands on an axis of its own, so that no part crosses devices
+    # [D, parts, hidden]: what is split later stands on an axis of its own, so that no part crosses devices
     (r"(gate_up|modulation|head_modulation)/kernel", P("fsdp", None, "tensor")),
     (r"(modulation|head_modulation)/bias", P(None, "tensor")),
     (r"(out|down|linear1)/kernel", P("tensor", "fsdp")),
@@ -68,13 +69,7 @@ def path_name(path: tuple) -> str:
 
 def fit(spec: P, shape: Sequence[int], mesh: Mesh) -> P:
     """`spec` applied to the last dimensions of `shape`, without the axes that do not divide their dimension."""
-    axes = (None,) * (len(shape) - len(spec)) + tuple(spec)
-
-    def divides(axis: str | tuple[str, ...] | None, size: int) -> bool:
-        names = (axis,) if isinstance(axis, str) else axis or ()
-        return size % math.prod(mesh.shape[name] for name in names) == 0
-
-    return P(*(axis if divides(axis, size) else None for axis, size in zip(axes, shape)))
+    return _that_divide((None,) * (len(shape) - len(spec)) + tuple(spec), shape, mesh.shape)
 
 
 def shardings(tree: Any, mesh: Mesh, rules: Rules = ()) -> Any:
@@ -104,33 +99,32 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules = ()) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def placed(shapes: Any, places: Any) -> Any:
-    """A tree of ShapeDtypeStructs and the tree of their shardings put together."""
-    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places)
+def placed(shapes: Any, shardings: Any) -> Any:
+    """A tree of ShapeDtypeStructs with the shardings of another tree."""
+    return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings)
 
 
-def put(tree: Any, places: Any) -> Any:
-    """Arrays that every host has as a whole, NumPy's or on its own devices -> global arrays of these shardings.
+def put(tree: Any, shardings: Any) -> Any:
+    """Arrays that every host has completely, NumPy's or on its own devices -> global arrays of these shardings.
 
-    Args: places, a tree of shardings like `tree`, or one for all.
+    Args: shardings, a tree like `tree`, or one for all.
     """
 
-    def each(value: Any, place: NamedSharding) -> jax.Array:
+    def global_array(value: Any, sharding: NamedSharding) -> jax.Array:
         value = np.asarray(value)
-        return jax.make_array_from_callback(value.shape, place, lambda index: value[index])
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
-    return jax.tree.map(each, tree, jax.tree.broadcast(places, tree))
+    return jax.tree.map(global_array, tree, jax.tree.broadcast(shardings, tree))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on every device."""
+    """A complete copy on every device."""
     return NamedSharding(mesh, P())
 
 
-# How activations are cut over the mesh's axes (see `parallel`), by name. Without these the compiler may well cut the residual
-# stream along its width, as the parameters are, and sum activations where gathering parameters is cheaper. XLA (jax 0.10) has
-# also been seen to swap samples between devices where the sides of a product, or their gradients, were left to it on a
-# 2 x 2 x 2 mesh.
+# Sharding of activations, by name. Without these constraints the compiler may shard the residual stream along its width, as the
+# parameters are, and all-reduce activations where all-gathering parameters is cheaper. XLA (jax 0.10) has also been seen to
+# swap samples between devices where the sides of a product, or their gradients, were left to it on a 2 x 2 x 2 mesh.
 ACTIVATIONS = {
     "stream": P(("data", "fsdp"), None, None),  # [B, T, D]
     "hidden": P(("data", "fsdp"), None, "tensor"),  # [B, T, H]
@@ -143,7 +137,7 @@ ACTIVATIONS = {
 
 
 def constrain(x: Array, name: str) -> Array:
-    """Fixes the layout of an activation on the mesh that is set, if one is; dimensions that do not divide stay whole."""
+    """Fixes the layout of an activation on the mesh that is set, if one is; dimensions that do not divide are not sharded."""
     if not jax.sharding.get_abstract_mesh().shape:
         return x
     return jax.lax.with_sharding_constraint(x, fitting(name, x.shape))
@@ -151,9 +145,13 @@ def constrain(x: Array, name: str) -> Array:
 
 def fitting(name: str, shape: Sequence[int]) -> P:
     """The layout `name` of `ACTIVATIONS` for an array, without axes that do not divide their dimension."""
-    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    return _that_divide(ACTIVATIONS[name], shape, jax.sharding.get_abstract_mesh().shape)
 
-    def divides(axes: str | tuple[str, ...] | None, size: int) -> bool:
-        return size % math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ())) == 0
 
-    return P(*(axes if divides(axes, size) else None for axes, size in zip(ACTIVATIONS[name], shape)))
+def _that_divide(axes: Iterable[Axis], shape: Sequence[int], sizes: Mapping[str, int]) -> P:
+    """The axes of a mesh of these sizes, each along its dimension of `shape`, None where they do not divide it."""
+
+    def shards(axis: Axis) -> int:
+        return math.prod(sizes[name] for name in ((axis,) if isinstance(axis, str) else axis or ()))
+
+    return P(*(None if size % shards(axis) else axis for axis, size in zip(axes, shape)))
