@@ -6,6 +6,7 @@ denoising, C channels.
 
 import dataclasses
 import difflib
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -24,9 +25,12 @@ from dar_jax.inference.reconstruct import encode, open_image
 from dar_jax.inference.trained import Trained
 from dar_jax.models.pixels import to_float, to_uint8
 from dar_jax.parallel.batches import over_batches, row_slices, split_rows
+from dar_jax.sampling.predict import token_by_token
 from dar_jax.sampling.sampler import generate, stream
 from dar_jax.sampling.settings import Method, Settings, make_settings
 from dar_jax.training.checkpoint import Info
+
+log = logging.getLogger("dar_jax.inference")
 
 NAME_LENGTH = 50  # characters of the run's name in names of files, which may have 255 bytes
 
@@ -36,13 +40,14 @@ class SampleBatch:
     """The samples of one batch as they stand after `groups` groups.
 
     rows: their places among the N samples; tokens int32 [n, groups Q]; images uint8 [n, H, W, C], the previews of the
-    unfinished ones.
+    unfinished ones; calls int32 [n], the passes of the transformer that each took.
     """
 
     rows: slice
     groups: int
     tokens: np.ndarray
     images: np.ndarray
+    calls: np.ndarray
 
 
 def sample(
@@ -82,14 +87,19 @@ def sample(
         arguments = {"prefix": prefix, "image": image}
         if previews:
             steps = stream(networks, params, settings, condition, seeds, **arguments)
-            return ((step.tokens, step.images) for step in steps)
+            return ((step.tokens, step.images, step.calls) for step in steps)
         samples = generate(networks, params, settings, condition, seeds, **arguments)
-        return samples.tokens, samples.images
+        return samples.tokens, samples.images, samples.calls
 
     slices = row_slices(0, total, size) if batches is None else batches
     arrays = split_rows(slices, np.asarray(labels, np.int32), np.asarray(seeds, np.uint32), prefix, image)
-    for rows, (tokens, images) in over_batches(draw, arrays, size, trained.mesh):
-        yield SampleBatch(rows, tokens.shape[1] // trained.config.tokens_per_group, tokens, to_uint8(images))
+    passes = np.zeros(total, np.int32)
+    for rows, (tokens, images, calls) in over_batches(draw, arrays, size, trained.mesh):
+        passes[rows] = calls
+        yield SampleBatch(rows, tokens.shape[1] // trained.config.tokens_per_group, tokens, to_uint8(images), calls)
+    if networks.method.predict is not token_by_token and passes.any():
+        passes = passes[passes > 0]
+        log.info("%.1f passes of the transformer a sample, at most %d", passes.mean(), passes.max())
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class Predictor(NamedTuple):
     """How the transformer finds tokens.
 
     begin: (networks, params, settings, condition, seeds [B], prefix [B, k] or None, num_given [B] or None) -> a state, any tree
-      of arrays with the batch first that has `tokens` [B, T] int32.
+      of arrays with the batch first that has `tokens` [B, T] int32 and `calls` [B] int32, the passes that each sample took.
     group: (networks, params, settings, state, group) -> the state, in which the tokens of this group are final.
     """
 
@@ -39,7 +39,7 @@ class Predictor(NamedTuple):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["condition", "keys", "tokens", "num_given", "last_slot", "caches"],
+    data_fields=["condition", "keys", "tokens", "num_given", "last_slot", "caches", "calls"],
     meta_fields=["before", "done"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Prediction:
     num_given: Array  # [B] int32, how many first tokens are given instead of predicted
     last_slot: Array  # [B or 2B, 1, D], the condition's last slot, which predicts token 0
     caches: tuple[Cache, ...]
+    calls: Array  # [B] int32, passes of the transformer so far
     before: int  # slots of the condition before its last one
     done: int  # the first tokens, given for all samples, whose slots are in the caches already
 
@@ -162,7 +163,8 @@ def _begin(
     caches = model.empty_caches(len(x), x.shape[1])
     if x.shape[1]:
         _, caches = model.apply(weights, params.transformer.layers, x, caches, jnp.int32(0), method="extend")
-    return Prediction(condition, keys, tokens, count, last, caches, before, done)
+    calls = jnp.full(batch, x.shape[1] > 0, jnp.int32)
+    return Prediction(condition, keys, tokens, count, last, caches, calls, before, done)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -195,4 +197,4 @@ def _predict(
 
     carry = (state.tokens, grown(state.caches, state.before + window, halved))
     (tokens, caches), _ = jax.lax.scan(body, carry, jnp.arange(count))
-    return dataclasses.replace(state, tokens=tokens, caches=caches, last_slot=first)
+    return dataclasses.replace(state, tokens=tokens, caches=caches, last_slot=first, calls=state.calls + count)

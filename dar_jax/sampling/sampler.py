@@ -60,11 +60,12 @@ class SamplerState:
 @dataclasses.dataclass(frozen=True)
 class Samples:
     """tokens [B, n] int32 of the finished groups, images [B, H, W, C] float32 in about [-1, 1], and, where asked for, the
-    previews [groups or steps, B, H, W, C] whose last one is the image."""
+    previews [groups or steps, B, H, W, C] whose last one is the image. calls [B] int32: the passes of the transformer."""
 
     tokens: Array
     images: Array
-    previews: Array | None
+    previews: Array | None = None
+    calls: Array | None = None
 
 
 def begin(
@@ -198,4 +199,4 @@ def _prepared(networks: Networks, params: dict | SamplerParams) -> SamplerParams
 def _snapshot(networks: Networks, params: SamplerParams, state: SamplerState) -> Samples:
     tokens = state.prediction.tokens[:, : state.group * networks.tokenizer.config.tokens_per_group]
     with params.on_decoder():
-        return Samples(tokens, finish(networks.tokenizer, state.decoding.preview), None)
+        return Samples(tokens, finish(networks.tokenizer, state.decoding.preview), calls=state.prediction.calls)

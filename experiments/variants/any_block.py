@@ -115,7 +115,7 @@ def predict(networks, params, settings, state, group):
 
     caches = grown(state.caches, end, halved=not guided and len(state.caches[0].keys) > len(state.tokens))
     (tokens, caches), _ = jax.lax.scan(block, (state.tokens, caches), jnp.arange(first, end, size))
-    return dataclasses.replace(state, tokens=tokens, caches=caches)
+    return dataclasses.replace(state, tokens=tokens, caches=caches, calls=state.calls + per_group // size)
 
 
 def blocks(first, later):

@@ -49,7 +49,7 @@ def predict(networks, params, settings, state, group):
     logits, caches = bound.extend(params.transformer.layers, x, grown(caches, length), jnp.int32(group * size), mask)
     drawn = draw_each(networks, settings, logits, state.keys, places, state.tokens)
     drawn = jnp.where(places < state.num_given[:, None], state.tokens[:, places], drawn)
-    return dataclasses.replace(state, tokens=state.tokens.at[:, places].set(drawn), caches=caches)
+    return dataclasses.replace(state, tokens=state.tokens.at[:, places].set(drawn), caches=caches, calls=state.calls + 1)
 
 
 experiment = Experiment(
