@@ -27,6 +27,7 @@ from dar_jax.config import (
 )
 from dar_jax.models.tokenizer import Tokenizer
 from dar_jax.models.transformer import Llama
+from dar_jax.parallel import sharding
 from dar_jax.quickstart import TOKENIZER, TRANSFORMER
 from dar_jax.training import losses
 from dar_jax.training.optimizer import make_optimizer
@@ -235,7 +236,7 @@ def linear():
 
 @pytest.fixture
 def one_dimensional_rule(monkeypatch):
-    monkeypatch.setattr(parallel, "RULES", (("kernel", parallel.P("fsdp")),))
+    monkeypatch.setattr(sharding, "RULES", (("kernel", P("fsdp")),))
 
 
 @pytest.mark.usefixtures("one_dimensional_rule")
