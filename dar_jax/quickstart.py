@@ -137,8 +137,8 @@ def quickstart(workdir: str | os.PathLike, fast: bool = False) -> dict[str, Any]
 def _evaluate(workdir: Path) -> dict[str, float]:
     """Measures both stages and writes the pictures."""
     model = load(workdir, batch_size=250)
-    images, labels = _digits("train")
-    held_out, held_out_labels = _digits("test")
+    images, labels = digits("train")
+    held_out, held_out_labels = digits("test")
     result = reconstruct(model.trained, held_out, np.arange(len(held_out)), model.trained.info.config.sampling, len(held_out))
     pictures.save_png(workdir / "reconstructions.png", pictures.beside(held_out[:32], result.images[:32]))
     classes = np.tile(np.arange(10), PER_CLASS)  # 0 .. 9 again and again, each time with other seeds
@@ -146,7 +146,7 @@ def _evaluate(workdir: Path) -> dict[str, float]:
     previews = np.stack([*model.stream(classes, np.arange(len(classes)))])  # [G, N, H, W, C]
     _draw(workdir, previews, model.class_names)
 
-    classify = _classifier(images, labels)
+    classify = classifier(images, labels)
     return {
         "reconstruction_psnr": float(result.psnr.mean()),
         "codebook_usage": codebook_usage(model.encode(images), model.trained.config.codebook_size),
@@ -199,19 +199,19 @@ def _train(experiment: Experiment, workdir: Path) -> None:
         raise KeyboardInterrupt
 
 
-def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
+def digits(split: str) -> tuple[np.ndarray, np.ndarray]:
     """All digits of a split: images uint8 [N, 8, 8, 1] and labels int [N]."""
     source = open_source(dataclasses.replace(DIGITS, split=split))
     elements = [source[index] for index in range(len(source))]
     return np.stack([element["image"] for element in elements]), np.array([element["label"] for element in elements])
 
 
-def _classifier(images: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+def classifier(images: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """A support-vector classifier trained on real digits: uint8 [N, 8, 8, 1] -> labels [N]."""
     from sklearn.svm import SVC
 
     def features(images: np.ndarray) -> np.ndarray:
         return images.reshape(len(images), -1) * (16 / 255)  # the scale that scikit-learn's digits come in
 
-    classifier = SVC(gamma=0.001).fit(features(images), labels)
-    return lambda images: classifier.predict(features(images))
+    machine = SVC(gamma=0.001).fit(features(images), labels)
+    return lambda images: machine.predict(features(images))

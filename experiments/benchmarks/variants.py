@@ -33,7 +33,7 @@ from dar_jax.inference.reconstruct import encode
 from dar_jax.inference.samples import sample
 from dar_jax.inference.trained import Trained, load_sampler
 from dar_jax.models.transformer import score
-from dar_jax.quickstart import DIGITS, _all_of, _classifier
+from dar_jax.quickstart import classifier, digits
 from dar_jax.sampling.logits import filter_logits, guide
 from dar_jax.sampling.settings import make_settings
 
@@ -73,8 +73,8 @@ def row_of(options: Options, base: Trained, trained: Trained, expected: np.ndarr
     tokens, images = (np.concatenate([getattr(batch, name) for batch in drawn]) for name in ("tokens", "images"))
     expected = tokens if expected is None else expected
     calls = np.concatenate([batch.calls for batch in drawn])
-    real, real_labels = (np.concatenate(parts) for parts in zip(*map(split, ("train", "test"))))
-    held_out, held_out_labels = split("test")
+    real, real_labels = (np.concatenate(parts) for parts in zip(*map(digits, ("train", "test"))))
+    held_out, held_out_labels = digits("test")
     codes = encode(base, held_out, 100)
     exact = np.array_equal(tokens, expected)
     divergence = 0.0 if exact else np.mean(log2_of(trained, labels, tokens, sampling) - log2_of(base, labels, tokens, sampling))
@@ -83,7 +83,7 @@ def row_of(options: Options, base: Trained, trained: Trained, expected: np.ndarr
         "same": f"{np.mean(tokens == expected):.2%}",
         "bits": round(float(bits_of(trained, held_out_labels, codes).mean()), 3),
         "divergence": round(float(divergence), 2),
-        "accuracy": f"{np.mean(_classifier(*split('train'))(images) == labels):.1%}",
+        "accuracy": f"{np.mean(classifier(*digits('train'))(images) == labels):.1%}",
         "diversity": round(spread(images, labels) / spread(real, real_labels), 3),
         "distance": round(frechet_distance(pixels(images), pixels(real)).value, 3),
     }
@@ -91,10 +91,6 @@ def row_of(options: Options, base: Trained, trained: Trained, expected: np.ndarr
         once = lambda size=size: [batch.images for batch in sample(trained, labels[:size], seeds[:size], sampling, size)]  # noqa: E731
         row[f"images/s, batch {size}"] = round(size / best(once, repeats=options.repeats), 1)
     return row, expected
-
-
-def split(name: str) -> tuple[np.ndarray, np.ndarray]:
-    return _all_of(dataclasses.replace(DIGITS, split=name))
 
 
 def bits_of(trained: Trained, labels: np.ndarray, codes: np.ndarray) -> np.ndarray:
