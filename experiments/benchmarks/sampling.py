@@ -179,8 +179,7 @@ def predict(made: Sampler, batch: int) -> jax.Array:
 
 def decode_batch(made: Sampler, batch: int) -> jax.Array:
     values = jnp.zeros((batch, TOKENIZER.num_tokens, TOKENIZER.code_dim))
-    noise = jnp.zeros((batch, TOKENIZER.resolution, TOKENIZER.resolution, TOKENIZER.channels))
-    return decode(made.networks, made.params, made.settings, values, noise).images
+    return decode(made.networks, made.params, made.settings, values, jnp.arange(batch, dtype=jnp.uint32)).images
 
 
 def first_preview(made: Sampler, batch: int) -> jax.Array:
