@@ -13,7 +13,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from dar_jax.errors import InputError
+from dar_jax.errors import InputError, require
 
 
 @dataclass(frozen=True)
@@ -375,7 +375,7 @@ def checked(kind: Any, value: Any, name: str = "", limits: Range = FINITE) -> An
     raise InputError(f"{name} should be {expected}, not {_shown(value)}")
 
 
-def _checked_fields(kind: type, value: Any, name: str) -> Any:
+def _checked_fields(kind: Any, value: Any, name: str) -> Any:
     """`checked` for a dataclass, or a table of its fields."""
     if isinstance(value, kind):
         kind, value = type(value), {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
@@ -400,7 +400,7 @@ def _shown(value: Any) -> str:
 def validate(config: TokenizerTraining | TransformerTraining) -> None:
     """Raises InputError, in one line, where settings are out of range or contradict each other."""
     checked(type(config), config)
-    train, data, model = config.train, config.data, config.model
+    train, data = config.train, config.data
     require(
         train.batch_size % train.accumulate == 0,
         f"train.batch_size {train.batch_size} should be a multiple of train.accumulate {train.accumulate}",
@@ -414,19 +414,21 @@ def validate(config: TokenizerTraining | TransformerTraining) -> None:
     require(least <= greatest, f"data.crop_fraction is {least} {greatest}, it should be rising")
     require(data.channels in (1, 3), f"data.channels is {data.channels}, it should be 1 (grey) or 3 (RGB)")
     if isinstance(config, TokenizerTraining):
-        validate_tokenizer(model)
+        tokenizer = config.model
+        validate_tokenizer(tokenizer)
         require(
-            (data.image_size, data.channels) == (model.image_size, model.channels),
+            (data.image_size, data.channels) == (tokenizer.image_size, tokenizer.channels),
             f"data gives {data.image_size} pixels and {data.channels} channels, "
-            f"the model takes {model.image_size} and {model.channels}",
+            f"the model takes {tokenizer.image_size} and {tokenizer.channels}",
         )
         require(data.source != "codes", "a tokenizer is trained on images, data.source is codes")
-        layer, layers = model.velocity.repa_layer, model.velocity.layers
+        layer, layers = tokenizer.velocity.repa_layer, tokenizer.velocity.layers
         require(
-            config.loss.repa == 0 or model.velocity.has_repa,
+            config.loss.repa == 0 or tokenizer.velocity.has_repa,
             f"loss.repa needs the REPA head, but velocity.repa_layer is {layer} in a network of {layers} layers",
         )
     else:
+        model = config.model
         require(model.width % model.heads == 0, f"model.width {model.width} should be a multiple of model.heads {model.heads}")
         size, kv_heads = model.width // model.heads, model.kv_heads or model.heads
         require(size % 2 == 0, f"model.width / model.heads, the size of a head, is {size}, it should be even (RoPE)")
@@ -455,15 +457,9 @@ def validate_tokenizer(model: TokenizerConfig) -> None:
         require(holds, f"tokenizer: {message}")
 
 
-def require(condition: bool, message: str) -> None:
-    """Raises InputError with this message where the condition does not hold."""
-    if not condition:
-        raise InputError(message)
-
-
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     """Every setting by its path, such as `model.velocity.width`."""
-    settings = {}
+    settings: dict[str, Any] = {}
     for each in dataclasses.fields(config):
         name, value = prefix + each.name, getattr(config, each.name)
         settings |= flat(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: value}

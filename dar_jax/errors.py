@@ -8,3 +8,9 @@ class InputError(Exception):
 def one_line(value: object, most: int = 200) -> str:
     """A value as one line of at most so many characters, for a message."""
     return " ".join(str(value).split())[:most]
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises InputError with this message where the condition does not hold."""
+    if not condition:
+        raise InputError(message)

@@ -104,7 +104,9 @@ class Experiment:
         """The network of this experiment; `dtype` is that of its matrix products."""
         if self.model is not None:
             return self.model(self.config, dtype, remat)
-        return (Tokenizer if isinstance(self.config, TokenizerTraining) else Llama)(self.config.model, dtype, remat)
+        if isinstance(self.config, TokenizerTraining):
+            return Tokenizer(self.config.model, dtype, remat)
+        return Llama(self.config.model, dtype, remat)
 
     def init_params(self, model: nn.Module) -> Any:
         """The network's parameters before training; they depend on the settings only."""
@@ -136,7 +138,7 @@ def _run(path: Path) -> types.ModuleType:
     if not path.is_file():
         raise InputError(f"there is no experiment file {path}")
     spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
-    if spec is None:
+    if spec is None or spec.loader is None:
         raise InputError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # so that dataclasses and worker processes find the module of what it defines

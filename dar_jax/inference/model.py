@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dar_jax.config import SamplingConfig
+from dar_jax.config import SamplingConfig, TransformerTraining
 from dar_jax.errors import InputError
 from dar_jax.experiment import load_experiment
 from dar_jax.inference.reconstruct import encode
@@ -67,14 +67,14 @@ class Model:
     def decode(self, codes: np.ndarray, seeds: Sequence[int] | None = None) -> np.ndarray:
         """Images uint8 [N, H, W, C] of codes int32 [N, T], denoised from the noise of these seeds (default: 0 .. N - 1)."""
         codes, trained = self._codes(codes), self.trained
-        seeds = np.asarray(np.arange(len(codes)) if seeds is None else seeds, np.uint32)
+        numbers = np.asarray(np.arange(len(codes)) if seeds is None else seeds, np.uint32)
         settings = make_settings(SamplingConfig(), trained.config, trained.networks.method)
 
         def images(codes: jax.Array, seeds: jax.Array) -> jax.Array:
             values = lookup_codes(trained.networks, trained.params, codes)
             return decode(trained.networks, trained.sampler_params, settings, values, seeds).images
 
-        return to_uint8(self._over_rows(images, codes, seeds))
+        return to_uint8(self._over_rows(images, codes, numbers))
 
     def score(self, images: np.ndarray, labels: Sequence[int | str]) -> np.ndarray:
         """The bits float32 [N, T] that each code of these images takes, given their classes and the codes before it."""
@@ -95,13 +95,15 @@ class Model:
         return np.concatenate([part for _, part in over_batches(function, batches, size, self.trained.mesh)])
 
     def _draw(self, labels: Sequence[int | str], seeds: Sequence[int], settings: dict[str, Any], previews: bool):
-        base = self._transformer().info.config.sampling
+        info = self._transformer().info
+        assert info is not None and isinstance(info.config, TransformerTraining)
+        base = info.config.sampling
         prefix = settings.pop("prefix", None)
         if unknown := sorted(set(settings) - {field.name for field in dataclasses.fields(base)}):
             raise InputError(f"there is no setting {unknown[0]!r}; settings are {', '.join(vars(base))}")
-        numbers, seeds = pair([self._number(label) for label in labels], seeds)
+        numbers, each = pair([self._number(label) for label in labels], seeds)
         sampling = dataclasses.replace(base, **settings)
-        batches = sample(self.trained, numbers, seeds, sampling, min(self.batch_size, len(numbers)), prefix, previews=previews)
+        batches = sample(self.trained, numbers, each, sampling, min(self.batch_size, len(numbers)), prefix, previews=previews)
         finished: dict[int, list[np.ndarray]] = {}  # by group, the images of the batches so far
         for batch in batches:
             parts = finished.setdefault(batch.groups, [])

@@ -15,8 +15,8 @@ from flax import linen as nn
 from flax.core import FrozenDict
 from jax import Array
 
-from dar_jax.config import SamplingConfig, TokenizerConfig, checked, require
-from dar_jax.errors import InputError
+from dar_jax.config import SamplingConfig, TokenizerConfig, checked
+from dar_jax.errors import InputError, require
 from dar_jax.models import flow
 from dar_jax.models.tokenizer import Tokenizer
 from dar_jax.models.transformer import Llama

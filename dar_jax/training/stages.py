@@ -15,11 +15,11 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from dar_jax import parallel
-from dar_jax.config import TokenizerTraining, TransformerTraining, require
+from dar_jax.config import TokenizerTraining, TransformerTraining
 from dar_jax.data.codes import CodesSource, fingerprint
 from dar_jax.data.pipeline import batches
 from dar_jax.data.sources import open_source
-from dar_jax.errors import InputError
+from dar_jax.errors import InputError, require
 from dar_jax.experiment import Experiment, LossFn
 from dar_jax.features.dinov2 import Dinov2, Dinov2Config
 from dar_jax.features.load import load_dinov2, load_lpips

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from dar_jax.errors import InputError
+from dar_jax.errors import InputError, require
 from dar_jax.files import replacing
 
 STREAM_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of the older format
@@ -99,7 +99,7 @@ class _File(io.FileIO):
     """A file that does not let `zipfile` read more at a time than a list of entries may take."""
 
     def read(self, size: int = -1) -> bytes:
-        _require(size <= MAX_DIRECTORY, "its list of entries has no end")
+        require(size <= MAX_DIRECTORY, "its list of entries has no end")
         return super().read(size)
 
 
@@ -116,7 +116,7 @@ def _read(file: BinaryIO, mapped: mmap.mmap) -> Any:
     first = _unpickle(pickletools.genops(mapped), _Tensors(len(mapped)))
     if isinstance(first, int) and first == STREAM_MAGIC:
         return _read_stream(mapped)
-    _require(mapped.tell() == len(mapped), f"{len(mapped) - mapped.tell()} bytes follow the pickle")
+    require(mapped.tell() == len(mapped), f"{len(mapped) - mapped.tell()} bytes follow the pickle")
     return first
 
 
@@ -125,20 +125,20 @@ def _read(file: BinaryIO, mapped: mmap.mmap) -> Any:
 
 def _read_zip(archive: zipfile.ZipFile, mapped: mmap.mmap) -> Any:
     entries = {info.filename: info for info in archive.infolist()}
-    _require(len(entries) == len(archive.infolist()), "two entries have the same name")
+    require(len(entries) == len(archive.infolist()), "two entries have the same name")
     # Entries that overlap would let a small file keep the checksums busy for ever.
-    _require(sum(info.compress_size for info in entries.values()) <= len(mapped), "its entries are larger than the file")
+    require(sum(info.compress_size for info in entries.values()) <= len(mapped), "its entries are larger than the file")
     pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
-    _require(len(pickles) == 1, f"the archive has {len(pickles)} files data.pkl, not one")
+    require(len(pickles) == 1, f"the archive has {len(pickles)} files data.pkl, not one")
     root = pickles[0].removesuffix("data.pkl")
     tensors = _Tensors(len(mapped))
 
     def content(name: str) -> memoryview:
-        _require(root + name in entries, f"{name} is missing")
+        require(root + name in entries, f"{name} is missing")
         return _stored(entries[root + name], mapped)
 
     if root + "byteorder" in entries:
-        _require(content("byteorder") == b"little", "it was written on a big-endian machine")
+        require(content("byteorder") == b"little", "it was written on a big-endian machine")
 
     def load(name: str, folder: str, torchscript: bool) -> Any:
         loaded: dict[str, memoryview] = {}
@@ -146,9 +146,7 @@ def _read_zip(archive: zipfile.ZipFile, mapped: mmap.mmap) -> Any:
         def storage(dtype: np.dtype, key: str, count: int) -> memoryview:
             if key not in loaded:
                 loaded[key] = content(f"{folder}/{key}")
-            _require(
-                len(loaded[key]) == count * dtype.itemsize, f"storage {key} has {len(loaded[key])} bytes, not as announced"
-            )
+            require(len(loaded[key]) == count * dtype.itemsize, f"storage {key} has {len(loaded[key])} bytes, not as announced")
             return loaded[key]
 
         operations = pickletools.genops(io.BytesIO(content(name)))
@@ -164,44 +162,44 @@ def _read_zip(archive: zipfile.ZipFile, mapped: mmap.mmap) -> Any:
 def _stored(info: zipfile.ZipInfo, mapped: mmap.mmap) -> memoryview:
     """The bytes of an entry, in place. Archives of PyTorch are not compressed, so an entry cannot be larger than the file."""
     name = info.filename
-    _require(info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1, f"{name} is compressed or encrypted")
-    _require(info.compress_size == info.file_size, f"{name} has two sizes")
-    _require(info.header_offset >= 0, f"{name} is not where the archive says")
+    require(info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1, f"{name} is compressed or encrypted")
+    require(info.compress_size == info.file_size, f"{name} has two sizes")
+    require(info.header_offset >= 0, f"{name} is not where the archive says")
     header = mapped[info.header_offset : info.header_offset + 30]
-    _require(len(header) == 30 and header[:4] == b"PK\x03\x04", f"{name} is not where the archive says")
+    require(len(header) == 30 and header[:4] == b"PK\x03\x04", f"{name} is not where the archive says")
     start = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
-    _require(start + info.file_size <= len(mapped), f"{name} reaches beyond the end of the file")
+    require(start + info.file_size <= len(mapped), f"{name} reaches beyond the end of the file")
     content = memoryview(mapped)[start : start + info.file_size]
     # PyTorch can be told to write no checksums; they are zero then.
-    _require(info.CRC in (0, zlib.crc32(content)), f"{name} does not have its checksum, the file is damaged")
+    require(info.CRC in (0, zlib.crc32(content)), f"{name} does not have its checksum, the file is damaged")
     return content
 
 
 def _read_stream(mapped: mmap.mmap) -> Any:
     """The older format: magic number, version, machine, contents, list of storages, each a pickle; then the storages."""
     version, machine = (_unpickle(pickletools.genops(mapped), _Tensors(len(mapped))) for _ in range(2))
-    _require(isinstance(version, int) and version == 1001, "this version of the format is not known")
-    _require(_only(dict, machine).get("little_endian") is True, "it was written on a big-endian machine")
+    require(isinstance(version, int) and version == 1001, "this version of the format is not known")
+    require(_only(dict, machine).get("little_endian") is True, "it was written on a big-endian machine")
     start = mapped.tell()
 
     # The contents name storages that come after them, whose places follow from their types: so they are gone through twice.
     announced: dict[str, tuple[np.dtype, int]] = {}
 
     def announce(dtype: np.dtype, key: str, count: int) -> None:
-        _require(announced.setdefault(key, (dtype, count)) == (dtype, count), f"storage {key} is announced in two ways")
+        require(announced.setdefault(key, (dtype, count)) == (dtype, count), f"storage {key} is announced in two ways")
 
     _unpickle(pickletools.genops(mapped), _Tensors(len(mapped)).of(announce))
     keys = _unpickle(pickletools.genops(mapped), _Tensors(len(mapped)))
-    _require(isinstance(keys, list) and all(isinstance(key, str) for key in keys), "the list of storages is none")
-    _require(sorted(keys) == sorted(announced), "the list of storages does not fit the contents")
+    require(isinstance(keys, list) and all(isinstance(key, str) for key in keys), "the list of storages is none")
+    require(sorted(keys) == sorted(announced), "the list of storages does not fit the contents")
     storages, position = {}, mapped.tell()
     for key in keys:
         dtype, count = announced[key]
-        _require(mapped[position : position + 8] == struct.pack("<q", count), f"storage {key} has not the announced size")
+        require(mapped[position : position + 8] == struct.pack("<q", count), f"storage {key} has not the announced size")
         position += 8 + count * dtype.itemsize
-        _require(position <= len(mapped), f"storage {key} reaches beyond the end of the file")
+        require(position <= len(mapped), f"storage {key} reaches beyond the end of the file")
         storages[key] = memoryview(mapped)[position - count * dtype.itemsize : position]
-    _require(position == len(mapped), f"{len(mapped) - position} bytes follow the last storage")
+    require(position == len(mapped), f"{len(mapped) - position} bytes follow the last storage")
     mapped.seek(start)
     return _unpickle(pickletools.genops(mapped), _Tensors(len(mapped)).of(lambda dtype, key, count: storages[key]))
 
@@ -211,9 +209,9 @@ def _tensors_by_name(module: Any) -> dict[str, np.ndarray]:
     tensors, pending = {}, [("", module)]
     while pending:
         name, value = pending.pop()
-        _require(len(name) <= MAX_NAME, "a name of a tensor has no end")
+        require(len(name) <= MAX_NAME, "a name of a tensor has no end")
         if isinstance(value, np.ndarray):
-            _require(name not in tensors, "two tensors have the same name")
+            require(name not in tensors, "two tensors have the same name")
             tensors[name] = value
         elif isinstance(value, Record):
             pending.extend((f"{name}.{key}".lstrip("."), item) for key, item in reversed(value.items()))
@@ -249,20 +247,20 @@ class _Tensors:
 
     def spend(self, size: int) -> None:
         self.left -= size
-        _require(self.left >= 0, f"its contents claim more than {MAX_REPEATS} times the size of the file")
+        require(self.left >= 0, f"its contents claim more than {MAX_REPEATS} times the size of the file")
 
     def open(self, identity: Any) -> _Storage:
         """The storage that a persistent id of a pickle names, ("storage", type, key, device, elements[, view])."""
-        _require(self.content is not None and isinstance(identity, tuple) and len(identity) in (5, 6), "unknown persistent id")
+        require(self.content is not None and isinstance(identity, tuple) and len(identity) in (5, 6), "unknown persistent id")
         tag, kind, key, _, count, *view = identity
         kind = kind.removeprefix("torch.") if isinstance(kind, _Global) else None
-        _require(isinstance(tag, str) and tag == "storage" and kind in DTYPES, "a storage is of no known type")
-        _require(isinstance(key, str) and _is_size(count), "a storage has no proper name and size")
+        require(isinstance(tag, str) and tag == "storage" and kind in DTYPES, "a storage is of no known type")
+        require(isinstance(key, str) and _is_size(count), "a storage has no proper name and size")
         dtype = DTYPES[kind]
         content = self.content(dtype, key, count)
         if view and view[0] is not None:
             _, offset, length = _only(tuple, view[0])
-            _require(_is_size(offset) and _is_size(length) and offset + length <= count, "a storage reaches beyond its end")
+            require(_is_size(offset) and _is_size(length) and offset + length <= count, "a storage reaches beyond its end")
             content = content and content[offset * dtype.itemsize : (offset + length) * dtype.itemsize]
         return _Storage(dtype, content)
 
@@ -270,25 +268,25 @@ class _Tensors:
         """A tensor in a storage; offset and strides count elements."""
         # A tensor in place of a storage would be dangerous: it can have more elements than there are bytes behind it.
         storage = _only(_Storage, storage)
-        _require(len(_only(tuple, size)) == len(_only(tuple, stride)) <= MAX_RANK, "a tensor has no proper shape")
-        _require(all(map(_is_size, (offset, *size, *stride))), "a tensor has no proper shape")
+        require(len(_only(tuple, size)) == len(_only(tuple, stride)) <= MAX_RANK, "a tensor has no proper shape")
+        require(all(map(_is_size, (offset, *size, *stride))), "a tensor has no proper shape")
         if storage.content is None:
             return None
         itemsize, count = storage.dtype.itemsize, math.prod(size)
         if count == 0:
             return np.zeros(size, storage.dtype)
         last = offset + sum((n - 1) * step for n, step in zip(size, stride))
-        _require(last < len(storage.content) // itemsize, "a tensor reaches beyond the end of its storage")
+        require(last < len(storage.content) // itemsize, "a tensor reaches beyond the end of its storage")
         self.spend(count * itemsize)
         strides = [step * itemsize if n > 1 else 0 for n, step in zip(size, stride)]
         array = np.ndarray(size, storage.dtype, storage.content, offset * itemsize, strides)
         # NumPy relies on that when it counts truth values and indexes with them.
-        _require(array.dtype != bool or array.view(np.uint8).max() <= 1, "a truth value is neither 0 nor 1")
+        require(array.dtype != bool or array.view(np.uint8).max() <= 1, "a truth value is neither 0 nor 1")
         return array
 
     def encode(self, text: Any, encoding: Any) -> bytes:
         """Bytes, as protocol 2 stores them: `_codecs.encode(text, "latin1")`."""
-        _require(_only(str, encoding) == "latin1", "it has bytes of no known encoding")
+        require(_only(str, encoding) == "latin1", "it has bytes of no known encoding")
         self.spend(len(_only(str, text)))
         return text.encode("latin1")
 
@@ -311,15 +309,15 @@ class _NumpyDtype:
     """A NumPy dtype of plain numbers, little-endian."""
 
     def __init__(self, name: Any, *_: Any):
-        _require(_only(str, name) in NUMPY_DTYPES, f"NumPy arrays of type {name[:100]} are not read")
+        require(_only(str, name) in NUMPY_DTYPES, f"NumPy arrays of type {name[:100]} are not read")
         self.value = np.dtype(f"<{name}")
 
     def set(self, state: Any) -> None:
-        _require(_only(str, _only(tuple, state)[1]) in ("<", "|"), "a NumPy array is big-endian")
+        require(_only(str, _only(tuple, state)[1]) in ("<", "|"), "a NumPy array is big-endian")
 
     def array(self, content: Any, shape: Any, order: str = "C") -> np.ndarray:
-        _require(isinstance(content, bytes), "a NumPy array has no content")
-        _require(len(_only(tuple, shape)) <= MAX_RANK and all(map(_is_size, shape)), "a NumPy array has no proper shape")
+        require(isinstance(content, bytes), "a NumPy array has no content")
+        require(len(_only(tuple, shape)) <= MAX_RANK and all(map(_is_size, shape)), "a NumPy array has no proper shape")
         return np.frombuffer(content, self.value).reshape(shape, order=order)
 
 
@@ -360,7 +358,7 @@ def _unpickle(operations: Any, tensors: _Tensors, torchscript: bool = False) -> 
     def step(count: int = 1) -> None:
         nonlocal steps
         steps += count
-        _require(steps <= MAX_STEPS, "its description of the contents has no end")
+        require(steps <= MAX_STEPS, "its description of the contents has no end")
 
     def is_record(name: str) -> bool:
         return name in _RECORDS or (torchscript and name.startswith("__torch__."))
@@ -400,7 +398,7 @@ def _unpickle(operations: Any, tensors: _Tensors, torchscript: bool = False) -> 
                 stack.append(tuple(since_mark()))
             case "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
                 start = len(stack) - {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}[opcode.name]
-                _require(start >= 0, "its pickle contradicts itself")
+                require(start >= 0, "its pickle contradicts itself")
                 stack[start:] = [tuple(stack[start:])]
             case "EMPTY_LIST":
                 stack.append([])
@@ -426,13 +424,13 @@ def _unpickle(operations: Any, tensors: _Tensors, torchscript: bool = False) -> 
             case "BINPERSID":
                 stack.append(tensors.open(stack.pop()))
             case "NEWOBJ":
-                _require(len(_only(tuple, stack.pop())) == 0, "an object is not plain")
-                _require(isinstance(stack[-1], _Global) and is_record(stack[-1]), "an object is not plain")
+                require(len(_only(tuple, stack.pop())) == 0, "an object is not plain")
+                require(isinstance(stack[-1], _Global) and is_record(stack[-1]), "an object is not plain")
                 stack[-1] = Record()
             case "REDUCE":
                 arguments = _only(tuple, stack.pop())
-                _require(isinstance(stack[-1], _Global) and stack[-1] in calls, "its pickle calls what cannot be called")
-                _require(len(arguments) <= MAX_ARGUMENTS, "its pickle contradicts itself")
+                require(isinstance(stack[-1], _Global) and stack[-1] in calls, "its pickle calls what cannot be called")
+                require(len(arguments) <= MAX_ARGUMENTS, "its pickle contradicts itself")
                 step(sum(len(argument) for argument in arguments if isinstance(argument, list | tuple)))
                 stack[-1] = calls[stack[-1]](*arguments)
             case "BUILD":
@@ -444,7 +442,7 @@ def _unpickle(operations: Any, tensors: _Tensors, torchscript: bool = False) -> 
             case "POP":
                 stack.pop()
             case "STOP":
-                _require(len(stack) == 1, "its pickle contradicts itself")
+                require(len(stack) == 1, "its pickle contradicts itself")
                 return _tree(stack[0])
             case name:
                 raise InputError(f"refused, because its pickle uses {name}, which is not needed for weights")
@@ -460,7 +458,7 @@ def _with_state(target: Any, state: dict | tuple) -> Any:
         target.set(state)
         return target.value
     else:  # an OrderedDict with attributes, of which state dicts have one: the versions of modules
-        _require(type(target) is dict and set(_only(dict, state)) <= {"_metadata"}, "an object is not plain")
+        require(type(target) is dict and set(_only(dict, state)) <= {"_metadata"}, "an object is not plain")
     return target
 
 
@@ -469,32 +467,27 @@ def _tree(contents: Any) -> Any:
     pending, values = [(contents, 0)], 0
     while pending:
         value, depth = pending.pop()
-        _require(depth <= MAX_DEPTH, "its contents are nested without end")
+        require(depth <= MAX_DEPTH, "its contents are nested without end")
         if isinstance(value, dict | list | tuple):
             values += len(value)
-            _require(values <= MAX_STEPS, "its contents have no end")
+            require(values <= MAX_STEPS, "its contents have no end")
             parts = value.values() if isinstance(value, dict) else value
             pending.extend((part, depth + 1) for part in parts)
         else:
-            _require(isinstance(value, _LEAVES), "it contains what is neither a tensor nor plain data")
+            require(isinstance(value, _LEAVES), "it contains what is neither a tensor nor plain data")
     return contents
 
 
 def _only(kind: type | types.UnionType, value: Any) -> Any:
-    _require(isinstance(value, kind), f"its pickle contradicts itself: {type(value).__name__} in a wrong place")
+    require(isinstance(value, kind), f"its pickle contradicts itself: {type(value).__name__} in a wrong place")
     return value
 
 
 def _key(key: Any) -> Any:
     # Hashing tuples within tuples can be made to take for ever; so can large numbers, chosen to have the same hash.
     proper = isinstance(key, str | bytes | None) or (isinstance(key, int) and 0 <= key < 2**16)
-    _require(proper, "a dict has keys that are neither text nor small numbers")
+    require(proper, "a dict has keys that are neither text nor small numbers")
     return key
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------------
