@@ -41,7 +41,7 @@ def test_the_console_shows_progress_and_the_files_everything(tmp_path):
         log.record(100, {"loss": 0.41234, "grad_norm": 3.0, **rates}, 45.2)
         log.record(100, {"eval_psnr": 20.5}, None)
     assert out.getvalue().splitlines() == [
-        "step 100/2500  loss 0.4123  1,124 images/s  0:00:45 left",
+        "step 100/2500  loss 0.4123  1,124 images/s  0:45 left",
         "step 100/2500  eval_psnr 20.5",
     ]
     assert read_records(tmp_path)[0]["grad_norm"] == 3
