@@ -70,7 +70,7 @@ class Options:
     """Time the sampler on this machine."""
 
     models: Words = ("L", "XL")  # sizes of the transformer
-    batch_sizes: Ints = (1, 8, 64, 256)
+    batch_sizes: Ints[int] = (1, 8, 64, 256)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of matrix products
     repeats: int = 3  # runs after the first one, of which the fastest counts
     decoder_device: Flag = False  # a second device denoises while the first one predicts

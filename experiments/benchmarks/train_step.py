@@ -55,7 +55,7 @@ class Options:
     """Time the training step on this machine."""
 
     models: Words = ("tokenizer", "L", "XL", "XXL")  # the tokenizer, and sizes of the transformer
-    batch_sizes: Ints = (64, 256)  # of all devices together
+    batch_sizes: Ints[int] = (64, 256)  # of all devices together
     remats: Words = ("none", "dots")  # what the backward pass computes again: none, dots or full
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of matrix products
     mesh: MeshConfig = field(default_factory=MeshConfig)

@@ -46,7 +46,7 @@ class Options:
     others: tuple[str, ...] = ()  # FILE[:NAME] or FILE[:NAME]=RUN
     guidance: tuple[float, float] = (2.0, 2.0)
     num: int = 2000  # samples
-    batch_sizes: Ints = (1, 8, 64)
+    batch_sizes: Ints[int] = (1, 8, 64)
     repeats: int = 3  # timed runs, of which the fastest counts
     json: Path | None = None  # also write everything to this file
 
