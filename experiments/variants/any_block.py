@@ -72,8 +72,10 @@ def loss(config, model):
     levels, groups = model.group.bit_length(), model.config.num_tokens // model.group
 
     def loss_fn(params, batch, key, frozen, step):
-        drop_key, dropout_key, size_key, base_key = jax.random.split(key, 4)
-        level = jnp.sort(jax.random.randint(size_key, (groups,), 0, levels)) * jax.random.bernoulli(base_key, 0.75)
+        drop_key, dropout_key, base_key, *size_keys = jax.random.split(key, 5)
+        first = jax.random.randint(size_keys[0], (), 0, levels)
+        later = jnp.sort(jax.random.randint(size_keys[1], (groups - 1,), first, levels))
+        level = jnp.append(first, later) * jax.random.bernoulli(base_key, 0.75)
         sizes = jnp.repeat(2**level, model.group, total_repeat_length=groups * model.group)
         condition = drop_condition(model, batch["condition"], drop_key)
         logits = model.apply({"params": params}, condition, batch["codes"], dropout_key, sizes)
