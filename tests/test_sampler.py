@@ -19,7 +19,7 @@ from dar_jax.sampling.denoise import denoise, schedule
 from dar_jax.sampling.predict import _predict
 from dar_jax.sampling.prepare import prepare, separate
 from dar_jax.sampling.sampler import decode, generate, lookup_codes, stream
-from dar_jax.sampling.settings import Networks, make_settings, normal_noise
+from dar_jax.sampling.settings import Networks, make_settings, normal_noise, per_sample
 
 LABELS = jnp.array([3, 1, 4, 1, 0, 2, 4])
 SEEDS = jnp.array([5, 6, 7, 8, 9, 10, 5])
@@ -241,6 +241,21 @@ def test_one_compilation_serves_all_scales(networks):
     compiled = [piece._cache_size() for piece in (_predict, denoise)]
     sample(networks, dataclasses.replace(SAMPLING, guidance=(2.0, 9.0), temperature=0.7, top_k=10, top_p=0.5), seeds=SEEDS + 1)
     assert [piece._cache_size() for piece in (_predict, denoise)] == compiled
+
+
+def test_every_sample_has_its_own_settings(networks):
+    """In one batch: each has the tokens and the image of the same settings alone."""
+    modules, params = networks
+    differing = [{}, {"guidance": (1.0, 6.0)}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.3, "guidance": (3.0, 2.0)}]
+    configs = [dataclasses.replace(SAMPLING, **fields) for fields in differing]
+    settings = [make_settings(config, modules.tokenizer.config) for config in configs]
+    together = generate(modules, params, per_sample(settings), LABELS[:5], SEEDS[:5])
+    for row, config in enumerate(configs):
+        alone = sample(networks, config, LABELS[row : row + 1], SEEDS[row : row + 1])
+        np.testing.assert_array_equal(together.tokens[row], alone.tokens[0])
+        np.testing.assert_allclose(together.images[row], alone.images[0], atol=2e-5)
+    with pytest.raises(ValueError):
+        per_sample([settings[0], make_settings(SamplingConfig(temperature=0.0), modules.tokenizer.config)])
 
 
 def test_unguided_rows_end_with_guidance(networks):

@@ -99,7 +99,10 @@ def draw_each(networks: "Networks", settings: "Settings", logits: Array, keys: A
     positions = jnp.broadcast_to(positions, (batch, count))
     if len(logits) > batch:
         pairs = logits.reshape(batch, 2, count, -1)
-        logits = guide(pairs[:, 0], pairs[:, 1], settings.scales[positions][..., None])
+        scales = jnp.broadcast_to(settings.scales, (batch, settings.scales.shape[-1]))
+        logits = guide(pairs[:, 0], pairs[:, 1], jnp.take_along_axis(scales, positions, axis=1)[..., None])
+    if settings.scales.ndim == 2:  # settings of each sample
+        settings = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), settings)
     each = token_keys(jnp.repeat(keys, count), positions.reshape(-1))
     rows = logits.reshape(batch * count, -1), each, positions.reshape(-1), jnp.repeat(tokens, count, axis=0)
     return networks.method.draw(*rows, settings).reshape(batch, count)
