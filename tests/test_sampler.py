@@ -243,6 +243,17 @@ def test_one_compilation_serves_all_scales(networks):
     assert [piece._cache_size() for piece in (_predict, denoise)] == compiled
 
 
+def test_noise_has_seeds_of_its_own(networks):
+    """The tokens follow from `seeds`, the noise that they drive from `noise_seeds`."""
+    modules, params = networks
+    whole, other = sample(networks), sample(networks, seeds=SEEDS + 100, noise_seeds=SEEDS)
+    np.testing.assert_array_equal(sample(networks, noise_seeds=SEEDS + 100).tokens, whole.tokens)
+    assert np.any(other.tokens != whole.tokens)
+    settings = make_settings(SAMPLING, modules.tokenizer.config)
+    decoded = decode(modules, params, settings, lookup_codes(modules, params, other.tokens), SEEDS)
+    np.testing.assert_allclose(other.images, decoded.images, atol=2e-5)
+
+
 def test_every_sample_has_its_own_settings(networks):
     """In one batch: each has the tokens and the image of the same settings alone."""
     modules, params = networks

@@ -77,6 +77,7 @@ def begin(
     num_given: np.ndarray | None = None,
     image: Array | None = None,
     observed: Any = None,
+    noise_seeds: Array | None = None,
 ) -> SamplerState:
     """The state before the first group.
 
@@ -88,11 +89,13 @@ def begin(
       num_given: int32 [B] on the host, how many of the prefix's tokens hold for each sample (default: all k).
       image: [B, R, R, C] float32 in [-1, 1] to start from at `settings.start_step` (default: noise).
       observed: what `Method.steer` is given, a tree of arrays with the batch first.
+      noise_seeds: [B], of the noise and of the solver's randomness, while the tokens follow from `seeds` (default: those).
     """
     prediction = networks.method.predict.begin(networks, params, settings, condition, seeds, prefix, num_given)
     with params.on_decoder():
-        seeds, image, observed = params.to_decoder((seeds, image, observed))
-        decoding = begin_decoding(networks, params.decoder, settings, seeds, image, observed)
+        noise_seeds = seeds if noise_seeds is None else noise_seeds
+        noise_seeds, image, observed = params.to_decoder((noise_seeds, image, observed))
+        decoding = begin_decoding(networks, params.decoder, settings, noise_seeds, image, observed)
     return SamplerState(0, prediction, decoding)
 
 
@@ -106,6 +109,7 @@ def generate(
     num_given: np.ndarray | None = None,
     image: Array | None = None,
     observed: Any = None,
+    noise_seeds: Array | None = None,
     previews: bool = False,
 ) -> Samples:
     """Complete images.
@@ -116,7 +120,7 @@ def generate(
       The others are those of `begin`.
     """
     params, shown = _prepared(networks, params), []
-    for state in _groups(networks, params, settings, condition, seeds, prefix, num_given, image, observed):
+    for state in _groups(networks, params, settings, condition, seeds, prefix, num_given, image, observed, noise_seeds):
         if previews:
             shown.append(_snapshot(networks, params, state).images)
     samples = _snapshot(networks, params, state)
@@ -134,6 +138,7 @@ def stream(
     num_given: np.ndarray | None = None,
     image: Array | None = None,
     observed: Any = None,
+    noise_seeds: Array | None = None,
 ) -> Iterator[Samples]:
     """Yields `Samples` as each group ends: the tokens so far and the preview; the last one is what `generate` returns.
 
@@ -141,7 +146,7 @@ def stream(
     at a preview does not keep the device waiting.
     """
     params, waiting = _prepared(networks, params), None
-    for state in _groups(networks, params, settings, condition, seeds, prefix, num_given, image, observed):
+    for state in _groups(networks, params, settings, condition, seeds, prefix, num_given, image, observed, noise_seeds):
         if waiting is not None:
             yield waiting
         waiting = _snapshot(networks, params, state)
