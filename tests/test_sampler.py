@@ -18,7 +18,7 @@ from dar_jax.parallel import batch_sharding, make_mesh, shardings
 from dar_jax.sampling.denoise import denoise, schedule
 from dar_jax.sampling.predict import _predict
 from dar_jax.sampling.prepare import prepare, separate
-from dar_jax.sampling.sampler import decode, generate, lookup_codes, stream
+from dar_jax.sampling.sampler import advance, begin, decode, generate, lookup_codes, regroup, snapshot, stream
 from dar_jax.sampling.settings import Networks, make_settings, normal_noise, per_sample
 
 LABELS = jnp.array([3, 1, 4, 1, 0, 2, 4])
@@ -252,6 +252,28 @@ def test_noise_has_seeds_of_its_own(networks):
     settings = make_settings(SAMPLING, modules.tokenizer.config)
     decoded = decode(modules, params, settings, lookup_codes(modules, params, other.tokens), SEEDS)
     np.testing.assert_allclose(other.images, decoded.images, atol=2e-5)
+
+
+def test_states_are_put_together_and_taken_apart(networks):
+    """Three begun at different times, one with a given prefix, go on together, then apart: the samples of each alone."""
+    modules, params = networks
+    params, settings = prepare(modules, params), make_settings(SAMPLING, modules.tokenizer.config)
+    whole = sample(networks)
+    run = functools.partial(advance, modules, params, settings)
+    start = functools.partial(begin, modules, params, settings)
+    first = run(start(LABELS[:2], SEEDS[:2]))
+    second = run(start(LABELS[2:6], SEEDS[2:6], whole.tokens[2:6, :5]))  # the first group of which takes no prediction
+    third = run(start(LABELS[6:], SEEDS[6:]))
+    with pytest.raises(ValueError, match="differ"):
+        regroup([first, run(third)], [0])
+    with pytest.raises(ValueError, match="differ"):  # what is in the caches already
+        regroup([first, second], [0])
+    together = regroup([run(first), run(second), run(third)], [6, 5, 3, 0, 0])
+    apart = run(regroup([run(together)], [1, 3]))
+    for state, rows in ((run(run(together)), [6, 5, 3, 0, 0]), (apart, [5, 0])):
+        samples = snapshot(modules, params, state)
+        np.testing.assert_array_equal(samples.tokens, whole.tokens[np.array(rows)])
+        np.testing.assert_allclose(samples.images, whole.images[np.array(rows)], atol=2e-5)
 
 
 def test_every_sample_has_its_own_settings(networks):

@@ -54,7 +54,7 @@ class Prediction:
     last_slot: Array  # [B or 2B, 1, D], the condition's last slot, which predicts token 0
     caches: tuple[Cache, ...]
     before: int  # slots of the condition before its last one
-    done: int  # the first tokens, given for all samples, whose slots are in the caches already
+    done: int  # the first tokens, whole groups given for all samples, whose slots are in the caches already
 
 
 def begin_prediction(
@@ -66,10 +66,12 @@ def begin_prediction(
     prefix: Array | None = None,
     num_given: np.ndarray | None = None,
 ) -> Prediction:
-    """Before the first token that is not given; arguments as of `sampler.begin`. Given tokens take one pass together."""
+    """Before the first group with a token that is not given; arguments as of `sampler.begin`. The groups that are given for all
+    samples take one pass together."""
     done = 0
     if prefix is not None:
         done = prefix.shape[1] if num_given is None else int(np.min(num_given))
+        done -= done % networks.tokenizer.config.tokens_per_group  # few numbers, each of which is a program
     return _begin(networks, done, params, settings, condition, seeds, prefix, num_given)
 
 
@@ -79,7 +81,10 @@ def predict_group(
     """Predicts the tokens of a group, one by one."""
     config = networks.tokenizer.config
     first, last = group * config.tokens_per_group, (group + 1) * config.tokens_per_group
-    for start, stop in _spans(max(first, prediction.done), last, settings.guided):
+    if first < prediction.done:
+        return prediction
+    prediction = dataclasses.replace(prediction, done=0)  # from here on it is like one that was given nothing
+    for start, stop in _spans(first, last, settings.guided):
         sizes = stop - start, _window(config, stop), start < settings.guided
         prediction = _predict(networks, *sizes, params, settings, prediction, jnp.int32(start))
     return prediction

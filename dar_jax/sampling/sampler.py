@@ -14,7 +14,7 @@ H W pixels of the result, C channels, E code dimension.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -122,8 +122,8 @@ def generate(
     params, shown = _prepared(networks, params), []
     for state in _groups(networks, params, settings, condition, seeds, prefix, num_given, image, observed, noise_seeds):
         if previews:
-            shown.append(_snapshot(networks, params, state).images)
-    samples = _snapshot(networks, params, state)
+            shown.append(snapshot(networks, params, state).images)
+    samples = snapshot(networks, params, state)
     with params.on_decoder():
         return dataclasses.replace(samples, previews=jnp.stack(shown) if previews else None)
 
@@ -149,7 +149,7 @@ def stream(
     for state in _groups(networks, params, settings, condition, seeds, prefix, num_given, image, observed, noise_seeds):
         if waiting is not None:
             yield waiting
-        waiting = _snapshot(networks, params, state)
+        waiting = snapshot(networks, params, state)
     yield waiting
 
 
@@ -190,6 +190,24 @@ def decode(
         return Samples(tokens, finish(model, decoding.preview), jnp.stack(shown) if previews else None)
 
 
+def regroup(states: Sequence[SamplerState], rows: Array | np.ndarray) -> SamplerState:
+    """Samples of several states after the same group as one state, to go on together, or some of them alone.
+
+    Args: rows [n] integers, which samples, counted over all states in turn; they may repeat.
+
+    Raises ValueError for states of different forms, see `form`.
+    """
+    if len({form(state) for state in states}) != 1:
+        raise ValueError("the states differ in more than their samples")
+    return jax.device_put(_regroup(tuple(states), np.asarray(rows)), jax.tree.map(lambda leaf: leaf.sharding, states[0]))
+
+
+def form(state: SamplerState) -> tuple[Any, ...]:
+    """All of a state but its samples and their number: the structure, with the group, and the shapes. For `regroup`."""
+    batch, leaves = len(state.prediction.tokens), jax.tree.leaves(state)
+    return jax.tree.structure(state), *((leaf.shape[0] / batch, leaf.shape[1:], leaf.dtype) for leaf in leaves)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def lookup_codes(networks: Networks, params: dict, codes: Array) -> Array:
     """codes [B, n] int32 -> what the quantizer looks up for them, [B, n, E] float32."""
@@ -208,7 +226,21 @@ def _prepared(networks: Networks, params: dict | SamplerParams) -> SamplerParams
     return params if isinstance(params, SamplerParams) else prepare(networks, params)
 
 
-def _snapshot(networks: Networks, params: SamplerParams, state: SamplerState) -> Samples:
+def snapshot(networks: Networks, params: SamplerParams, state: SamplerState) -> Samples:
+    """The tokens so far and the preview."""
     tokens = state.prediction.tokens[:, : state.group * networks.tokenizer.config.tokens_per_group]
     with params.on_decoder():
         return Samples(tokens, finish(networks.tokenizer, state.decoding.preview), None)
+
+
+@jax.jit
+def _regroup(states: tuple[SamplerState, ...], rows: Array) -> SamplerState:
+    batches = [len(state.prediction.tokens) for state in states]
+
+    def chosen(*leaves: Array) -> Array:  # [B, ...], or [2B, ...] where a sample has two rows of a guided cache
+        each = leaves[0].shape[0] // batches[0]
+        samples = [leaf.reshape(batch, each, *leaf.shape[1:]) for leaf, batch in zip(leaves, batches)]
+        together = jnp.concatenate(samples)[rows]
+        return together.reshape(len(rows) * each, *together.shape[2:])
+
+    return jax.tree.map(chosen, *states)
