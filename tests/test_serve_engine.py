@@ -1,6 +1,5 @@
 """The engine of `dar-jax serve`: whatever comes and goes beside it, a sample has the tokens and the image that it has alone."""
 
-import dataclasses
 import functools
 import threading
 import time
@@ -12,13 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dar_jax.config import MeshConfig, SamplingConfig
-from dar_jax.errors import InputError
 from dar_jax.inference.trained import load_sampler
 from dar_jax.models.pixels import to_uint8
 from dar_jax.parallel import make_mesh
 from dar_jax.sampling.sampler import generate
 from dar_jax.sampling.settings import make_settings
-from dar_jax.serve.engine import Closed, Engine, Failure, Full
+from dar_jax.serve.engine import Engine, Failure
 
 SETTINGS = [  # the first three share a batch
     SamplingConfig(guidance=(1.5, 3.0)),
@@ -93,9 +91,7 @@ def check(heard, alone):
 wish = st.tuples(
     st.integers(0, 2), st.integers(0, 3), st.integers(0, 3), st.integers(0, len(SETTINGS) - 1), st.sampled_from([0, 0, 5, 16])
 )
-step = st.one_of(
-    st.lists(wish, min_size=1, max_size=4), st.tuples(st.just("cancel"), st.integers(0, 9)), st.floats(0, 0.02)
-)
+step = st.one_of(st.lists(wish, min_size=1, max_size=4), st.tuples(st.just("cancel"), st.integers(0, 9)), st.floats(0, 0.02))
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)

@@ -211,11 +211,15 @@ class Engine:
         """How many samples are on the devices, and how many wait."""
         return sum(len(cohort.live) for cohort in list(self._cohorts)), len(self._waiting)
 
-    def close(self) -> None:
+    def stop(self) -> None:
         """Ends the thread after the group under way; requests that are not finished get a `Failure`."""
         with self._news:
             self._closing = True
             self._news.notify()
+
+    def close(self) -> None:
+        """Stops, and waits for it."""
+        self.stop()
         self._thread.join()
 
     def _cancel(self, request: Request) -> None:

@@ -1,0 +1,560 @@
+"""The web side of `dar-jax serve`: the page, and an API in the form of OpenAI's image API, over one `Engine`.
+
+Nothing blocks the event loop: devices are the engine's, images are coded in threads. Of a slow reader's samples only the newest
+previews are kept. A request that goes away takes its samples with it. No path and no URL is taken from anybody.
+"""
+
+import asyncio
+import base64
+import binascii
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import hmac
+import io
+import ipaddress
+import json
+import logging
+import re
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from PIL import ExifTags, Image
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request as HttpRequest
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dar_jax import __version__
+from dar_jax.config import Guidance, Range, Seed, Share, Temperature, Tokens, TopK, checked
+from dar_jax.data.images import ImageError, read_image, size_of_image
+from dar_jax.data.transforms import center_crop
+from dar_jax.errors import InputError
+from dar_jax.inference.reconstruct import check_size, encode
+from dar_jax.inference.samples import class_number
+from dar_jax.serve.engine import Closed, Engine, Failure, Full, Preview, Request, Sample
+
+log = logging.getLogger("dar_jax.serve")
+
+MOST_IMAGES = 16  # of a request
+MOST_BYTES = 8 << 20  # of a body
+MOST_BYTES_TOGETHER = 128 << 20  # of all bodies being read
+MOST_PIXELS = 1 << 24  # of an image that is sent, 4096 x 4096
+BODY_SECONDS = 30  # for sending a body
+REQUEST_SECONDS = 600  # for a whole request
+SILENT_SECONDS = 15  # of a stream, before a comment says that it is alive
+CODERS = 4  # images being read at a time
+
+PAGE_POLICY = (
+    "default-src 'self'; script-src {script}; style-src {style}; img-src 'self' data: blob:; object-src 'none'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-store",
+}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The body of /v1/images/generations, without its image. What is None is as the checkpoint's run has it."""
+
+    prompt: str  # a class, by name or number
+    model: str | None = None
+    n: Annotated[int, Range(1, MOST_IMAGES)] = 1  # image i has the seed seed + i
+    size: str = "auto"
+    response_format: Literal["b64_json"] = "b64_json"
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    stream: bool = False
+    partial_images: Annotated[int, Range(0, 16384)] | None = None  # previews in a stream; None: after every group
+    seed: Seed | None = None  # None: at random
+    noise_seed: Seed | None = None  # of the noise of all images; None: each image's own seed
+    guidance: tuple[Guidance, Guidance] | None = None
+    temperature: Temperature | None = None
+    top_k: TopK | None = None
+    top_p: Share | None = None
+    groups: Tokens | None = None  # stop after so many
+    prefix_tokens: tuple[Annotated[int, Range(0, 2**24)], ...] | None = None
+    prefix_length: Annotated[int, Range(0, 16384)] | None = None  # of the prefix image's tokens
+
+
+@dataclass(frozen=True)
+class Edit(Generation):
+    """The body of /v1/images/edits: drawn from an image with noise, instead of noise alone."""
+
+    start_step: Annotated[int, Range(1, 999)] | None = None  # the later, the more of the image stays; None: half of the steps
+
+
+@dataclass(frozen=True)
+class Token:
+    """The body of /v1/images/tokens, which has an image only."""
+
+
+class Refused(Exception):
+    """A request is answered by this HTTP status and message."""
+
+    def __init__(self, status: int, message: str, **headers: str):
+        super().__init__(message)
+        self.status, self.headers = status, headers
+
+
+def make_app(engine: Engine, hosts: Collection[str] = ("localhost", "127.0.0.1", "[::1]"), token: str | None = None) -> Any:
+    """The ASGI application.
+
+    Args:
+      hosts: names in the Host header by which it answers, against DNS rebinding; "*": also any address in numbers.
+      token: what requests have to carry as `Authorization: Bearer ...`; None: nothing.
+    """
+    service = Service(engine)
+    routes = [
+        Route("/", page),
+        Route("/health", service.health),
+        Route("/v1/models", service.models),
+        Route("/v1/classes", service.classes),
+        Route("/v1/images/generations", service.generations, methods=["POST"]),
+        Route("/v1/images/edits", service.edits, methods=["POST"]),
+        Route("/v1/images/tokens", service.tokens, methods=["POST"]),
+    ]
+    handlers = {kind: answer_error for kind in (Refused, InputError, Full, Closed, HTTPException, Exception)}
+    return Guard(Starlette(routes=routes, exception_handlers=handlers), frozenset(hosts), token)
+
+
+async def answer_error(request: HttpRequest, error: Exception) -> JSONResponse:
+    """An error in the form of OpenAI's API."""
+    status, headers, message = 400, {}, str(error)
+    if isinstance(error, Refused):
+        status, headers = error.status, error.headers
+    elif isinstance(error, Full):
+        status, headers = 429, {"retry-after": "1"}
+    elif isinstance(error, Closed):
+        status = 503
+    elif isinstance(error, HTTPException):
+        status, message = (
+            error.status_code,
+            {404: "there is no such page", 405: "not by this method"}.get(error.status_code, ""),
+        )
+    elif not isinstance(error, InputError):
+        status, message = 500, "the server failed; its log says why"  # Starlette logs it
+    return JSONResponse(error_body(status, message), status, headers)
+
+
+def error_body(status: int, message: str) -> dict[str, Any]:
+    codes = {401: "invalid_api_key", 403: "forbidden", 404: "not_found", 429: "rate_limit_exceeded", 503: "unavailable"}
+    kind = (
+        "invalid_request_error" if status < 500 and status != 429 else "server_error" if status != 429 else "rate_limit_error"
+    )
+    return {"error": {"message": " ".join(message.split()), "type": kind, "param": None, "code": codes.get(status)}}
+
+
+class Guard:
+    """Refuses other hosts' names, other sites' requests and wrong tokens before anything else, and adds headers."""
+
+    def __init__(self, app: ASGIApp, hosts: frozenset[str], token: str | None):
+        self.app, self.hosts, self.token = app, hosts, token and token.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
+                headers.setdefault("content-security-policy", "default-src 'none'; frame-ancestors 'none'")
+            await send(message)
+
+        headers, api = Headers(scope=scope), scope["path"].startswith("/v1/")
+        refused = None
+        if not self._own_host(headers):
+            refused = 403, "this name is not among the names of the server; it answers to " + ", ".join(sorted(self.hosts))
+        elif api and not self._own_site(headers):
+            refused = 403, "requests of other sites are refused"
+        elif api and not self._has_token(headers):
+            refused = 401, "this server needs its token: Authorization: Bearer TOKEN"
+        if refused:
+            response = JSONResponse(error_body(*refused), refused[0])
+            return await response(scope, receive, with_headers)
+        await self.app(scope, receive, with_headers)
+
+    def _own_host(self, headers: Headers) -> bool:
+        name = re.sub(r":\d*$", "", ",".join(headers.getlist("host"))).lower()
+        if name in self.hosts:
+            return True
+        with contextlib.suppress(ValueError):
+            return "*" in self.hosts and bool(ipaddress.ip_address(name.strip("[]")))
+        return False
+
+    def _own_site(self, headers: Headers) -> bool:
+        if headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+            return False
+        origin = headers.get("origin")
+        return origin is None or origin.partition("://")[2].lower() == headers["host"].lower()
+
+    def _has_token(self, headers: Headers) -> bool:
+        given = headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1", "replace")
+        return self.token is None or hmac.compare_digest(given, self.token)
+
+
+PAGE = Path(__file__).with_name("page.html").read_text()
+
+
+async def page(request: HttpRequest) -> HTMLResponse:
+    """The page, whose own script and style are the only ones that may run."""
+
+    def digest(tag: str) -> str:
+        text = re.search(f"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)[1]
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    policy = PAGE_POLICY.format(script=digest("script"), style=digest("style"))
+    return HTMLResponse(PAGE, headers={"content-security-policy": policy})
+
+
+class Mailbox:
+    """What a request is told, across threads: of every sample the newest preview only, until it is final."""
+
+    def __init__(self, shown: Callable[[Preview], bool]):
+        self.shown, self.loop, self.news = shown, asyncio.get_running_loop(), asyncio.Event()
+        self.waiting: collections.OrderedDict[int, Preview] = collections.OrderedDict()
+        self.failure: Failure | None = None
+
+    def hear(self, event: Preview | Failure) -> None:
+        """The engine's listener."""
+        if isinstance(event, Failure) or event.final or self.shown(event):
+            with contextlib.suppress(RuntimeError):  # the loop is closed already
+                self.loop.call_soon_threadsafe(self._put, event)
+
+    def _put(self, event: Preview | Failure) -> None:
+        if isinstance(event, Failure):
+            self.failure = event
+        else:
+            self.waiting[event.index] = event
+        self.news.set()
+
+    async def events(self, count: int) -> AsyncIterator[Preview | None]:
+        """The previews until `count` are final; None now and then, while there are none. Raises Refused."""
+        while count:
+            if not self.waiting and self.failure is None:
+                self.news.clear()
+                try:
+                    await asyncio.wait_for(self.news.wait(), SILENT_SECONDS)
+                except TimeoutError:
+                    yield None
+                continue
+            if self.waiting:
+                event = self.waiting.popitem(last=False)[1]
+                count -= event.final
+                yield event
+            else:
+                raise Refused(500, self.failure.message)
+
+
+class Events(StreamingResponse):
+    """A stream of server-sent events; however it ends, so does its request."""
+
+    def __init__(self, content: AsyncIterator[str], request: Request):
+        super().__init__(content, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+        self.request = request
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with asyncio.timeout(REQUEST_SECONDS):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:
+            log.warning("a stream was not read to its end within %d seconds", REQUEST_SECONDS)
+        finally:
+            self.request.cancel()
+
+
+class Service:
+    """The routes."""
+
+    def __init__(self, engine: Engine):
+        self.engine, self.trained = engine, engine.trained
+        self.name = self.trained.info.config.name
+        self.began, self.reading, self.coders = int(time.time()), 0, asyncio.Semaphore(CODERS)
+        height = self.trained.config.output_resolution or self.trained.config.resolution
+        self.side = min(height, self.trained.config.resolution)
+        self.size = f"{self.side}x{self.side}"
+
+    async def health(self, request: HttpRequest) -> JSONResponse:
+        running, waiting = self.engine.load()
+        body = {"status": self.engine.status, "running": running, "waiting": waiting}
+        if self.engine.failure:
+            body["message"] = self.engine.failure
+        return JSONResponse(body, 200 if self.engine.status == "ok" else 503)
+
+    async def models(self, request: HttpRequest) -> JSONResponse:
+        config, info = self.trained.config, self.trained.info
+        sampling = info.config.sampling
+        model = {"id": self.name, "object": "model", "created": self.began, "owned_by": "dar_jax"}
+        model |= {"step": info.step, "version": __version__, "checkpoint": str(info.workdir), "size": self.size}
+        model |= {"groups": self.engine.num_groups, "tokens": config.num_tokens, "codes": config.codebook_size}
+        model |= {"steps": sampling.num_denoising_steps or config.num_denoising_steps, "most_images": MOST_IMAGES}
+        names = ("guidance", "temperature", "top_k", "top_p")
+        model |= {"sampling": {name: getattr(sampling, name) for name in names}}
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def classes(self, request: HttpRequest) -> JSONResponse:
+        names = [{"number": number, "name": name} for number, name in enumerate(self.trained.class_names)]
+        return JSONResponse({"object": "list", "data": names})
+
+    async def generations(self, request: HttpRequest) -> Response:
+        return await self._draw(request, Generation, "prefix_image")
+
+    async def edits(self, request: HttpRequest) -> Response:
+        return await self._draw(request, Edit, "image")
+
+    async def tokens(self, request: HttpRequest) -> Response:
+        _, image = await self._read(request, Token, "image")
+        if image is None:
+            raise InputError("an image is needed, as base64")
+        pixels = await self._pixels(image, self.trained.config.image_size)
+        tokens = await self._encode(pixels)
+        shown = await asyncio.to_thread(encode_image, pixels, "png")
+        return JSONResponse({"object": "image.tokens", "tokens": tokens, "b64_json": shown, "output_format": "png"})
+
+    async def _draw(self, request: HttpRequest, kind: type[Generation], image_name: str) -> Response:
+        wanted, image = await self._read(request, kind, image_name)
+        samples = await self._samples(wanted, image)
+        last = samples[0].num_groups
+        box = Mailbox(lambda preview: preview.group in shown_groups(last, wanted.partial_images) and wanted.stream)
+        drawing = self.engine.submit(samples, box.hear)
+        if wanted.stream:
+            prefix = "image_edit" if kind is Edit else "image_generation"
+            return Events(self._stream(wanted, samples, box, prefix), drawing)
+        try:
+            finals = await until_gone(request, self._finals(box, len(samples)))
+        finally:
+            drawing.cancel()
+        data = [await self._described(wanted, samples, finals[index]) for index in range(len(samples))]
+        body = {"created": int(time.time()), "data": data, "size": self.size, "output_format": wanted.output_format}
+        body |= {"background": "opaque", "usage": usage(sum(len(each["tokens"]) for each in data))}
+        return JSONResponse(body)
+
+    async def _finals(self, box: Mailbox, count: int) -> dict[int, Preview]:
+        return {event.index: event async for event in box.events(count) if event is not None}
+
+    async def _stream(self, wanted: Generation, samples: list[Sample], box: Mailbox, prefix: str) -> AsyncIterator[str]:
+        counts = collections.Counter()
+        try:
+            async for event in box.events(len(samples)):
+                if event is None:
+                    yield ": waiting\n\n"
+                    continue
+                body = {"type": f"{prefix}.completed" if event.final else f"{prefix}.partial_image"}
+                body |= await self._described(wanted, samples, event)
+                body |= {"created_at": int(time.time()), "size": self.size, "background": "opaque", "quality": "auto"}
+                if event.final:
+                    body["usage"] = usage(len(event.tokens))
+                else:
+                    body["partial_image_index"] = counts[event.index]
+                    counts[event.index] += 1
+                yield f"event: {body['type']}\ndata: {json.dumps(body)}\n\n"
+        except Refused as error:
+            yield f"event: error\ndata: {json.dumps({'type': 'error', **error_body(error.status, str(error))})}\n\n"
+
+    async def _described(self, wanted: Generation, samples: list[Sample], event: Preview) -> dict[str, Any]:
+        """An image with all that it takes to draw it again."""
+        sample = samples[event.index]
+        name = self.trained.class_names[sample.label]
+        settings = {
+            "guidance": wanted.guidance,
+            "temperature": wanted.temperature,
+            "top_k": wanted.top_k,
+            "top_p": wanted.top_p,
+        }
+        settings = {name: value for name, value in settings.items() if value is not None}
+        about = {"label": sample.label, "class": name, "seed": sample.seed, "noise_seed": sample.noise_seed}
+        about |= {"settings": settings, "model": self.name, "step": self.trained.info.step, "dar_jax": __version__}
+        picture = await asyncio.to_thread(encode_image, event.image, wanted.output_format, json.dumps(about))
+        body = {"index": event.index, "group": event.group, "groups": sample.num_groups, "tokens": event.tokens.tolist()}
+        return {"b64_json": picture, "output_format": wanted.output_format, **body, **about}
+
+    async def _samples(self, wanted: Generation, image: bytes | None) -> list[Sample]:
+        if wanted.model not in (None, self.name):
+            raise Refused(404, f"there is no model {wanted.model!r}, this server has {self.name!r}")
+        if wanted.size not in ("auto", self.size):
+            raise InputError(f"size is {wanted.size!r}, this model's images are {self.size}")
+        label = class_number(wanted.prompt, self.trained.class_names)
+        run, prefix, start, start_step = self.trained.info.config.sampling, wanted.prefix_tokens, None, 0
+        if isinstance(wanted, Edit):
+            if image is None:
+                raise InputError("an edit needs an image")
+            steps = run.num_denoising_steps or self.trained.config.num_denoising_steps
+            start_step = max(1, steps // 2) if wanted.start_step is None else wanted.start_step
+            start = await self._pixels(image, self.trained.config.resolution)
+        elif image is not None:
+            if prefix is not None or wanted.prefix_length is None:
+                raise InputError("a prefix image needs a prefix length, and goes without prefix tokens")
+            tokens = await self._encode(await self._pixels(image, self.trained.config.image_size))
+            if wanted.prefix_length > len(tokens):
+                raise InputError(f"the prefix length is {wanted.prefix_length}, an image has {len(tokens)} tokens")
+            prefix = tokens[: wanted.prefix_length]
+        if wanted.prefix_length is not None and (image is None or start is not None):
+            raise InputError("a prefix length needs a prefix image")
+        given = {name: getattr(wanted, name) for name in ("guidance", "temperature", "top_k", "top_p")}
+        given |= {"num_groups": wanted.groups, "start_step": start_step}
+        given = {name: value for name, value in given.items() if value is not None}
+        sampling = dataclasses.replace(run, **given)
+        first = secrets.randbelow(2**32 - MOST_IMAGES) if wanted.seed is None else wanted.seed
+        draw = lambda seed: self.engine.sample(label, seed, sampling, wanted.noise_seed, prefix, start)  # noqa: E731
+        return [draw(first + number) for number in range(wanted.n)]
+
+    async def _encode(self, pixels: np.ndarray) -> list[int]:
+        future = self.engine.call(lambda: encode(self.trained, pixels[None], 1))
+        return (await asyncio.wrap_future(future))[0].tolist()
+
+    async def _pixels(self, image: bytes, side: int) -> np.ndarray:
+        async with self.coders:
+            return await asyncio.to_thread(read_pixels, image, side, self.trained.config)
+
+    async def _read(self, request: HttpRequest, kind: type, image_name: str) -> tuple[Any, bytes | None]:
+        """The fields of a body and its image. Raises Refused and InputError."""
+        body = await self._body(request)
+        if request.headers.get("content-type", "").startswith("multipart/form-data"):
+            fields = await read_form(request.headers, body)
+        else:
+            fields = await asyncio.to_thread(read_json, body)
+        image = fields.pop(image_name, None)
+        if isinstance(image, str):
+            image = await asyncio.to_thread(read_base64, image)
+        if image is not None and not isinstance(image, bytes):
+            raise InputError(f"{image_name} should be an image, as base64")
+        if isinstance(fields.get("prompt"), int):
+            fields["prompt"] = str(fields["prompt"])
+        if isinstance(fields.get("guidance"), (int, float)):
+            fields["guidance"] = [fields["guidance"]] * 2
+        return checked(kind, fields), image
+
+    async def _body(self, request: HttpRequest) -> bytes:
+        too_long = Refused(413, f"the body has more than {MOST_BYTES:,} bytes")
+        with contextlib.suppress(ValueError):
+            if int(request.headers.get("content-length", "0")) > MOST_BYTES:
+                raise too_long
+        parts, count = [], 0
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for part in request.stream():
+                    count += len(part)
+                    self.reading += len(part)
+                    if count > MOST_BYTES:
+                        raise too_long
+                    if self.reading > MOST_BYTES_TOGETHER:
+                        raise Full("too many large requests at once")
+                    parts.append(part)
+        except TimeoutError:
+            raise Refused(408, f"the body did not come within {BODY_SECONDS} seconds") from None
+        finally:
+            self.reading -= count
+        return b"".join(parts)
+
+
+async def until_gone(request: HttpRequest, work: Any) -> Any:
+    """The result of a coroutine, which is cancelled when the client goes, or after REQUEST_SECONDS."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
+    try:
+        done, _ = await asyncio.wait(tasks, timeout=REQUEST_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0] in done:
+            return tasks[0].result()
+        raise Refused(499 if done else 504, f"not done within {REQUEST_SECONDS} seconds, or nobody waits")
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def shown_groups(last: int, count: int | None) -> set[int]:
+    """After which groups a preview is shown: `count` of them spread evenly, or all; without the last, which is the image."""
+    if count is None or count >= last - 1:
+        return set(range(1, last))
+    return {round(number * last / (count + 1)) for number in range(1, count + 1)}
+
+
+def usage(tokens: int) -> dict[str, Any]:
+    details = {"input_tokens_details": {"text_tokens": 1, "image_tokens": 0}}
+    return {"input_tokens": 1, "output_tokens": tokens, "total_tokens": 1 + tokens, **details}
+
+
+def encode_image(pixels: np.ndarray, kind: str, about: str | None = None) -> str:
+    """uint8 [H, W, C] as a file in base64, with a description in its EXIF data."""
+    exif, file = Image.Exif(), io.BytesIO()
+    if about is not None:
+        exif[ExifTags.Base.ImageDescription] = about
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    quality = {} if kind == "png" else {"quality": 95}
+    image.save(file, kind.upper(), exif=exif, **quality)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def read_pixels(image: bytes, side: int, config: Any) -> np.ndarray:
+    """An image file, centre-cropped: uint8 [side, side, C]. Raises InputError."""
+    with contextlib.suppress(ImageError):  # then reading says it better
+        width, height = size_of_image(io.BytesIO(image))
+        if width * height > MOST_PIXELS:
+            raise InputError(f"the image has {width} x {height} pixels, {MOST_PIXELS:,} are the most")
+    pixels = read_image(io.BytesIO(image), config.channels, side, "of the request")
+    check_size("the image", pixels.shape[1::-1], config)
+    return center_crop(pixels, side)
+
+
+def read_base64(text: str) -> bytes:
+    try:
+        return base64.b64decode(re.sub(r"^data:image/[\w.+-]{1,20};base64,", "", text), validate=True)
+    except (binascii.Error, ValueError):
+        raise InputError("the image is no base64") from None
+
+
+def read_json(body: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
+        raise InputError("the body is no JSON") from None
+    if not isinstance(fields, dict):
+        raise InputError("the body should be a JSON object")
+    return fields
+
+
+async def read_form(headers: Headers, body: bytes) -> dict[str, Any]:
+    """The fields of a form, as JSON would have them: numbers and lists where these are meant."""
+
+    async def stream() -> AsyncIterator[bytes]:
+        yield body
+
+    try:
+        form = await MultiPartParser(headers, stream(), max_files=2, max_fields=40, max_part_size=1 << 20).parse()
+    except (MultiPartException, KeyError, ValueError) as error:
+        raise InputError(f"the form cannot be read: {error}") from None
+    fields = {}
+    async with contextlib.AsyncExitStack() as stack:
+        for name, value in form.multi_items():
+            if isinstance(value, str):
+                fields[name] = form_value(value) if name not in ("prompt", "model", "size") else value
+            else:
+                stack.push_async_callback(value.close)
+                fields[name] = await value.read()
+    return fields
+
+
+def form_value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
