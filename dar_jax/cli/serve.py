@@ -21,8 +21,9 @@ MOST_TOKEN = 4096  # bytes
 class Serve:
     """Serve a page on which images sharpen group by group, and an API in the form of OpenAI's.
 
-    Only this machine can reach it, unless --host says otherwise, which needs a --token. Requests share batches, and join and leave
-    them between groups of tokens; each image is the one that `dar-jax sample` draws. Needs: pip install "dar_jax[serve]"
+    Only this machine can reach it, unless --host says otherwise, which needs a --token. Requests share
+    batches, which they join and leave between groups of tokens; each image is the one that `dar-jax sample` draws.
+    Needs: pip install "dar_jax[serve]"
 
     Example: dar-jax serve runs/digits
     """

@@ -6,13 +6,11 @@ previews are kept. A request that goes away takes its samples with it. No path a
 
 import asyncio
 import base64
-import binascii
 import collections
 import contextlib
 import dataclasses
 import hashlib
 import hmac
-import io
 import ipaddress
 import json
 import logging
@@ -20,41 +18,48 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Collection
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dar_jax import __version__
-from dar_jax.config import Guidance, Range, Seed, Share, Temperature, Tokens, TopK, checked
-from dar_jax.data.images import ImageError, read_image, size_of_image
-from dar_jax.data.transforms import center_crop
+from dar_jax.config import checked
 from dar_jax.errors import InputError
-from dar_jax.inference.reconstruct import check_size, encode
+from dar_jax.inference.reconstruct import encode
 from dar_jax.inference.samples import class_number
+from dar_jax.serve.bodies import (
+    MOST_IMAGES,
+    Edit,
+    Generation,
+    OnlyImage,
+    encode_image,
+    read_base64,
+    read_form,
+    read_json,
+    read_pixels,
+)
 from dar_jax.serve.engine import Closed, Engine, Failure, Full, Preview, Request, Sample
 
 log = logging.getLogger("dar_jax.serve")
 
-MOST_IMAGES = 16  # of a request
+SETTINGS = ("guidance", "temperature", "top_k", "top_p")
 MOST_BYTES = 8 << 20  # of a body
 MOST_BYTES_TOGETHER = 128 << 20  # of all bodies being read
-MOST_PIXELS = 1 << 24  # of an image that is sent, 4096 x 4096
 BODY_SECONDS = 30  # for sending a body
 REQUEST_SECONDS = 600  # for a whole request
 SILENT_SECONDS = 15  # of a stream, before a comment says that it is alive
 CODERS = 4  # images being read at a time
 
+HTTP_MESSAGES = {404: "there is no such page", 405: "this page does not take this method"}
 PAGE_POLICY = (
     "default-src 'self'; script-src {script}; style-src {style}; img-src 'self' data: blob:; object-src 'none'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -66,41 +71,6 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cache-control": "no-store",
 }
-
-
-@dataclass(frozen=True)
-class Generation:
-    """The body of /v1/images/generations, without its image. What is None is as the checkpoint's run has it."""
-
-    prompt: str  # a class, by name or number
-    model: str | None = None
-    n: Annotated[int, Range(1, MOST_IMAGES)] = 1  # image i has the seed seed + i
-    size: str = "auto"
-    response_format: Literal["b64_json"] = "b64_json"
-    output_format: Literal["png", "jpeg", "webp"] = "png"
-    stream: bool = False
-    partial_images: Annotated[int, Range(0, 16384)] | None = None  # previews in a stream; None: after every group
-    seed: Seed | None = None  # None: at random
-    noise_seed: Seed | None = None  # of the noise of all images; None: each image's own seed
-    guidance: tuple[Guidance, Guidance] | None = None
-    temperature: Temperature | None = None
-    top_k: TopK | None = None
-    top_p: Share | None = None
-    groups: Tokens | None = None  # stop after so many
-    prefix_tokens: tuple[Annotated[int, Range(0, 2**24)], ...] | None = None
-    prefix_length: Annotated[int, Range(0, 16384)] | None = None  # of the prefix image's tokens
-
-
-@dataclass(frozen=True)
-class Edit(Generation):
-    """The body of /v1/images/edits: drawn from an image with noise, instead of noise alone."""
-
-    start_step: Annotated[int, Range(1, 999)] | None = None  # the later, the more of the image stays; None: half of the steps
-
-
-@dataclass(frozen=True)
-class Token:
-    """The body of /v1/images/tokens, which has an image only."""
 
 
 class Refused(Exception):
@@ -142,10 +112,7 @@ async def answer_error(request: HttpRequest, error: Exception) -> JSONResponse:
     elif isinstance(error, Closed):
         status = 503
     elif isinstance(error, HTTPException):
-        status, message = (
-            error.status_code,
-            {404: "there is no such page", 405: "not by this method"}.get(error.status_code, ""),
-        )
+        status, message = error.status_code, HTTP_MESSAGES.get(error.status_code, error.detail)
     elif not isinstance(error, InputError):
         status, message = 500, "the server failed; its log says why"  # Starlette logs it
     return JSONResponse(error_body(status, message), status, headers)
@@ -153,9 +120,7 @@ async def answer_error(request: HttpRequest, error: Exception) -> JSONResponse:
 
 def error_body(status: int, message: str) -> dict[str, Any]:
     codes = {401: "invalid_api_key", 403: "forbidden", 404: "not_found", 429: "rate_limit_exceeded", 503: "unavailable"}
-    kind = (
-        "invalid_request_error" if status < 500 and status != 429 else "server_error" if status != 429 else "rate_limit_error"
-    )
+    kind = {429: "rate_limit_error"}.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": " ".join(message.split()), "type": kind, "param": None, "code": codes.get(status)}}
 
 
@@ -304,8 +269,7 @@ class Service:
         model |= {"step": info.step, "version": __version__, "checkpoint": str(info.workdir), "size": self.size}
         model |= {"groups": self.engine.num_groups, "tokens": config.num_tokens, "codes": config.codebook_size}
         model |= {"steps": sampling.num_denoising_steps or config.num_denoising_steps, "most_images": MOST_IMAGES}
-        names = ("guidance", "temperature", "top_k", "top_p")
-        model |= {"sampling": {name: getattr(sampling, name) for name in names}}
+        model |= {"sampling": {name: getattr(sampling, name) for name in SETTINGS}}
         return JSONResponse({"object": "list", "data": [model]})
 
     async def classes(self, request: HttpRequest) -> JSONResponse:
@@ -319,7 +283,7 @@ class Service:
         return await self._draw(request, Edit, "image")
 
     async def tokens(self, request: HttpRequest) -> Response:
-        _, image = await self._read(request, Token, "image")
+        _, image = await self._read(request, OnlyImage, "image")
         if image is None:
             raise InputError("an image is needed, as base64")
         pixels = await self._pixels(image, self.trained.config.image_size)
@@ -371,13 +335,7 @@ class Service:
         """An image with all that it takes to draw it again."""
         sample = samples[event.index]
         name = self.trained.class_names[sample.label]
-        settings = {
-            "guidance": wanted.guidance,
-            "temperature": wanted.temperature,
-            "top_k": wanted.top_k,
-            "top_p": wanted.top_p,
-        }
-        settings = {name: value for name, value in settings.items() if value is not None}
+        settings = {field: getattr(wanted, field) for field in SETTINGS if getattr(wanted, field) is not None}
         about = {"label": sample.label, "class": name, "seed": sample.seed, "noise_seed": sample.noise_seed}
         about |= {"settings": settings, "model": self.name, "step": self.trained.info.step, "dar_jax": __version__}
         picture = await asyncio.to_thread(encode_image, event.image, wanted.output_format, json.dumps(about))
@@ -406,7 +364,7 @@ class Service:
             prefix = tokens[: wanted.prefix_length]
         if wanted.prefix_length is not None and (image is None or start is not None):
             raise InputError("a prefix length needs a prefix image")
-        given = {name: getattr(wanted, name) for name in ("guidance", "temperature", "top_k", "top_p")}
+        given = {name: getattr(wanted, name) for name in SETTINGS}
         given |= {"num_groups": wanted.groups, "start_step": start_step}
         given = {name: value for name, value in given.items() if value is not None}
         sampling = dataclasses.replace(run, **given)
@@ -456,6 +414,8 @@ class Service:
                     if self.reading > MOST_BYTES_TOGETHER:
                         raise Full("too many large requests at once")
                     parts.append(part)
+        except ClientDisconnect:
+            raise Refused(499, "nobody waits") from None
         except TimeoutError:
             raise Refused(408, f"the body did not come within {BODY_SECONDS} seconds") from None
         finally:
@@ -491,70 +451,3 @@ def shown_groups(last: int, count: int | None) -> set[int]:
 def usage(tokens: int) -> dict[str, Any]:
     details = {"input_tokens_details": {"text_tokens": 1, "image_tokens": 0}}
     return {"input_tokens": 1, "output_tokens": tokens, "total_tokens": 1 + tokens, **details}
-
-
-def encode_image(pixels: np.ndarray, kind: str, about: str | None = None) -> str:
-    """uint8 [H, W, C] as a file in base64, with a description in its EXIF data."""
-    exif, file = Image.Exif(), io.BytesIO()
-    if about is not None:
-        exif[ExifTags.Base.ImageDescription] = about
-    image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-    quality = {} if kind == "png" else {"quality": 95}
-    image.save(file, kind.upper(), exif=exif, **quality)
-    return base64.b64encode(file.getvalue()).decode()
-
-
-def read_pixels(image: bytes, side: int, config: Any) -> np.ndarray:
-    """An image file, centre-cropped: uint8 [side, side, C]. Raises InputError."""
-    with contextlib.suppress(ImageError):  # then reading says it better
-        width, height = size_of_image(io.BytesIO(image))
-        if width * height > MOST_PIXELS:
-            raise InputError(f"the image has {width} x {height} pixels, {MOST_PIXELS:,} are the most")
-    pixels = read_image(io.BytesIO(image), config.channels, side, "of the request")
-    check_size("the image", pixels.shape[1::-1], config)
-    return center_crop(pixels, side)
-
-
-def read_base64(text: str) -> bytes:
-    try:
-        return base64.b64decode(re.sub(r"^data:image/[\w.+-]{1,20};base64,", "", text), validate=True)
-    except (binascii.Error, ValueError):
-        raise InputError("the image is no base64") from None
-
-
-def read_json(body: bytes) -> dict[str, Any]:
-    try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError):
-        raise InputError("the body is no JSON") from None
-    if not isinstance(fields, dict):
-        raise InputError("the body should be a JSON object")
-    return fields
-
-
-async def read_form(headers: Headers, body: bytes) -> dict[str, Any]:
-    """The fields of a form, as JSON would have them: numbers and lists where these are meant."""
-
-    async def stream() -> AsyncIterator[bytes]:
-        yield body
-
-    try:
-        form = await MultiPartParser(headers, stream(), max_files=2, max_fields=40, max_part_size=1 << 20).parse()
-    except (MultiPartException, KeyError, ValueError) as error:
-        raise InputError(f"the form cannot be read: {error}") from None
-    fields = {}
-    async with contextlib.AsyncExitStack() as stack:
-        for name, value in form.multi_items():
-            if isinstance(value, str):
-                fields[name] = form_value(value) if name not in ("prompt", "model", "size") else value
-            else:
-                stack.push_async_callback(value.close)
-                fields[name] = await value.read()
-    return fields
-
-
-def form_value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
