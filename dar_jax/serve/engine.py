@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -234,24 +234,28 @@ class Engine:
 
     def _run(self) -> None:
         with jax.set_mesh(self.trained.mesh):
+            warming = self._warm_up()
             try:
-                self._warm_up()
+                while self.status == "warming" and not self._closing:
+                    next(warming)
             except Exception as error:
                 log.exception("not even one sample can be drawn")
                 self._fail(f"the model cannot be sampled from: {' '.join(str(error).split())[:500]}")
             try:
-                self._serve()
+                self._serve(warming)
             except Exception:
                 log.exception("the engine fails")
                 self._fail("the server has failed; its log says why")
             self._give_up()
 
-    def _serve(self) -> None:
+    def _serve(self, warming: Iterator[None]) -> None:
         unread = None
+        work = lambda: self._closing or self._calls or self._waiting or self._cohorts or unread is not None  # noqa: E731
         while self.status == "ok" and not self._closing:
+            if not work() and next(warming, self) is None:
+                continue
             with self._news:
-                if unread is None:
-                    self._news.wait_for(lambda: self._closing or self._calls or self._waiting or self._cohorts)
+                self._news.wait_for(work)
                 calls, self._calls = self._calls, collections.deque()
             for function, future in calls:
                 _complete(future, function)
@@ -262,13 +266,17 @@ class Engine:
                 self._read(*unread)
             unread = dispatched
 
-    def _warm_up(self) -> None:
+    def _warm_up(self) -> Iterator[None]:
+        """Compiles the programs for one sample, then, while there is nothing to draw, those for more at a time."""
         sampling = dataclasses.replace(self.trained.info.config.sampling, start_step=0, num_groups=None)
-        cohort = self._begin([_Row(Request(self, [self.sample(0, 0, sampling)], lambda event: None), 0)])
-        for _ in range(self.num_groups):
-            samples = self._advance(cohort)
-        jax.block_until_ready(samples)
-        self.status = "ok"
+        request = Request(self, [self.sample(0, 0, sampling)], lambda event: None)
+        for size in self._buckets:
+            cohort = self._begin([_Row(request, 0)] * size)
+            for _ in range(self.num_groups):
+                jax.block_until_ready(self._advance(cohort))
+                yield
+            self.status = "ok"
+            yield
 
     def _leave(self) -> None:
         """Cancelled rows leave; a cohort that would fit fewer rows gets them."""
