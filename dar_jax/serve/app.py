@@ -151,7 +151,7 @@ class Guard:
         elif api and not self._has_token(headers):
             refused = 401, "this server needs its token: Authorization: Bearer TOKEN"
         if refused:
-            response = JSONResponse(error_body(*refused), refused[0])
+            response = JSONResponse(error_body(*refused), refused[0], {"connection": "close"})
             return await response(scope, receive, with_headers)
         await self.app(scope, receive, with_headers)
 
@@ -399,7 +399,8 @@ class Service:
         return checked(kind, fields), image
 
     async def _body(self, request: HttpRequest) -> bytes:
-        too_long = Refused(413, f"the body has more than {MOST_BYTES:,} bytes")
+        closing = {"connection": "close"}  # whoever goes on sending
+        too_long = Refused(413, f"the body has more than {MOST_BYTES:,} bytes", **closing)
         with contextlib.suppress(ValueError):
             if int(request.headers.get("content-length", "0")) > MOST_BYTES:
                 raise too_long
@@ -412,12 +413,12 @@ class Service:
                     if count > MOST_BYTES:
                         raise too_long
                     if self.reading > MOST_BYTES_TOGETHER:
-                        raise Full("too many large requests at once")
+                        raise Refused(429, "too many large requests at once", **closing, **{"retry-after": "1"})
                     parts.append(part)
         except ClientDisconnect:
             raise Refused(499, "nobody waits") from None
         except TimeoutError:
-            raise Refused(408, f"the body did not come within {BODY_SECONDS} seconds") from None
+            raise Refused(408, f"the body did not come within {BODY_SECONDS} seconds", **closing) from None
         finally:
             self.reading -= count
         return b"".join(parts)
