@@ -19,15 +19,12 @@ import jax
 import numpy as np
 import openai
 import pytest
-import uvicorn
 from PIL import Image
+from serving import Served, wait_for
 
 from dar_jax.cli.serve import Serve
-from dar_jax.config import MeshConfig
 from dar_jax.errors import InputError
 from dar_jax.inference.samples import sample
-from dar_jax.inference.trained import load_sampler
-from dar_jax.parallel import make_mesh
 from dar_jax.serve import app as app_module
 from dar_jax.serve.app import Mailbox, make_app, shown_groups
 from dar_jax.serve.engine import Engine, Preview
@@ -35,33 +32,14 @@ from dar_jax.serve.engine import Engine, Preview
 GENERATIONS, EDITS, TOKENS = (f"/v1/images/{name}" for name in ("generations", "edits", "tokens"))
 
 
-class Served:
-    """An application on a port of its own."""
-
-    def __init__(self, app):
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        self.server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
-        self.thread.start()
-
-    def close(self):
-        self.server.should_exit = True
-        self.thread.join(10)
-        self.socket.close()
+@pytest.fixture(scope="module")
+def engine(serve_engine):
+    return serve_engine
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_run):
-    return load_sampler(tiny_run, mesh=make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]))
-
-
-@pytest.fixture(scope="module")
-def engine(trained):
-    engine = Engine(trained, max_batch=4, max_waiting=40)
-    wait_for(lambda: engine.status == "ok", 120)
-    yield engine
-    engine.close()
+def trained(engine):
+    return engine.trained
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +53,6 @@ def url(engine):
 def client(url):
     with httpx.Client(base_url=url, timeout=60) as client:
         yield client
-
-
-def wait_for(holds, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def pixels(b64):
@@ -432,8 +403,9 @@ def test_many_streams_with_disconnects_and_slow_readers(client, url, engine):
     assert client.get("/health").json() == {"status": "ok", "running": 0, "waiting": 0}
 
 
-def test_a_slow_reader_keeps_the_newest_previews():
-    """However many there were: one for each sample, and the last one always."""
+def test_a_slow_reader_keeps_the_newest_previews(monkeypatch):
+    """All of them while they are small; beyond that one for each sample, and the last one always."""
+    most = 18
 
     def preview(index, group):
         return Preview(index, group, np.zeros(4, np.int32), np.zeros((8, 8, 1), np.uint8), group == 9)
@@ -443,12 +415,15 @@ def test_a_slow_reader_keeps_the_newest_previews():
         for group in range(1, 10):
             for index in range(2):
                 box.hear(preview(index, group))
-            if group == 5:
-                await asyncio.sleep(0)
-                assert {index: event.group for index, event in box.waiting.items()} == {0: 5, 1: 5}
+            await asyncio.sleep(0)
+            assert len(box.waiting) <= most
         return [(event.index, event.group) async for event in box.events(2)]
 
-    assert asyncio.run(read()) == [(0, 9), (1, 9)]
+    assert asyncio.run(read()) == [(index, group) for group in range(1, 10) for index in range(2)]
+    monkeypatch.setattr(app_module, "BACKLOG", 4 * 64)
+    most = 4
+    got = asyncio.run(read())
+    assert dict(got) == {0: 9, 1: 9} and len(got) <= most
 
 
 def test_silence_and_time_limits(client, engine, monkeypatch):

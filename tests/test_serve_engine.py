@@ -1,5 +1,6 @@
 """The engine of `dar-jax serve`: whatever comes and goes beside it, a sample has the tokens and the image that it has alone."""
 
+import dataclasses
 import functools
 import threading
 import time
@@ -9,14 +10,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from serving import wait_for
 
 from dar_jax.config import MeshConfig, SamplingConfig
+from dar_jax.errors import InputError
 from dar_jax.inference.trained import load_sampler
 from dar_jax.models.pixels import to_uint8
-from dar_jax.parallel import make_mesh
 from dar_jax.sampling.sampler import generate
 from dar_jax.sampling.settings import make_settings
-from dar_jax.serve.engine import Engine, Failure
+from dar_jax.serve.engine import Failure
 
 SETTINGS = [  # the first three share a batch
     SamplingConfig(guidance=(1.5, 3.0)),
@@ -28,35 +30,30 @@ PREFIX = tuple(range(20, 36))
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_run):
-    return load_sampler(tiny_run, mesh=make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]))
+def engine(serve_engine):
+    return serve_engine
 
 
 @pytest.fixture(scope="module")
-def engine(trained):
-    engine = Engine(trained, max_batch=4, max_waiting=40)
-    yield engine
-    engine.close()
-    assert not engine._thread.is_alive()
+def trained(engine):
+    return engine.trained
+
+
+def drawn_alone(trained, label, seed, noise_seed, number, length):
+    """Tokens and image by `generate`, of SETTINGS[number] and a prefix of this length."""
+    prefix = np.array([PREFIX[:length]], np.int32) if length else None
+    made = make_settings(SETTINGS[number], trained.config, trained.networks.method)
+    condition = trained.networks.condition({"label": np.array([label], np.int32)})
+    seeds = (np.array([each], np.uint32) for each in (seed, noise_seed))
+    with jax.set_mesh(trained.mesh):
+        arguments = (trained.networks, trained.sampler_params, made, condition, next(seeds), prefix)
+        samples = generate(*arguments, noise_seeds=next(seeds))
+    return np.asarray(samples.tokens[0]), to_uint8(np.asarray(samples.images[0]))
 
 
 @pytest.fixture(scope="module")
 def alone(trained):
-    """alone(label, seed, noise seed, number of the settings, length of the prefix) -> tokens and image, of `generate`."""
-
-    @functools.cache
-    def draw(label, seed, noise_seed, number, length):
-        prefix = np.array([PREFIX[:length]], np.int32) if length else None
-        made = make_settings(SETTINGS[number], trained.config, trained.networks.method)
-        arrays = (np.array([number]) for number in (label, seed, noise_seed))
-        label, seed, noise_seed = arrays
-        with jax.set_mesh(trained.mesh):
-            samples = generate(
-                trained.networks, trained.sampler_params, made, label, seed, prefix, noise_seeds=noise_seed.astype(np.uint32)
-            )
-        return np.asarray(samples.tokens[0]), to_uint8(np.asarray(samples.images[0]))
-
-    return draw
+    return functools.cache(functools.partial(drawn_alone, trained))
 
 
 class Heard:
@@ -115,8 +112,133 @@ def test_finished_samples_are_those_of_generate(engine, alone, steps):
     wait_for(lambda: engine.load() == (0, 0))
 
 
-def wait_for(holds, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+def test_requests_on_many_devices(tiny_run, alone):
+    """Rows are sharded over a mesh; they join, leave and are put together there."""
+    trained = load_sampler(tiny_run, mesh=make_mesh(MeshConfig(2, 1, 2), jax.devices()[:4]))
+    engine = Engine(trained, max_batch=4)
+    try:
+        requests = [Heard(engine, [(number, number, number, 0, 0)] * (1 + number)) for number in range(3)]
+        for heard in requests:
+            assert heard.done.wait(120)
+            check(heard, alone)
+    finally:
+        engine.close()
+
+
+def test_an_image_under_way_is_overtaken_a_few_times_only(engine):
+    """While new ones keep coming, and never share its batch."""
+    ends, first = [], Heard(engine, [(0, 1, 1, 0, 0)])
+    first.done.wait(60)
+
+    class Timed(Heard):
+        def hear(self, event):
+            super().hear(event)
+            if event.final:
+                ends.append(self)
+
+    slow = Timed(engine, [(0, 1, 1, 3, 0)])
+    others = [Timed(engine, [(0, seed, 1, 0, 0)] * 2) for seed in range(16)]
+    for heard in [slow, *others]:
+        assert heard.done.wait(60)
+    assert ends.index(slow) <= 6  # of 33
+
+
+def test_full_and_closed(trained):
+    engine = Engine(trained, max_batch=2, max_waiting=4)
+    hold = threading.Event()
+    waiting = engine.call(lambda: hold.wait(60))
+    heard = [Heard(engine, [(0, 1, 1, 0, 0)] * 2) for _ in range(2)]
+    with pytest.raises(Full, match="4 images wait"):
+        Heard(engine, [(0, 1, 1, 0, 0)])
+    heard[0].request.cancel()
+    heard.append(Heard(engine, [(0, 1, 1, 0, 0)]))
+    engine.stop()
+    assert [each.events for each in heard] == [[], [Failure("the server stops")], [Failure("the server stops")]]
+    for use in (lambda: Heard(engine, [(0, 1, 1, 0, 0)]), lambda: engine.call(print)):
+        with pytest.raises(Closed, match="stops"):
+            use()
+    hold.set()
+    engine.close()
+    assert waiting.result() and engine.load() == (0, 0)
+
+
+def test_what_fails_fails_alone(engine, alone, monkeypatch, caplog):
+    """A request whose work fails is told so; the others go on, unless it happens again and again."""
+    real = engine_module.advance
+
+    def advance(networks, params, settings, state):
+        if int(np.asarray(state.prediction.condition)[0]) == 9:
+            raise RuntimeError("out of memory")
+        return real(networks, params, settings, state)
+
+    monkeypatch.setattr(engine_module, "advance", advance)
+    bad = Heard(engine, [(9, 1, 1, 3, 0)])
+    good = Heard(engine, [(1, 1, 1, 0, 0)])
+    assert bad.done.wait(60) and good.done.wait(60)
+    assert [type(event) for event in bad.events] == [Failure] and "memory" not in bad.events[0].message
+    assert "out of memory" in caplog.text
+    check(good, alone)
+    assert engine.status == "ok"
+
+
+FORKS = {
+    "draw": Method(draw=lambda logits, keys, position, tokens, settings: draw_token(logits.at[:, :32].add(-1), keys, 0, 0, settings)),
+    "predict": speculative.experiment.method,
+    "noise": Method(noise=lambda keys, shape: 0.5 * normal_noise(keys, shape)),
+}
+
+
+@pytest.mark.parametrize("name", FORKS)
+def test_replaced_parts(trained, name):
+    """Parts that know nothing of settings with a batch axis get them without."""
+    networks = dataclasses.replace(
+        trained.networks, method=FORKS[name], condition=lambda batch: (batch["label"] + 1) % 10
+    )
+    fork = dataclasses.replace(trained, networks=networks)
+    engine, expected = Engine(fork, max_batch=2), functools.partial(drawn_alone, dataclasses.replace(fork))
+    try:
+        wishes = [(0, 1, 2, 0, 5), (0, 2, 3, 0, 0), (1, 1, 1, 1, 0)]
+        requests = [Heard(engine, [wish]) for wish in wishes]
+        for heard, wish in zip(requests, wishes):
+            assert heard.done.wait(120)
+            tokens, image = expected(*wish)
+            np.testing.assert_array_equal(heard.events[-1].tokens, tokens)
+            np.testing.assert_allclose(heard.events[-1].image.astype(int), image, atol=1)
+    finally:
+        engine.close()
+
+
+def test_what_cannot_be_served(trained, caplog):
+    class Series(type(trained.networks.tokenizer)):
+        data_shape = (64, 2)
+
+    networks = dataclasses.replace(trained.networks, tokenizer=Series(trained.config))
+    with pytest.raises(InputError, match=r"data are \[64, 2\]; only images can be served"):
+        Engine(dataclasses.replace(trained, networks=networks))
+
+    def broken(batch):
+        raise InputError("this experiment needs an edge map")
+
+    engine = Engine(dataclasses.replace(trained, networks=dataclasses.replace(trained.networks, condition=broken)))
+    wait_for(lambda: engine.status == "failed")
+    with pytest.raises(Closed, match="needs an edge map"):
+        engine.submit([engine.sample(0, 0, SETTINGS[0])], print)
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    "wrong, word",
+    [
+        ({"seed": -1}, "seed is -1"),
+        ({"noise_seed": 2**32}, "noise_seed is"),
+        ({"prefix": [64]}, "token 64"),
+        ({"prefix": [0] * 17}, "17 tokens"),
+        ({"start": np.zeros((8, 8, 1), np.uint8)}, "start_step is 0"),
+        ({"sampling": SamplingConfig(start_step=2)}, "start_step is 2"),
+        ({"sampling": SamplingConfig(num_groups=9)}, "num_groups is 9"),
+    ],
+    ids=str,
+)
+def test_wrong_samples(engine, wrong, word):
+    with pytest.raises(InputError, match=word):
+        engine.sample(**{"label": 0, "seed": 0, "sampling": SETTINGS[0], **wrong})

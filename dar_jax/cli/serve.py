@@ -66,7 +66,7 @@ class Serve:
                     super().handle_exit(sig, frame)
 
             options = {"log_config": None, "log_level": "error", "access_log": False, "lifespan": "off", "server_header": False}
-            options |= {"limit_concurrency": 1024, "timeout_graceful_shutdown": 3, "h11_max_incomplete_event_size": 1 << 16}
+            options |= {"limit_concurrency": 512, "timeout_graceful_shutdown": 3, "h11_max_incomplete_event_size": 1 << 16}
             server = Server(uvicorn.Config(make_app(engine, hosts, token), **options))
             name = f"[{self.host}]" if ":" in self.host else self.host
             address = f"http://{name}:{listener.getsockname()[1]}/"

@@ -57,6 +57,7 @@ MOST_BYTES_TOGETHER = 128 << 20  # of all bodies being read
 BODY_SECONDS = 30  # for sending a body
 REQUEST_SECONDS = 600  # for a whole request
 SILENT_SECONDS = 15  # of a stream, before a comment says that it is alive
+BACKLOG = 2 << 20  # bytes of images that wait for the reader of a stream
 CODERS = 4  # images being read at a time
 
 HTTP_MESSAGES = {404: "there is no such page", 405: "this page does not take this method"}
@@ -189,11 +190,11 @@ async def page(request: HttpRequest) -> HTMLResponse:
 
 
 class Mailbox:
-    """What a request is told, across threads: of every sample the newest preview only, until it is final."""
+    """What a request is told, across threads: all previews, or, beyond BACKLOG, the newest of each sample only."""
 
     def __init__(self, shown: Callable[[Preview], bool]):
         self.shown, self.loop, self.news = shown, asyncio.get_running_loop(), asyncio.Event()
-        self.waiting: collections.OrderedDict[int, Preview] = collections.OrderedDict()
+        self.waiting: collections.deque[Preview] = collections.deque()
         self.failure: Failure | None = None
 
     def hear(self, event: Preview | Failure) -> None:
@@ -206,7 +207,9 @@ class Mailbox:
         if isinstance(event, Failure):
             self.failure = event
         else:
-            self.waiting[event.index] = event
+            self.waiting.append(event)
+            if len(self.waiting) * event.image.nbytes > BACKLOG:
+                self.waiting = collections.deque({each.index: each for each in self.waiting}.values())
         self.news.set()
 
     async def events(self, count: int) -> AsyncIterator[Preview | None]:
@@ -220,7 +223,7 @@ class Mailbox:
                     yield None
                 continue
             if self.waiting:
-                event = self.waiting.popitem(last=False)[1]
+                event = self.waiting.popleft()
                 count -= event.final
                 yield event
             else:

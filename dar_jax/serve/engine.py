@@ -78,7 +78,8 @@ class Request:
     """Samples on their way. `cancel` may be called from any thread, at any time and more than once."""
 
     def __init__(self, engine: "Engine", samples: Sequence[Sample], listener: Callable[[Preview | Failure], None]):
-        self.engine, self.samples, self.listener, self.cancelled = engine, samples, listener, False
+        self.engine, self.samples, self.listener = engine, samples, listener
+        self.cancelled, self.left = False, len(samples)
 
     def cancel(self) -> None:
         """Its samples leave the devices at the next boundary between groups; nothing more is heard of them."""
@@ -136,7 +137,8 @@ class Engine:
         self._waiting: collections.deque[_Row] = collections.deque()
         self._calls: collections.deque[tuple[Callable[[], Any], Future]] = collections.deque()
         self._cohorts: list[_Cohort] = []
-        self._news = threading.Condition()  # guards _waiting, _calls, _closing and every request's `cancelled`
+        self._requests: set[Request] = set()  # that are not finished
+        self._news = threading.Condition()  # guards _requests, _waiting, _calls, _closing and every request's `cancelled`
         self._closing, self._failures = False, 0
         self._thread = threading.Thread(target=self._run, name="dar_jax.serve", daemon=True)
         self._thread.start()
@@ -191,6 +193,7 @@ class Engine:
                 raise Closed(self.failure or "the server stops")
             if len(self._waiting) + len(samples) > self.max_waiting:
                 raise Full(f"{len(self._waiting)} images wait already")
+            self._requests.add(request)
             self._waiting.extend(_Row(request, index) for index in range(len(samples)))
             self._news.notify()
         return request
@@ -212,10 +215,16 @@ class Engine:
         return sum(len(cohort.live) for cohort in list(self._cohorts)), len(self._waiting)
 
     def stop(self) -> None:
-        """Ends the thread after the group under way; requests that are not finished get a `Failure`."""
+        """Ends the thread after the group under way; requests that are not finished get a `Failure` at once."""
         with self._news:
             self._closing = True
+            left, calls = list(self._requests), list(self._calls)
+            self._calls.clear()
             self._news.notify()
+        for request in left:
+            self._end(request, self.failure or "the server stops")
+        for _, future in calls:
+            future.cancel()
 
     def close(self) -> None:
         """Stops, and waits for it."""
@@ -225,6 +234,7 @@ class Engine:
     def _cancel(self, request: Request) -> None:
         with self._news:
             request.cancelled = True
+            self._requests.discard(request)
             kept = [row for row in self._waiting if row.request is not request]
             self._waiting.clear()
             self._waiting.extend(kept)
@@ -246,7 +256,7 @@ class Engine:
             except Exception:
                 log.exception("the engine fails")
                 self._fail("the server has failed; its log says why")
-            self._give_up()
+            self.stop()
 
     def _serve(self, warming: Iterator[None]) -> None:
         unread = None
@@ -383,8 +393,14 @@ class Engine:
             [row for row in rows if row], lambda: (to_host(samples.tokens), to_uint8(to_host(samples.images)))
         )
         for row, tokens, image in zip(rows, *(arrays or ((), ()))):
-            if row is not None and not row.request.cancelled:
-                _tell(row.request, Preview(row.index, group, tokens, image, group == row.sample.num_groups))
+            if row is None or row.request.cancelled:
+                continue
+            if group == row.sample.num_groups:
+                row.request.left -= 1
+            if not row.request.left:
+                with self._news:
+                    self._requests.discard(row.request)
+            _tell(row.request, Preview(row.index, group, tokens, image, group == row.sample.num_groups))
 
     def _guarded(self, rows: Sequence[_Row], work: Callable[[], Any]) -> Any:
         """The result of work for these rows; where it fails, their requests do, and only they."""
@@ -408,17 +424,6 @@ class Engine:
         if not request.cancelled:
             request.cancel()
             _tell(request, Failure(message))
-
-    def _give_up(self) -> None:
-        with self._news:
-            self._closing = True
-            left = [*self._waiting, *(row for cohort in self._cohorts for row in cohort.live)]
-            calls, self._calls = self._calls, collections.deque()
-        self._cohorts = []
-        for _, future in calls:
-            future.cancel()
-        for request in {row.request for row in left}:
-            self._end(request, self.failure or "the server stops")
 
 
 def _tell(request: Request, event: Preview | Failure) -> None:
