@@ -108,13 +108,13 @@ class Settings:
 
 
 def per_sample(settings: Sequence[Settings]) -> Settings:
-    """Settings of B samples, each with its own scales, temperature, top-k and top-p: arrays [B, ...].
+    """Settings of B samples, each with its own scales, temperature, top-k and top-p: NumPy arrays [B, ...].
 
     Raises ValueError where they differ in what is static, or in which of the arrays they have.
     """
     if len(set(map(jax.tree.structure, settings))) != 1:
         raise ValueError("settings of one batch differ in what is static, or in which arrays they have")
-    return jax.tree.map(lambda *rows: jnp.stack(rows), *settings)
+    return jax.tree.map(lambda *rows: np.stack(rows), *settings)
 
 
 def make_settings(config: SamplingConfig, tokenizer: TokenizerConfig, method: Method = Method()) -> Settings:  # noqa: B008

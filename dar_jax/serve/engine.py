@@ -224,7 +224,7 @@ class Engine:
         for request in left:
             self._end(request, self.failure or "the server stops")
         for _, future in calls:
-            future.cancel()
+            future.set_exception(Closed("the server stops"))
 
     def close(self) -> None:
         """Stops, and waits for it."""
@@ -246,8 +246,7 @@ class Engine:
         with jax.set_mesh(self.trained.mesh):
             warming = self._warm_up()
             try:
-                while self.status == "warming" and not self._closing:
-                    next(warming)
+                next(warming)
             except Exception as error:
                 log.exception("not even one sample can be drawn")
                 self._fail(f"the model cannot be sampled from: {' '.join(str(error).split())[:500]}")
@@ -277,15 +276,29 @@ class Engine:
             unread = dispatched
 
     def _warm_up(self) -> Iterator[None]:
-        """Compiles the programs for one sample, then, while there is nothing to draw, those for more at a time."""
+        """Compiles the programs for one sample, then, while there is nothing to draw, those for more and for regrouping."""
         sampling = dataclasses.replace(self.trained.info.config.sampling, start_step=0, num_groups=None)
         request = Request(self, [self.sample(0, 0, sampling)], lambda event: None)
-        for size in self._buckets:
-            cohort = self._begin([_Row(request, 0)] * size)
-            for _ in range(self.num_groups):
-                jax.block_until_ready(self._advance(cohort))
+        begin = lambda size: self._begin([_Row(request, 0)] * size)  # noqa: E731
+        one = begin(self._buckets[0])
+        for _ in range(self.num_groups):
+            jax.block_until_ready(self._advance(one))
+        self.status = "ok"
+        yield
+        cohorts = list(map(begin, self._buckets))
+        for _ in range(self.num_groups - 1):
+            for cohort in cohorts:
+                self._advance(cohort)
                 yield
-            self.status = "ok"
+            for parts in [*((one,) for one in cohorts[1:]), *itertools.combinations_with_replacement(cohorts, 2)]:
+                rows = [len(part.rows) for part in parts]
+                least, most = (1, rows[0] - 1) if len(parts) == 1 else (rows[1], min(sum(rows), self.max_batch))
+                for size in self._buckets:
+                    if least <= size <= self._size(most):
+                        regroup([part.state for part in parts], np.zeros(size, np.int64))
+                        yield
+        for cohort in cohorts:
+            self._advance(cohort)
             yield
 
     def _leave(self) -> None:
@@ -351,10 +364,11 @@ class Engine:
     def _settings(self, samples: Sequence[Sample]) -> Settings:
         if not self._own_settings:
             return samples[0].settings
-        return put_batch(jax.tree.map(np.asarray, per_sample([sample.settings for sample in samples])), self.trained.mesh)
+        return put_batch(per_sample([sample.settings for sample in samples]), self.trained.mesh)
 
     def _together(self, cohorts: Sequence[_Cohort]) -> _Cohort:
         """The live rows of cohorts of one form as one cohort."""
+        cohorts = sorted(cohorts, key=lambda cohort: len(cohort.rows))  # fewer programs
         places = np.flatnonzero([row is not None for cohort in cohorts for row in cohort.rows])
         rows = [row for cohort in cohorts for row in cohort.live]
         padding = self._size(len(rows)) - len(rows)
