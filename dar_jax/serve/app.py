@@ -58,6 +58,7 @@ BODY_SECONDS = 30  # for sending a body
 REQUEST_SECONDS = 600  # for a whole request
 SILENT_SECONDS = 15  # of a stream, before a comment says that it is alive
 BACKLOG = 2 << 20  # bytes of images that wait for the reader of a stream
+SMALL = 1 << 14  # bytes of an image that is encoded at once, which takes less than handing it to a thread
 CODERS = 4  # images being read at a time
 
 HTTP_MESSAGES = {404: "there is no such page", 405: "this page does not take this method"}
@@ -341,7 +342,11 @@ class Service:
         settings = {field: getattr(wanted, field) for field in SETTINGS if getattr(wanted, field) is not None}
         about = {"label": sample.label, "class": name, "seed": sample.seed, "noise_seed": sample.noise_seed}
         about |= {"settings": settings, "model": self.name, "step": self.trained.info.step, "dar_jax": __version__}
-        picture = await asyncio.to_thread(encode_image, event.image, wanted.output_format, json.dumps(about))
+        arguments = event.image, wanted.output_format, json.dumps(about)
+        if event.image.nbytes <= SMALL:
+            picture = encode_image(*arguments)
+        else:
+            picture = await asyncio.to_thread(encode_image, *arguments)
         body = {"index": event.index, "group": event.group, "groups": sample.num_groups, "tokens": event.tokens.tolist()}
         return {"b64_json": picture, "output_format": wanted.output_format, **body, **about}
 

@@ -77,7 +77,7 @@ def measure(url: str, process: int, checkpoint: str, requests: int) -> list[dict
     for number in range(64):
         model.sample([number % 10], [number])
     rows.append({"what": "single samples", "at once": 1, "requests/s": 64 / (time.perf_counter() - began)})
-    asyncio.run(load(url, requests // 4, 64, 0.2))
+    asyncio.run(load(url, requests // 5, 64, 0.2))
     before, began = memory(process), time.perf_counter()
     asyncio.run(load(url, requests, 64, 0.2))
     row = {
@@ -102,11 +102,13 @@ class Options:
     def run(self) -> None:
         command = [sys.executable, "-m", "dar_jax", "serve", self.checkpoint, "--port", "0"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            url = process.stdout.readline().split()[0].rstrip("/")
-            while httpx.get(f"{url}/health").status_code != 200:
-                time.sleep(0.5)
-            rows = measure(url, process.pid, self.checkpoint, self.requests)
-            process.terminate()
+            try:
+                url = process.stdout.readline().split()[0].rstrip("/")
+                while httpx.get(f"{url}/health").status_code != 200:
+                    time.sleep(0.5)
+                rows = measure(url, process.pid, self.checkpoint, self.requests)
+            finally:
+                process.terminate()
         for row in rows:
             print_table([row])
         write_report(self.json, rows, " ".join(sys.argv), machine=machine_name())
