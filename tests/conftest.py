@@ -101,3 +101,20 @@ def tiny_run(tmp_path_factory, tiny_tokenizer):
     config = TransformerTraining(name="tiny", model=model, data=data, sampling=SamplingConfig(guidance=(1.5, 3.0)))
     save_for_inference(folder, config, params, 1, names)
     return folder
+
+
+@pytest.fixture(scope="session")
+def serve_engine(tiny_run):
+    """The engine of `dar-jax serve` over the tiny run, for up to four samples at a time on one device."""
+    from serving import wait_for
+
+    from dar_jax.config import MeshConfig
+    from dar_jax.inference.trained import load_sampler
+    from dar_jax.parallel import make_mesh
+    from dar_jax.serve.engine import Engine
+
+    engine = Engine(load_sampler(tiny_run, mesh=make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])), max_batch=4, max_waiting=40)
+    wait_for(lambda: engine.status == "ok", 120)
+    yield engine
+    engine.close()
+    assert not engine._thread.is_alive()

@@ -15,7 +15,7 @@ LAYERS = [  # from the bottom up; a room may import those of its own line and of
     "experiment",
     "training",
     "inference plan release",
-    "evaluation",
+    "evaluation serve",
     "quickstart",
     "cli __main__ __init__",
 ]

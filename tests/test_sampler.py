@@ -18,8 +18,8 @@ from dar_jax.parallel import batch_sharding, make_mesh, shardings
 from dar_jax.sampling.denoise import denoise, schedule
 from dar_jax.sampling.predict import _predict
 from dar_jax.sampling.prepare import prepare, separate
-from dar_jax.sampling.sampler import decode, generate, lookup_codes, stream
-from dar_jax.sampling.settings import Networks, make_settings, normal_noise
+from dar_jax.sampling.sampler import advance, begin, decode, generate, lookup_codes, regroup, snapshot, stream
+from dar_jax.sampling.settings import Networks, make_settings, normal_noise, per_sample
 
 LABELS = jnp.array([3, 1, 4, 1, 0, 2, 4])
 SEEDS = jnp.array([5, 6, 7, 8, 9, 10, 5])
@@ -241,6 +241,54 @@ def test_one_compilation_serves_all_scales(networks):
     compiled = [piece._cache_size() for piece in (_predict, denoise)]
     sample(networks, dataclasses.replace(SAMPLING, guidance=(2.0, 9.0), temperature=0.7, top_k=10, top_p=0.5), seeds=SEEDS + 1)
     assert [piece._cache_size() for piece in (_predict, denoise)] == compiled
+
+
+def test_noise_has_seeds_of_its_own(networks):
+    """The tokens follow from `seeds`, the noise that they drive from `noise_seeds`."""
+    modules, params = networks
+    whole, other = sample(networks), sample(networks, seeds=SEEDS + 100, noise_seeds=SEEDS)
+    np.testing.assert_array_equal(sample(networks, noise_seeds=SEEDS + 100).tokens, whole.tokens)
+    assert np.any(other.tokens != whole.tokens)
+    settings = make_settings(SAMPLING, modules.tokenizer.config)
+    decoded = decode(modules, params, settings, lookup_codes(modules, params, other.tokens), SEEDS)
+    np.testing.assert_allclose(other.images, decoded.images, atol=2e-5)
+
+
+def test_states_are_put_together_and_taken_apart(networks):
+    """Three begun at different times, one with a given prefix, go on together, then apart: the samples of each alone."""
+    modules, params = networks
+    params, settings = prepare(modules, params), make_settings(SAMPLING, modules.tokenizer.config)
+    whole = sample(networks)
+    run = functools.partial(advance, modules, params, settings)
+    start = functools.partial(begin, modules, params, settings)
+    first = run(start(LABELS[:2], SEEDS[:2]))
+    second = run(start(LABELS[2:6], SEEDS[2:6], whole.tokens[2:6, :5]))  # the first group of which takes no prediction
+    third = run(start(LABELS[6:], SEEDS[6:]))
+    with pytest.raises(ValueError, match="differ"):
+        regroup([first, run(third)], [0])
+    with pytest.raises(ValueError, match="differ"):  # what is in the caches already
+        regroup([first, second], [0])
+    together = regroup([run(first), run(second), run(third)], [6, 5, 3, 0, 0])
+    apart = run(regroup([run(together)], [1, 3]))
+    for state, rows in ((run(run(together)), [6, 5, 3, 0, 0]), (apart, [5, 0])):
+        samples = snapshot(modules, params, state)
+        np.testing.assert_array_equal(samples.tokens, whole.tokens[np.array(rows)])
+        np.testing.assert_allclose(samples.images, whole.images[np.array(rows)], atol=2e-5)
+
+
+def test_every_sample_has_its_own_settings(networks):
+    """In one batch: each has the tokens and the image of the same settings alone."""
+    modules, params = networks
+    differing = [{}, {"guidance": (1.0, 6.0)}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.3, "guidance": (3.0, 2.0)}]
+    configs = [dataclasses.replace(SAMPLING, **fields) for fields in differing]
+    settings = [make_settings(config, modules.tokenizer.config) for config in configs]
+    together = generate(modules, params, per_sample(settings), LABELS[:5], SEEDS[:5])
+    for row, config in enumerate(configs):
+        alone = sample(networks, config, LABELS[row : row + 1], SEEDS[row : row + 1])
+        np.testing.assert_array_equal(together.tokens[row], alone.tokens[0])
+        np.testing.assert_allclose(together.images[row], alone.images[0], atol=2e-5)
+    with pytest.raises(ValueError):
+        per_sample([settings[0], make_settings(SamplingConfig(temperature=0.0), modules.tokenizer.config)])
 
 
 def test_unguided_rows_end_with_guidance(networks):

@@ -28,6 +28,7 @@ from dar_jax.cli.complaint import complaint
 from dar_jax.cli.evaluate import Evaluate, EvaluateAr, EvaluateTokenizer, Sweep
 from dar_jax.cli.options import Listed, fail, first, given, many_hosts
 from dar_jax.cli.release import Export, Import
+from dar_jax.cli.serve import Serve
 from dar_jax.cli.train import Plan, Quickstart, Train
 from dar_jax.cli.use import Generate, Info, Reconstruct, Sample, Tokenize
 from dar_jax.config import Range, checked
@@ -41,6 +42,7 @@ COMMANDS = {
     "quickstart": Quickstart,
     "train": Train,
     "sample": Sample,
+    "serve": Serve,
     "generate": Generate,
     "reconstruct": Reconstruct,
     "tokenize": Tokenize,

@@ -32,6 +32,7 @@ class Quickstart:
         check_writable(self.workdir, folder=True)
         report = quickstart(self.workdir, self.fast)
         show(f"\n{summary(report)}\n\nThe pictures and report.json are in {self.workdir}")
+        show(f"Now see it draw: dar-jax serve {self.workdir}")
 
 
 @dataclass(frozen=True, kw_only=True)

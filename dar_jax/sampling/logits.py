@@ -26,7 +26,7 @@ def linear_guidance(num_tokens: int, first: float, last: float) -> np.ndarray:
 
 
 def guide(conditional: Array, unconditional: Array, scale: Array) -> Array:
-    """u + scale (c - u) where scale exceeds 1, else c alone; logits [B, V], scale a scalar."""
+    """u + scale (c - u) where scale exceeds 1, else c alone; logits [B, V], scale a scalar or one that broadcasts to them."""
     return jnp.where(scale > 1, unconditional + scale * (conditional - unconditional), conditional)
 
 
@@ -34,9 +34,9 @@ def filter_logits(logits: Array, top_k: Array | None, top_p: Array | None) -> Ar
     """Sets the logits [B, V] of excluded tokens to -inf.
 
     Args:
-      top_k: keep the k largest (and what equals the k-th); None keeps all.
-      top_p: keep a token when the probability of those above it is at most p; the first always stays. Applied to what top-k
-        left; None keeps all.
+      top_k: keep the k largest (and what equals the k-th), a scalar or [B]; None keeps all.
+      top_p: keep a token when the probability of those above it is at most p, a scalar or [B]; the first always stays.
+        Applied to what top-k left; None keeps all.
     """
     if top_k is not None:
         logits = _keep(logits, lambda above: jnp.sum(above, axis=-1) >= top_k)
@@ -80,5 +80,5 @@ def draw_token(logits: Array, keys: Array, position: Array, tokens: Array, setti
     """
     if settings.temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = filter_logits(logits / settings.temperature, settings.top_k, settings.top_p)
+    logits = filter_logits(logits / jnp.expand_dims(settings.temperature, -1), settings.top_k, settings.top_p)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

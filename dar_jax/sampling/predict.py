@@ -55,7 +55,7 @@ class Prediction:
     caches: tuple[Cache, ...]
     calls: Array  # [B] int32, passes of the transformer so far
     before: int  # slots of the condition before its last one
-    done: int  # the first tokens, given for all samples, whose slots are in the caches already
+    done: int  # the first tokens, whole groups given for all samples, whose slots are in the caches already
 
 
 def begin_prediction(
@@ -67,10 +67,12 @@ def begin_prediction(
     prefix: Array | None = None,
     num_given: np.ndarray | None = None,
 ) -> Prediction:
-    """Before the first token that is not given; arguments as of `sampler.begin`. Given tokens take one pass together."""
+    """Before the first group with a token that is not given; arguments as of `sampler.begin`. The groups that are given for all
+    samples take one pass together."""
     done = 0
     if prefix is not None:
         done = prefix.shape[1] if num_given is None else int(np.min(num_given))
+        done -= done % networks.tokenizer.config.tokens_per_group  # few numbers, each of which is a program
     return _begin(networks, done, params, settings, condition, seeds, prefix, num_given)
 
 
@@ -80,7 +82,10 @@ def predict_group(
     """Predicts the tokens of a group, one by one."""
     config = networks.tokenizer.config
     first, last = group * config.tokens_per_group, (group + 1) * config.tokens_per_group
-    for start, stop in _spans(max(first, prediction.done), last, settings.guided):
+    if first < prediction.done:
+        return prediction
+    prediction = dataclasses.replace(prediction, done=0)  # from here on it is like one that was given nothing
+    for start, stop in _spans(first, last, settings.guided):
         sizes = stop - start, _window(config, stop), start < settings.guided
         prediction = _predict(networks, *sizes, params, settings, prediction, jnp.int32(start))
     return prediction
@@ -100,7 +105,10 @@ def draw_each(networks: "Networks", settings: "Settings", logits: Array, keys: A
     positions = jnp.broadcast_to(positions, (batch, count))
     if len(logits) > batch:
         pairs = logits.reshape(batch, 2, count, -1)
-        logits = guide(pairs[:, 0], pairs[:, 1], settings.scales[positions][..., None])
+        scales = jnp.broadcast_to(settings.scales, (batch, settings.scales.shape[-1]))
+        logits = guide(pairs[:, 0], pairs[:, 1], jnp.take_along_axis(scales, positions, axis=1)[..., None])
+    if settings.scales.ndim == 2:  # settings of each sample
+        settings = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), settings)
     each = token_keys(jnp.repeat(keys, count), positions.reshape(-1))
     rows = logits.reshape(batch * count, -1), each, positions.reshape(-1), jnp.repeat(tokens, count, axis=0)
     return networks.method.draw(*rows, settings).reshape(batch, count)

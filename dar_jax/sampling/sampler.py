@@ -14,7 +14,7 @@ H W pixels of the result, C channels, E code dimension.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -78,6 +78,7 @@ def begin(
     num_given: np.ndarray | None = None,
     image: Array | None = None,
     observed: Any = None,
+    noise_seeds: Array | None = None,
 ) -> SamplerState:
     """The state before the first group.
 
@@ -89,11 +90,13 @@ def begin(
       num_given: int32 [B] on the host, how many of the prefix's tokens hold for each sample (default: all k).
       image: [B, R, R, C] float32 in [-1, 1] to start from at `settings.start_step` (default: noise).
       observed: what `Method.steer` is given, a tree of arrays with the batch first.
+      noise_seeds: [B], of the noise and of the solver's randomness, while the tokens follow from `seeds` (default: those).
     """
     prediction = networks.method.predict.begin(networks, params, settings, condition, seeds, prefix, num_given)
     with params.on_decoder():
-        seeds, image, observed = params.to_decoder((seeds, image, observed))
-        decoding = begin_decoding(networks, params.decoder, settings, seeds, image, observed)
+        noise_seeds = seeds if noise_seeds is None else noise_seeds
+        noise_seeds, image, observed = params.to_decoder((noise_seeds, image, observed))
+        decoding = begin_decoding(networks, params.decoder, settings, noise_seeds, image, observed)
     return SamplerState(0, prediction, decoding)
 
 
@@ -112,13 +115,13 @@ def generate(
     Args:
       params: {"tokenizer": ..., "transformer": ...}, or the result of `prepare`, which saves doing it in every call.
       previews: keep the preview after every group too.
-      options: `prefix`, `num_given`, `image` and `observed` of `begin`, as the arguments before.
+      options: `prefix`, `num_given`, `image`, `observed` and `noise_seeds` of `begin`, as the arguments before.
     """
     params, shown = _prepared(networks, params), []
     for state in _groups(networks, params, settings, condition, seeds, **options):
         if previews:
-            shown.append(_snapshot(networks, params, state).images)
-    samples = _snapshot(networks, params, state)
+            shown.append(snapshot(networks, params, state).images)
+    samples = snapshot(networks, params, state)
     with params.on_decoder():
         return dataclasses.replace(samples, previews=jnp.stack(shown) if previews else None)
 
@@ -135,7 +138,7 @@ def stream(
     for state in _groups(networks, params, settings, condition, seeds, **options):
         if waiting is not None:
             yield waiting
-        waiting = _snapshot(networks, params, state)
+        waiting = snapshot(networks, params, state)
     yield waiting
 
 
@@ -176,6 +179,24 @@ def decode(
         return Samples(tokens, finish(model, decoding.preview), jnp.stack(shown) if previews else None)
 
 
+def regroup(states: Sequence[SamplerState], rows: Array | np.ndarray) -> SamplerState:
+    """Samples of several states after the same group as one state, to go on together, or some of them alone.
+
+    Args: rows [n] integers, which samples, counted over all states in turn; they may repeat.
+
+    Raises ValueError for states of different forms, see `form`.
+    """
+    if len({form(state) for state in states}) != 1:
+        raise ValueError("the states differ in more than their samples")
+    return jax.device_put(_regroup(tuple(states), np.asarray(rows)), jax.tree.map(lambda leaf: leaf.sharding, states[0]))
+
+
+def form(state: SamplerState) -> tuple[Any, ...]:
+    """All of a state but its samples and their number: the structure, with the group, and the shapes. For `regroup`."""
+    batch, leaves = len(state.prediction.tokens), jax.tree.leaves(state)
+    return jax.tree.structure(state), *((leaf.shape[0] / batch, leaf.shape[1:], leaf.dtype) for leaf in leaves)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def lookup_codes(networks: Networks, params: dict, codes: Array) -> Array:
     """codes [B, n] int32 -> their values [B, n, E] float32."""
@@ -196,7 +217,21 @@ def _prepared(networks: Networks, params: dict | SamplerParams) -> SamplerParams
     return params if isinstance(params, SamplerParams) else prepare(networks, params)
 
 
-def _snapshot(networks: Networks, params: SamplerParams, state: SamplerState) -> Samples:
+def snapshot(networks: Networks, params: SamplerParams, state: SamplerState) -> Samples:
+    """The tokens so far and the preview."""
     tokens = state.prediction.tokens[:, : state.group * networks.tokenizer.config.tokens_per_group]
     with params.on_decoder():
         return Samples(tokens, finish(networks.tokenizer, state.decoding.preview), calls=state.prediction.calls)
+
+
+@jax.jit
+def _regroup(states: tuple[SamplerState, ...], rows: Array) -> SamplerState:
+    batches = [len(state.prediction.tokens) for state in states]
+
+    def chosen(*leaves: Array) -> Array:  # [B, ...], or [2B, ...] where a sample has two rows of a guided cache
+        each = leaves[0].shape[0] // batches[0]
+        samples = [leaf.reshape(batch, each, *leaf.shape[1:]) for leaf, batch in zip(leaves, batches)]
+        together = jnp.concatenate(samples)[rows]
+        return together.reshape(len(rows) * each, *together.shape[2:])
+
+    return jax.tree.map(chosen, *states)

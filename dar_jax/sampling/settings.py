@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, V vocabulary, S denoising steps.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -88,7 +88,8 @@ class Networks:
 )
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """A `SamplingConfig` as the sampler reads it. Arrays may change without a new compilation.
+    """A `SamplingConfig` as the sampler reads it. Arrays may change without a new compilation, and each may have the batch
+    first, [B, T] and [B], see `per_sample`.
 
     scales [T] guidance of each token, of which none after the first `guided` exceeds 1, so that these need no unguided row;
     temperature (None: greedy); top_k, top_p (None: off); solver; num_steps S; start_step, the first denoising step; num_groups,
@@ -104,6 +105,16 @@ class Settings:
     num_steps: int
     start_step: int
     num_groups: int
+
+
+def per_sample(settings: Sequence[Settings]) -> Settings:
+    """Settings of B samples, each with its own scales, temperature, top-k and top-p: NumPy arrays [B, ...].
+
+    Raises ValueError where they differ in what is static, or in which of the arrays they have.
+    """
+    if len(set(map(jax.tree.structure, settings))) != 1:
+        raise ValueError("settings of one batch differ in what is static, or in which arrays they have")
+    return jax.tree.map(lambda *rows: np.stack(rows), *settings)
 
 
 def make_settings(config: SamplingConfig, tokenizer: TokenizerConfig, method: Method = Method()) -> Settings:  # noqa: B008
