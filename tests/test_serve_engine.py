@@ -50,8 +50,8 @@ def drawn_alone(trained, label, seed, noise_seed, number, length):
     condition = trained.networks.condition({"label": np.array([label], np.int32)})
     seeds = (np.array([each], np.uint32) for each in (seed, noise_seed))
     with jax.set_mesh(trained.mesh):
-        arguments = (trained.networks, trained.sampler_params, made, condition, next(seeds), prefix)
-        samples = generate(*arguments, noise_seeds=next(seeds))
+        arguments = (trained.networks, trained.sampler_params, made, condition, next(seeds))
+        samples = generate(*arguments, prefix=prefix, noise_seeds=next(seeds))
     return np.asarray(samples.tokens[0]), to_uint8(np.asarray(samples.images[0]))
 
 
@@ -195,7 +195,7 @@ def draw(logits, keys, position, tokens, settings):
 
 FORKS = {
     "draw": Method(draw=draw, noise=lambda keys, shape: 0.5 * normal_noise(keys, shape)),
-    "predict": load_experiment(Path(__file__).parent / "forks" / "speculative.py").method,
+    "predict": load_experiment(Path(__file__).parent.parent / "experiments" / "variants" / "speculative.py").method,
 }
 
 

@@ -8,7 +8,7 @@ import webbrowser
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from dar_jax.cli.options import Flag, Optional, Place, Words, _experiment
+from dar_jax.cli.options import Flag, Optional, Place, Words
 from dar_jax.config import Range
 from dar_jax.console import show
 from dar_jax.errors import InputError
@@ -46,6 +46,7 @@ class Serve:
             from dar_jax.serve.app import make_app
         except ImportError as error:
             raise InputError(f'{error.name} is not installed; dar-jax serve needs: pip install "dar_jax[serve]"') from error
+        from dar_jax.experiment import load_experiment
         from dar_jax.inference.trained import inspect_transformer, load_sampler
         from dar_jax.serve.engine import Engine
 
@@ -55,7 +56,7 @@ class Serve:
                 raise InputError(f"others than this machine can reach {self.host}; that needs a --token FILE")
             hosts |= {"*", self.host.lower(), socket.gethostname().lower(), socket.getfqdn().lower()}
         inspect_transformer(self.checkpoint)
-        experiment = _experiment(self.experiment)
+        experiment = None if self.experiment is None else load_experiment(self.experiment)
         listener = _listen(self.host, self.port)
         with listener:
             engine = Engine(load_sampler(self.checkpoint, experiment, self.weights), self.max_batch, self.max_waiting)

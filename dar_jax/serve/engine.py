@@ -25,7 +25,8 @@ from dar_jax.config import SamplingConfig
 from dar_jax.errors import InputError
 from dar_jax.inference.trained import Trained
 from dar_jax.models.pixels import to_float, to_uint8
-from dar_jax.parallel.batches import full_batch, put_batch, to_host
+from dar_jax.parallel.batches import batch_sharding, full_batch, to_host
+from dar_jax.parallel.sharding import put
 from dar_jax.sampling.sampler import SamplerState, Samples, advance, begin, form, regroup, snapshot
 from dar_jax.sampling.settings import Settings, make_settings, per_sample
 
@@ -355,7 +356,7 @@ class Engine:
             given["prefix"] = np.zeros((size, self.trained.config.num_tokens), np.int32)
             for tokens, sample in zip(given["prefix"], samples):
                 tokens[: len(sample.prefix)] = sample.prefix
-        batch, given = put_batch((batch, given), mesh)
+        batch, given = put((batch, given), batch_sharding(mesh))
         if samples[0].prefix is not None:
             given["num_given"] = np.array([len(sample.prefix) for sample in samples], np.int32)
         settings = self._settings(samples)
@@ -364,7 +365,7 @@ class Engine:
     def _settings(self, samples: Sequence[Sample]) -> Settings:
         if not self._own_settings:
             return samples[0].settings
-        return put_batch(per_sample([sample.settings for sample in samples]), self.trained.mesh)
+        return put(per_sample([sample.settings for sample in samples]), batch_sharding(self.trained.mesh))
 
     def _together(self, cohorts: Sequence[_Cohort]) -> _Cohort:
         """The live rows of cohorts of one form as one cohort."""
