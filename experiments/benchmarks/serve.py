@@ -104,7 +104,7 @@ class Options:
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             try:
                 url = process.stdout.readline().split()[0].rstrip("/")
-                while httpx.get(f"{url}/health").status_code != 200:
+                while httpx.get(f"{url}/health", timeout=60).status_code != 200:
                     time.sleep(0.5)
                 rows = measure(url, process.pid, self.checkpoint, self.requests)
             finally:
