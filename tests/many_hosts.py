@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[1]
 CACHE = os.environ.get("DAR_JAX_TEST_CACHE", f"{tempfile.gettempdir()}/dar_jax-test-cache-{os.getuid()}")
 STAND_IN = ROOT / "tests" / "stand_in.py"
 # Compiling takes longer than running here; level 0 halves it and changes no number beyond rounding. And with fewer cores than
-# devices, collectives that run side by side can wait for each other for ever; on a loaded machine one may take longer than the 40 seconds
-# after which XLA ends the process.
+# devices, collectives that run side by side can wait for each other for ever; on a loaded machine one can take longer than
+# the 40 seconds after which XLA ends the process.
 FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_enable_concurrency_optimized_scheduler=false"
 FLAGS += " --xla_cpu_collective_call_terminate_timeout_seconds=300 --xla_cpu_collective_timeout_seconds=300"
 COMMAND = "import sys; from dar_jax.cli.main import main; sys.exit(main())"
