@@ -19,6 +19,13 @@ def pytest_addoption(parser):
     parser.addoption("--golden", type=Path, default=Path(__file__).parent / "golden", help="folder of parity cases")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_functions_are_freed():
+    """After each module: all of a run's would take 8 GB of a worker."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def golden(pytestconfig):
     """The folder of parity cases."""
