@@ -80,9 +80,9 @@ def test_a_tracker_that_fails_or_blocks_costs_nothing(stub, tmp_path, monkeypatc
     for step in range(1000):  # more than the queue and the pipe hold
         tracker.scalars(step, {f"value{number}": 1.0 for number in range(20)})
     tracker.pictures(1000, {"picture": np.zeros((64, 64, 3), np.uint8)})
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 5  # it would wait ten minutes
     tracker.close()
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 10
     assert caplog.text.count("training goes on without all of the tracker wandb: ") == 1
     assert tracker._process.wait(5) != 0
     if mode in ("init", "log", "finish"):
