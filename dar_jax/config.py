@@ -187,7 +187,7 @@ class DataConfig:
     """Where images (or stored codes) come from and how they are cropped."""
 
     source: Literal["digits", "folder", "cifar10", "tfds", "codes"] = "folder"
-    path: str | None = None  # the folder; of TFDS its data_dir, None: TFDS's own; unused by the embedded digits
+    path: str | None = None  # the folder, perhaps hf://...; of TFDS its data_dir, None: TFDS's own; unused by the digits
     dataset: str | None = None  # of TFDS: name, configuration and version, such as imagenet2012 or imagenet2012:5.1.0
     split: str = "train"  # TFDS also takes parts of one, such as train[:10000]
     held_out_split: str | None = None  # to evaluate on; None: test, of folders val, of TFDS validation, of codes split

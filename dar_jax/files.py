@@ -15,6 +15,8 @@ from etils import epath
 
 from dar_jax.errors import InputError
 
+ON_HUB = "hf://"  # what names on the Hugging Face Hub begin with, see `weights.hub`
+
 
 def is_remote(path: str | os.PathLike) -> bool:
     """True for a path in a bucket, `gs://...`; False for one on a disk of this machine."""
@@ -97,8 +99,10 @@ def write_json(path: str | os.PathLike, values: Any) -> None:
 def check_writable(path: str | os.PathLike) -> None:
     """Raises InputError where files could not be written to the folder `path`. Creates nothing, so it can be asked early.
 
-    A bucket (gs://...) says so only when something is written.
+    A bucket (gs://...) says so only when something is written. InputError for the Hub (hf://...), which is only read.
     """
+    if os.fspath(path).startswith(ON_HUB):
+        raise InputError(f"cannot write to {path}: from the Hub, files are only read; give a folder, then: hf upload")
     if is_remote(path):
         return
     path = Path(path).absolute()
@@ -111,7 +115,9 @@ def check_writable(path: str | os.PathLike) -> None:
 
 def check_file_writable(path: str | os.PathLike) -> None:
     """The same for a file."""
-    if not is_remote(path) and os.path.isdir(path):
+    if is_remote(path):
+        return check_writable(path)
+    if os.path.isdir(path):
         raise InputError(f"cannot write to the file {path}, it is a folder")
     check_writable(Path(path).absolute().parent)
 

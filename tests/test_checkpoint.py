@@ -170,7 +170,7 @@ def test_what_cannot_be_read_is_not_to_be_deleted(written, monkeypatch):
     def fail(path):
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(integrity, "_crc32", fail)
+    monkeypatch.setattr(integrity, "checksum_of_file", fail)
     with pytest.raises(InputError, match="5 cannot be read: .*Too many open files") as caught:
         checkpoint.load(written, PLAIN)
     assert "delete" not in str(caught.value)

@@ -180,6 +180,9 @@ D-AR, diffusion via autoregressive models: images as tokens whose order is a den
 
 `dar-jax COMMAND --help` explains a command, `dar-jax --version` prints the version.
 
+Wherever a checkpoint, a file of weights or a data folder is named, hf://OWNER/NAME[/PATH][@REVISION] is one on the
+Hugging Face Hub (pip install ".[hub]", docs/weights.md).
+
 Many hosts: run the same command on each. On Cloud TPU, under SLURM's srun and Open MPI they find each other;
 elsewhere give --coordinator-address HOST:PORT --num-processes N --process-id 0 .. N-1, or set
 JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. They wait for each other --start-timeout (300)

@@ -8,6 +8,7 @@ import tyro
 from dar_jax.cli.options import Optional, Place
 from dar_jax.config import Heads
 from dar_jax.console import show
+from dar_jax.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,31 @@ class Import:
 
 @dataclass(frozen=True)
 class Export:
-    """Write a checkpoint in the names and the format of the authors' PyTorch release.
+    """Write a checkpoint for others: a folder to publish, or a file of the authors' PyTorch release.
 
-    The tokenizer of a transformer is in its folder's sub-folder `tokenizer`.
+    With --format safetensors, OUT is a new folder with the moving average of the weights, a transformer's tokenizer and a
+    model card. It is a checkpoint for every command; after `hf upload OWNER/NAME OUT`, so is hf://OWNER/NAME.
+
+    Else, and where OUT ends in .safetensors, it is a file in the names of the release. The tokenizer of a transformer is then
+    written apart: it is in its folder's sub-folder `tokenizer`.
+
+    Example: dar-jax export runs/digits published --format safetensors --licence mit
 
     Example: dar-jax export runs/tokenizer tokenizer.pt
     """
 
     checkpoint: Place  # a run's folder, or one of its checkpoints/STEP
-    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]  # to write
+    out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]  # the file or folder to write
     format: Literal["pt", "safetensors"] = "pt"  # pt: trained weights and moving average; safetensors: the moving average
+    licence: Optional[str] = None  # of the weights, for the model card, by the Hub's name: mit, cc-by-4.0 ...
 
     def run(self) -> None:
-        from dar_jax.release.checkpoints import export_checkpoint
+        from dar_jax.release.checkpoints import export_checkpoint, export_folder
 
-        show("\n".join(export_checkpoint(self.checkpoint, self.file, self.format)))
+        if self.format == "safetensors" and not self.out.endswith(".safetensors"):
+            lines = export_folder(self.checkpoint, self.out, self.licence)
+        elif self.licence is not None:
+            raise InputError("--licence is for the model card of a folder: --format safetensors, and OUT without an ending")
+        else:
+            lines = export_checkpoint(self.checkpoint, self.out, self.format)
+        show("\n".join(lines))

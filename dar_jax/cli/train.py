@@ -5,7 +5,7 @@ import functools
 import os
 import signal
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from dar_jax.cli.options import Figure, Flag, OnExperiment, Optional, Settings, Tries, Words, check_writable, fail, write_json
 from dar_jax.config import Batch
@@ -49,17 +49,22 @@ class Train(OnExperiment[Settings]):
     workdir: str  # the run's folder, for checkpoints and logs; perhaps gs://BUCKET/...
     resume: Flag = False  # go on from the last checkpoint in the folder, or begin if there is none
     init_from: Optional[str] = None  # begin with these weights as far as they fit: a checkpoint, or a file of the release
+    track: Literal["wandb", "trackio", "none"] = "none"  # send the log to Weights & Biases or Trackio too (docs/training.md)
 
     def run(self) -> int:
         from dar_jax.evaluation.during_training import Evaluation, log_pictures
         from dar_jax.release.checkpoints import open_start
         from dar_jax.training.loop import train
         from dar_jax.training.meter import TrainingDiverged
+        from dar_jax.training.track import require_tracker
 
+        track = None if self.track == "none" else self.track
+        if track is not None:
+            require_tracker(track)
         experiment = self.load()
         start = None if self.init_from is None else functools.partial(open_start, self.init_from, experiment.config)
         try:
-            summary = train(experiment, self.workdir, self.resume, log_pictures, start, Evaluation())
+            summary = train(experiment, self.workdir, self.resume, log_pictures, start, Evaluation(), track)
         except TrainingDiverged as error:
             return fail(error, 1)
         return 130 if summary.stopped_by == signal.SIGINT else 0

@@ -21,6 +21,7 @@ from dar_jax.data.codes import open_codes
 from dar_jax.data.images import ImageError, read_image
 from dar_jax.errors import InputError
 from dar_jax.files import is_remote
+from dar_jax.weights import hub
 
 log = logging.getLogger("dar_jax.data")
 
@@ -62,11 +63,15 @@ def open_source(config: DataConfig) -> Source:
     {"image": uint8 [H, W, channels], "label": int}, before any crop, or for stored codes
     {"codes": int32 [crops, T], "label": int}.
 
+    The path may be a name on the Hugging Face Hub, hf://..., see `weights.hub`.
+
     Raises InputError if the path is not given, is missing, holds nothing to read, or is damaged, if there is no such split, or
     if images are to have another number of channels than 1 or 3.
     """
     if config.channels not in (1, 3):
         raise InputError(f"data.channels is {config.channels}, it should be 1 (grey) or 3 (RGB)")
+    if config.path:
+        config = dataclasses.replace(config, path=os.fspath(hub.local(config.path)))
     if config.source == "digits":
         return DigitsSource(config.split, config.channels)
     if config.source == "tfds":

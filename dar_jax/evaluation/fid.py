@@ -13,6 +13,7 @@ from dar_jax.evaluation.images import ARRAY, Images, from_npz, open_images, subs
 from dar_jax.evaluation.metrics import NEIGHBOURS, frechet_distance, precision_recall
 from dar_jax.evaluation.statistics import Statistics, collect, load, save
 from dar_jax.inference import npz
+from dar_jax.weights import hub
 from dar_jax.weights.published import PYTORCH_FID, TORCH_FIDELITY
 
 # Images whose features are kept for precision and recall: as many as ADM's reference files and samples have.
@@ -142,6 +143,7 @@ def table(report: dict[str, Any]) -> str:
 
 def _open(what: ImagesOrStatistics, count: int | None) -> tuple[Statistics | None, Images | None]:
     """Statistics, or images to compute them from, or both: then the images are for their features."""
+    what = hub.local(what) if isinstance(what, str | os.PathLike) else what
     if not isinstance(what, (DataConfig, Images, Statistics)) and Path(what).is_file():
         names = npz.names(what)
         if "mu" in names:

@@ -12,8 +12,6 @@ from dar_jax.console import printable
 from dar_jax.training import checkpoint
 from dar_jax.training.checkpoint import Info
 
-PARTS = ("params", "ema", "opt_state")
-
 
 def describe(path: str | os.PathLike) -> str:
     """Networks and their sizes, steps, classes, stored parts and all settings of a checkpoint, and of its tokenizer.
@@ -40,11 +38,11 @@ def parameter_counts(info: Info) -> dict[str, int]:
 def _describe(info: Info) -> str:
     config, counts = info.config, parameter_counts(info)
     kind = "tokenizer" if isinstance(config, TokenizerTraining) else "transformer"
-    parts = [part for part in PARTS if (info.path / part).is_dir()]
+    parts, steps = checkpoint.parts_of(info), ", ".join(map(str, checkpoint.steps(info.workdir)))
     names = ", ".join(map(printable, info.class_names[:10])) + (", ..." if len(info.class_names) > 10 else "")
     lines = [
         f"{kind} {config.name!r} in {info.workdir}",
-        f"step {info.step} of {config.train.steps}; checkpoints of steps {', '.join(map(str, checkpoint.steps(info.workdir)))}",
+        f"step {info.step} of {config.train.steps}" + (f"; checkpoints of steps {steps}" if steps else ""),
         f"holds {', '.join(parts)}" + ("" if "opt_state" in parts else " (resumed training starts a new optimizer)"),
         f"{sum(counts.values()):,} parameters: " + ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items())),
         f"{len(info.class_names)} classes: {names}",

@@ -134,7 +134,7 @@ def load(
     """Opens a checkpoint for use.
 
     Args:
-      path: a run's folder, of a transformer or a tokenizer, or one of its checkpoints/STEP.
+      path: a run's folder, of a transformer or a tokenizer, or one of its checkpoints/STEP; or hf://OWNER/NAME.
       experiment: the run's experiment file, needed if that replaced the model or parts of sampling.
       weights: the moving average, or the weights of the last step.
       batch_size: samples or images at a time.

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +27,10 @@ from dar_jax.config import (
     from_dict,
     to_dict,
 )
-from dar_jax.errors import InputError
+from dar_jax.errors import InputError, require
 from dar_jax.experiment import Experiment
-from dar_jax.files import check_file_writable, check_writable, replacing
+from dar_jax.files import check_file_writable, check_writable, is_remote, replacing
+from dar_jax.release.card import model_card
 from dar_jax.release.names import tokenizer_entries, transformer_entries
 from dar_jax.release.sizes import (
     beyond_release,
@@ -42,7 +44,7 @@ from dar_jax.training import checkpoint
 from dar_jax.training.optimizer import make_optimizer
 from dar_jax.training.start import Start
 from dar_jax.training.state import Params
-from dar_jax.weights import torch_file
+from dar_jax.weights import hub, torch_file
 from dar_jax.weights.published import SOURCES, resolve
 from dar_jax.weights.table import Entry, from_release, to_release
 
@@ -53,6 +55,7 @@ PREFIX = re.compile(r"^(_orig_mod\.|module\.)+")  # what torch.compile and data 
 CODEBOOK_USED = "quantize.codebook_used"  # statistics the release keeps with its weights: the last 65,536 codes seen
 REPA = "diff_decoder.net.repa_out."
 CACHES = r"freqs_cis|causal_mask|layers\.\d+\.attention\.kv_cache\.[kv]_cache"  # that a transformer's file may hold
+LICENCE = r"[a-z0-9][a-z0-9.+-]{0,63}"  # by the Hub's names
 MAX_COMPLAINT = 1000  # characters of a message, which may quote the file
 WEIGHTS = ("model", "module", "state_dict")  # names that the trained weights may have in a file
 ENTRIES = (*WEIGHTS, "ema", "config", "steps", "args", "optimizer")  # of a file, as far as they are read
@@ -126,7 +129,8 @@ def import_checkpoint(
     """Writes a file of the release as an ordinary checkpoint into a new WORKDIR.
 
     Args:
-      path: a file, or one of the names `dar_tokenizer_v1`, `dar_l` and `dar_xl`, see `weights.published`.
+      path: a file, perhaps on the Hub (hf://...), or one of the names `dar_tokenizer_v1`, `dar_l` and `dar_xl`, see
+        `weights.published`.
       tokenizer: of a transformer, a file of the release, its name or a run's folder; it is put into WORKDIR/tokenizer.
       heads: see `read_checkpoint`.
 
@@ -138,6 +142,7 @@ def import_checkpoint(
     if (step := checkpoint.latest_step(folder)) is not None:
         raise InputError(f"{folder} already holds a run (step {step}); choose another folder")
     path = _located(path)
+    tokenizer = tokenizer if tokenizer is None else hub.local(tokenizer)
     if tokenizer is None and (folder / "tokenizer").is_dir():
         tokenizer = folder / "tokenizer"
     donor = None if tokenizer is None else open_weights(tokenizer)
@@ -185,6 +190,36 @@ def open_start(path: PathLike, config: TokenizerTraining | TransformerTraining) 
     return Start(f"{path}, step {weights.step}", jax.device_get(weights.ema))
 
 
+def export_folder(path: PathLike, folder: PathLike, licence: str | None = None) -> tuple[str, ...]:
+    """Writes the moving average of a checkpoint, with a transformer's tokenizer, into a new folder with a model card: a
+    checkpoint for every command, on a disk or, once uploaded, as hf://OWNER/NAME. See `training.exported`.
+
+    Args:
+      path: a run's folder or one of its checkpoints/STEP.
+      licence: of the weights, by the Hub's name, such as mit or cc-by-4.0; None: the card says that none was named.
+
+    Returns lines for people. Raises InputError where the checkpoint is unfit, or the folder is in a bucket or not empty.
+    """
+    info = checkpoint.inspect(path)
+    check_writable(folder)
+    require(not is_remote(folder), f"{folder} is in a bucket; export to a disk, and copy it from there")
+    folder = checkpoint.absolute(folder)
+    require(not folder.exists() or not any(folder.iterdir()), f"{folder} is not empty; choose another folder")
+    require(
+        licence is None or re.fullmatch(LICENCE, licence), f"{licence!r} is no licence of the Hub, such as mit or cc-by-4.0"
+    )
+    notes = [f"upload it with: hf upload OWNER/NAME {shlex.quote(os.fspath(folder))}"]
+    if not info.is_tokenizer:
+        if (info.workdir / "tokenizer").is_dir():
+            checkpoint.export(info.tokenizer, folder / "tokenizer")
+        else:
+            notes.insert(0, f"it lacks its tokenizer: {info.workdir} has none")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "README.md").write_text(model_card(info, licence))
+    count = checkpoint.export(info, folder)
+    return (f"{count} tensors of step {info.step} written to {folder}, with a model card", *notes)
+
+
 def export_checkpoint(path: PathLike, file: PathLike, kind: Literal["pt", "safetensors"] = "pt") -> tuple[str, ...]:
     """Writes the weights of a checkpoint in the release's names, whole or not at all.
 
@@ -224,7 +259,9 @@ def export_checkpoint(path: PathLike, file: PathLike, kind: Literal["pt", "safet
 
 
 def _located(path: PathLike) -> PathLike:
-    """The file of one of the names in `published.SOURCES`, downloaded where needed; other paths are returned unchanged."""
+    """The place of one of the names in `published.SOURCES`, or of a name on the Hub (hf://...), downloaded where needed; other
+    paths are returned unchanged."""
+    path = hub.local(path)
     if os.fspath(path) in SOURCES and not os.path.exists(path):
         return resolve(os.fspath(path)).files[0]
     return path

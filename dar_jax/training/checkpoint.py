@@ -3,8 +3,12 @@
 A checkpoint has the parts `params`, `ema` and `opt_state` (perhaps only `ema` if it was imported or made for inference), and
 beside them, as JSON, the run's settings, its class names, and which parts of the method the experiment had replaced (hooks). So
 a checkpoint alone can be sampled from, and reading the weights needs no optimizer. Checksums of all files: see `integrity`.
+
+Wherever a checkpoint is read, its place may also be a name on the Hugging Face Hub (`weights.hub`), or a folder of
+`dar-jax export --format safetensors` (`exported`), which holds `ema` only.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -23,12 +27,14 @@ from orbax.checkpoint import v1 as ocp
 
 from dar_jax import parallel
 from dar_jax.config import TokenizerTraining, TrainConfig, TransformerTraining, from_dict, to_dict
-from dar_jax.errors import InputError, one_line
+from dar_jax.errors import InputError, one_line, require
 from dar_jax.experiment import Experiment
-from dar_jax.files import check_writable, is_remote
+from dar_jax.files import ON_HUB, check_writable, is_remote
 from dar_jax.parallel import hosts
+from dar_jax.training import exported
 from dar_jax.training.integrity import CHECKSUMS, checksum_of, read_json, reading, require_intact, write_checksums
 from dar_jax.training.state import Params, TrainState
+from dar_jax.weights import hub
 
 PathLike = str | os.PathLike
 TRAINING_HOOKS = ("loss", "features", "frozen", "optimizer", "source")  # replaced parts that using a checkpoint does not need
@@ -73,8 +79,11 @@ class Loaded:
 
 
 def absolute(path: PathLike) -> epath.Path:
-    """The path from the root, as Orbax wants it; a bucket's (`gs://...`) is so already. InputError without gcsfs for it."""
+    """The path from the root, as Orbax wants it; a bucket's (`gs://...`) is so already. InputError without gcsfs for it, and
+    for the Hub (`hf://...`), where only existing checkpoints can be named."""
     path = os.fspath(path)
+    if path.startswith(ON_HUB):
+        check_writable(path)
     if path.startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
         raise InputError(f'{path} is in a bucket; that needs: pip install "dar_jax[gcs]"')
     return epath.Path(path if is_remote(path) else os.path.abspath(path))
@@ -117,6 +126,15 @@ def save(
     checkpointer.save_checkpointables_async(int(state.step), parts, custom_metadata=about, force=True)
 
 
+def export(info: Info, folder: epath.Path) -> int:
+    """Writes the moving average of a checkpoint as an `exported` folder. Returns the number of its tensors.
+
+    Where the settings name files of this machine, they are left out.
+    """
+    about = _about(without_paths(info.config), info.class_names, info.hooks, step=info.step)
+    return exported.write(folder, jax.device_get(load_part(info, "ema")), about)
+
+
 def save_for_inference(
     workdir: PathLike,
     config: TokenizerTraining | TransformerTraining,
@@ -155,25 +173,31 @@ def latest_step(workdir: PathLike) -> int | None:
 
 
 def inspect(path: PathLike) -> Info:
-    """The settings and the like of a checkpoint. `path`: a WORKDIR (its newest checkpoint) or WORKDIR/checkpoints/STEP.
+    """The settings and the like of a checkpoint. `path`: a WORKDIR (its newest checkpoint) or WORKDIR/checkpoints/STEP, or an
+    exported folder; perhaps by a name on the Hub, hf://...
 
     Raises InputError where there is no checkpoint, it is damaged or written by a newer version, or its settings are unfit.
     """
-    folder = path = absolute(path)
+    folder = path = absolute(hub.local(path))
     if not path.is_dir():
         raise InputError(f"{path} does not exist or is no folder; give a run's folder or one of its checkpoints/STEP")
-    if path.name.isdigit() and path.parent.name == "checkpoints" and not (path / "checkpoints").is_dir():
+    if is_exported := exported.is_exported(path) and not (path / "checkpoints").is_dir():  # else a run was begun in it
+        require(not is_remote(path), f"{path} is in a bucket, where exported folders are not read; copy it to a disk")
+        workdir, step = path, None
+    elif path.name.isdigit() and path.parent.name == "checkpoints" and not (path / "checkpoints").is_dir():
         workdir, step = path.parent.parent, _step(path)
     else:
         workdir, step = path, latest_step(path)
         folder = path / "checkpoints" / str(step)
-    if not any((folder / name).exists() for name in (METADATA, CHECKSUMS)):
+    if not is_exported and not any((folder / name).exists() for name in (METADATA, CHECKSUMS)):
         raise InputError(f"{path} holds no checkpoint")
     with reading(folder):
-        about = read_json(folder / METADATA)["custom_metadata"]
+        about = read_json(folder / exported.DESCRIPTION) if is_exported else read_json(folder / METADATA)["custom_metadata"]
         checksum, number = about.pop("crc32", None), about.get("format", 0)
         if checksum not in (None, checksum_of(about)):  # format 0 has none
-            raise ValueError(f"{METADATA} is not what was written")
+            raise ValueError(f"{exported.DESCRIPTION if is_exported else METADATA} is not what was written")
+        if is_exported and (type(step := about["step"]) is not int or not 0 <= step <= MOST_STEPS):
+            raise ValueError(f"its step is {step!r}")
         if type(number) is not int or number < 0:
             raise ValueError(f"its format is {number!r}")
         if number > FORMAT:
@@ -237,7 +261,7 @@ def load(
     if missing := [hook for hook in info.hooks if hook.removeprefix("method.") not in known]:
         raise InputError(f"{info.path} was trained with its own {' and '.join(missing)}; pass --experiment FILE")
     experiment = (experiment or Experiment(info.config)).with_config(info.config)
-    if not (info.path / weights).is_dir():
+    if weights not in parts_of(info):
         raise InputError(f"{info.path} was made for inference and holds no {weights}, only ema")
     try:
         expected = jax.eval_shape(lambda: experiment.init_params(experiment.build_model()))
@@ -246,6 +270,13 @@ def load(
     if differing := _differing(stored_shapes(info.path, weights), expected):
         raise InputError(f"the settings in {info.path} are not those of its weights: {differing}")
     return Loaded(info, load_part(info, weights, mesh, experiment.rules), experiment)
+
+
+def parts_of(info: Info) -> tuple[str, ...]:
+    """Which of the parts of a training state a checkpoint holds."""
+    if exported.is_exported(info.path):
+        return ("ema",)
+    return tuple(part for part in ("params", "ema", "opt_state") if (info.path / part).is_dir())
 
 
 def load_part(info: Info, part: str, mesh: Mesh | None = None, rules: parallel.Rules = ()) -> Any:
@@ -257,19 +288,38 @@ def load_part(info: Info, part: str, mesh: Mesh | None = None, rules: parallel.R
     else:
         shardings = parallel.shardings(shapes, mesh, rules)
     with reading(info.path):
+        if exported.is_exported(info.path):
+            return exported.read(info.path, shardings)
         return ocp.load_checkpointables(info.path, {part: parallel.placed(shapes, shardings)})[part]
 
 
 def stored_shapes(path: epath.Path, part: str) -> Any:
     """A part of a checkpoint as a tree of ShapeDtypeStructs. No array is read."""
     with reading(path):
+        if exported.is_exported(path):
+            return exported.shapes(path)
         metadata = ocp.metadata(path, checkpointable_name=part).metadata
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
 
 
-def _about(config: TokenizerTraining | TransformerTraining, class_names: Sequence[str], hooks: Sequence[str]) -> dict[str, Any]:
-    about = {"format": FORMAT, "config": to_dict(config), "class_names": list(class_names), "hooks": list(hooks)}
+def _about(
+    config: TokenizerTraining | TransformerTraining, class_names: Sequence[str], hooks: Sequence[str], **more: Any
+) -> dict[str, Any]:
+    about = {"format": FORMAT, "config": to_dict(config), "class_names": list(class_names), "hooks": list(hooks), **more}
     return about | {"crc32": checksum_of(about)}  # Orbax writes its file whenever it likes, with times of its own
+
+
+def without_paths(config: TokenizerTraining | TransformerTraining) -> TokenizerTraining | TransformerTraining:
+    """The settings without the names of files and folders, but for those on the Hub."""
+
+    def kept(part: Any, *names: str) -> Any:
+        values = {name: getattr(part, name) for name in names}
+        return dataclasses.replace(part, **{name: v if v and v.startswith(ON_HUB) else None for name, v in values.items()})
+
+    config = dataclasses.replace(config, data=kept(config.data, "path", "labels"))
+    if isinstance(config, TransformerTraining):
+        return kept(config, "tokenizer")
+    return dataclasses.replace(config, loss=kept(config.loss, "lpips_weights", "dinov2_weights"))
 
 
 def _checkpointer(workdir: PathLike, preserve: Any = None) -> ocp.training.Checkpointer:

@@ -45,7 +45,9 @@ def require_intact(checkpoint: epath.Path, part: str) -> None:
     with reading(checkpoint):
         listed = read_json(checkpoint / CHECKSUMS)[part]
         listed = {name: entry if isinstance(entry, list) else [entry] for name, entry in listed.items()}  # format 0: sizes
-        sizes = _sizes(checkpoint / part)
+        folder = checkpoint / part
+        folder = folder if folder.is_dir() else checkpoint  # the one part of an exported checkpoint has no folder of its own
+        sizes = _sizes(folder)
     for name, (size, *_) in listed.items():
         if sizes.get(name) != size:
             state = f"has {sizes[name]} bytes" if name in sizes else "is missing"
@@ -54,7 +56,7 @@ def require_intact(checkpoint: epath.Path, part: str) -> None:
     if hosts.many():
         share = share[jax.process_index() :: jax.process_count()]
     with reading(checkpoint):
-        checksums = _checksums(checkpoint / part, share)
+        checksums = _checksums(folder, share)
     for name, checksum in checksums.items():
         if listed[name][1:] != [checksum]:
             raise _damaged(checkpoint, f"{os.path.join(part, name)} is not what was written")
@@ -106,10 +108,11 @@ def _sizes(folder: epath.Path, prefix: str = "") -> dict[str, int]:
 
 def _checksums(folder: epath.Path, names: Iterable[str]) -> dict[str, int]:
     with ThreadPoolExecutor() as threads:
-        return dict(zip(names, threads.map(lambda name: _crc32(folder / name), names)))
+        return dict(zip(names, threads.map(lambda name: checksum_of_file(folder / name), names)))
 
 
-def _crc32(path: epath.Path) -> int:
+def checksum_of_file(path: epath.Path) -> int:
+    """CRC-32 of a file."""
     crc = 0
     with path.open("rb") as file:
         while block := file.read(2**20):

@@ -1,4 +1,4 @@
-"""The log of a run: lines on the console, TensorBoard, and WORKDIR/logs/metrics.jsonl."""
+"""The log of a run: lines on the console, TensorBoard, WORKDIR/logs/metrics.jsonl, and a tracker if there is one."""
 
 import contextlib
 import json
@@ -21,6 +21,7 @@ from dar_jax.console import bar, clock, printable_lines
 from dar_jax.errors import InputError, one_line
 from dar_jax.files import is_remote, replacing
 from dar_jax.parallel import hosts
+from dar_jax.training.track import Tracker
 
 logger = logging.getLogger("dar_jax.training")
 
@@ -37,9 +38,15 @@ class Log:
     """
 
     def __init__(
-        self, workdir: str | os.PathLike, steps: int, start: int = 0, active: bool = True, stream: TextIO | None = None
+        self,
+        workdir: str | os.PathLike,
+        steps: int,
+        start: int = 0,
+        active: bool = True,
+        stream: TextIO | None = None,
+        tracker: Tracker | None = None,
     ):
-        self.steps, self.active = steps, active
+        self.steps, self.active, self._tracker = steps, active, tracker
         self.stream = sys.stdout if stream is None else stream
         self.live = self.stream.isatty()
         self.reader_gone = False
@@ -65,6 +72,8 @@ class Log:
         self._lines.append(json.dumps({"step": step, **values}) + "\n")
         self._write_lines()
         self._on_board(step, [summary.scalar(name, value) for name, value in values.items()])
+        if self._tracker is not None:
+            self._tracker.scalars(step, values)
         parts = [f"step {step}/{self.steps}"]
         parts += [f"{name} {_short(value)}" for name, value in values.items() if name == "loss" or name.startswith("eval_")]
         if "images_per_second" in values:
@@ -79,8 +88,11 @@ class Log:
 
     def pictures(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Pictures, uint8 [H, W, 3], by name."""
-        if self.active:
-            self._on_board(step, [summary.image(name, image, dataformats="HWC") for name, image in images.items()])
+        if not self.active:
+            return
+        self._on_board(step, [summary.image(name, image, dataformats="HWC") for name, image in images.items()])
+        if self._tracker is not None:
+            self._tracker.pictures(step, images)
 
     def say(self, text: str) -> None:
         """A line, or lines, on the console only."""
@@ -108,6 +120,8 @@ class Log:
             if self._board is not None:
                 with self._unblocked():
                     self._board.close()
+            if self._tracker is not None:
+                self._tracker.close()
 
     def _write(self, text: str) -> None:
         try:

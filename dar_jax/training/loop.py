@@ -26,6 +26,7 @@ from dar_jax.training.start import Start, first_state, opening
 from dar_jax.training.state import Params, abstract_state
 from dar_jax.training.step import make_train_step
 from dar_jax.training.stopping import stop_signals
+from dar_jax.training.track import Kind, open_tracker
 
 # (stage, EMA parameters, batch on the devices) -> pictures by name, uint8 [H, W, 3]
 Pictures = Callable[[Stage, Params, Mapping[str, jax.Array]], dict[str, np.ndarray]]
@@ -49,6 +50,7 @@ def train(
     pictures: Pictures | None = None,
     start: Callable[[], Start] | None = None,
     evaluate: Evaluate | None = None,
+    track: Kind | None = None,
 ) -> Summary:
     """Runs an experiment in WORKDIR, from the beginning or from its last checkpoint, to its last step.
 
@@ -63,6 +65,7 @@ def train(
       evaluate: scalars for the log every `evaluate_every` steps, just after a checkpoint; called on every host. If it has a
         method `open`, that is called with the stage before the first step: it raises InputError where something is missing, and
         returns notes to print. Later failures, here or in `pictures`, are logged and do not end the run of a single host.
+      track: a tracker that is sent the log too, see `track.Tracker`.
 
     Raises InputError where the settings, the data or WORKDIR are unfit, or another run is in WORKDIR; TrainingDiverged where
     training is.
@@ -74,10 +77,10 @@ def train(
     check_writable(folder)
     checkpoint.require_shared(folder)
     with only_run(folder):
-        return _train(experiment, folder, resume, pictures, start, evaluate)
+        return _train(experiment, folder, resume, pictures, start, evaluate, track)
 
 
-def _train(experiment: Experiment, folder: epath.Path, resume: bool, pictures, start, evaluate) -> Summary:
+def _train(experiment: Experiment, folder: epath.Path, resume: bool, pictures, start, evaluate, track) -> Summary:
     config = experiment.config
     step = hosts.broadcast_from_first(checkpoint.latest_step(folder))
     if step is not None and not resume:
@@ -96,7 +99,7 @@ def _train(experiment: Experiment, folder: epath.Path, resume: bool, pictures, s
             notes += evaluate.open(stage)
         train_step = make_train_step(stage.loss_fn, optimizer, config, abstract, mesh, stage.schedule)
         with (
-            Log(folder, config.train.steps, step or 0, active=hosts.first()) as log,
+            Log(folder, config.train.steps, step or 0, hosts.first(), tracker=open_tracker(track, folder, config, step)) as log,
             Profile(config.train.profile, folder, log) as profile,
             checkpoint.open_checkpoints(folder, config.train) as checkpoints,
             stop_signals(log) as asked_to_stop,

@@ -13,6 +13,7 @@ from dar_jax import __version__
 from dar_jax.console import Progress, number
 from dar_jax.errors import InputError
 from dar_jax.files import hash_file, replacing, user_cache
+from dar_jax.weights import hub
 
 TIMEOUT = 30  # seconds that a server may stay silent
 CHUNK = 1 << 18  # bytes
@@ -121,8 +122,8 @@ def resolve(name: str, path: str | os.PathLike | None = None) -> Resolved:
     """Finds the files of `name`, one of `SOURCES`: at `path`, else in the cache folder, in a Python package, or by a download.
 
     Args:
-      path: a file, or a folder that holds the files under their published names. Its SHA-256 is reported, not compared with
-        anything. Files from everywhere else must have the SHA-256 that is known for them.
+      path: a file, or a folder that holds the files under their published names, perhaps on the Hub (hf://...). Its SHA-256 is
+        reported, not compared with anything. Files from everywhere else must have the SHA-256 that is known for them.
 
     No package is imported for it. A download goes into the cache folder, whole or not at all; where no SHA-256 is known, the
     file's own is printed and kept in FILE.sha256 beside it, which later uses compare with.
@@ -133,7 +134,7 @@ def resolve(name: str, path: str | os.PathLike | None = None) -> Resolved:
     if name not in SOURCES:
         raise InputError(f"there are no weights {name!r}; known are {', '.join(SOURCES)}")
     if path is not None:
-        files = _files_at(name, Path(os.path.expanduser(path)))
+        files = _files_at(name, Path(os.path.expanduser(hub.local(path))))
         return Resolved(files, tuple(map(hash_file, files)))
     for packages in (False, True):
         for row in SOURCES[name]:
