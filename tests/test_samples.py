@@ -1,13 +1,14 @@
 """Sampling and reconstructing with checkpoints that are read from disk; the weights are random."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dar_jax.config import DataConfig, MeshConfig, SamplingConfig, TransformerTraining
+from dar_jax.config import DataConfig, MeshConfig, SamplingConfig, TokenizerTraining, TransformerTraining
 from dar_jax.data.sources import open_source
 from dar_jax.errors import InputError
 from dar_jax.experiment import Experiment
@@ -17,7 +18,7 @@ from dar_jax.inference.trained import inspect_transformer, load_sampler, load_to
 from dar_jax.models.pixels import psnr, to_uint8
 from dar_jax.parallel import make_mesh
 from dar_jax.sampling.settings import Method
-from dar_jax.training.checkpoint import inspect
+from dar_jax.training.checkpoint import inspect, save_for_inference
 
 NAMES = tuple("0123456789")
 DIGITS = DataConfig(source="digits", image_size=8, channels=1, crop="center", flip=False)
@@ -172,6 +173,18 @@ def test_kinds_of_checkpoints(tiny_run):
     with pytest.raises(InputError, match="holds a tokenizer"):
         inspect_transformer(tiny_run / "tokenizer")
     assert load_tokenizer(tiny_run).config == load_tokenizer(tiny_run / "tokenizer").config
+
+
+def test_a_tokenizer_that_does_not_fit_the_transformer(tiny_run, tiny_tokenizer, tmp_path):
+    shutil.copytree(tiny_run, tmp_path, dirs_exist_ok=True)
+    for sizes, message in (
+        ({"num_tokens": 8}, "num_tokens is 16, but the tokenizer's num_tokens is 8"),
+        ({"codebook_size": 32}, "vocab_size"),
+    ):
+        tokenizer, params = tiny_tokenizer(**sizes)
+        save_for_inference(tmp_path / "tokenizer", TokenizerTraining(model=tokenizer.config, data=DIGITS), params, 1, NAMES)
+        with pytest.raises(InputError, match=message):
+            load_sampler(tmp_path)
 
 
 def test_mesh_of_a_run_on_other_devices():

@@ -24,7 +24,7 @@ from dar_jax.parallel.batches import full_batch
 from dar_jax.sampling.prepare import SamplerParams, prepare, separate
 from dar_jax.sampling.settings import Method, Networks
 from dar_jax.training import checkpoint
-from dar_jax.training.stages import matmul_dtype
+from dar_jax.training.stages import check_tokenizer, matmul_dtype
 
 log = logging.getLogger("dar_jax.evaluation")
 
@@ -70,11 +70,12 @@ class Trained:
 
 
 def inspect_transformer(path: str | os.PathLike) -> checkpoint.Info:
-    """`checkpoint.inspect` of a transformer that has its tokenizer. Raises InputError for a tokenizer alone."""
+    """`checkpoint.inspect` of a transformer that has its tokenizer. Raises InputError for a tokenizer alone, and for two stages
+    that do not fit each other."""
     info = checkpoint.inspect(path)
     if info.is_tokenizer:
         raise InputError(f"{path} holds a tokenizer; sampling needs the folder of a transformer's run")
-    info.tokenizer  # noqa: B018 (it may be missing)
+    check_tokenizer(info.config, info.tokenizer.config, f"the run in {info.tokenizer.workdir}", takes_images=False)
     return info
 
 
