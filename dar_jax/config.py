@@ -186,9 +186,9 @@ class SamplingConfig:
 class DataConfig:
     """Where images (or stored codes) come from and how they are cropped."""
 
-    source: Literal["digits", "folder", "cifar10", "tfds", "codes"] = "folder"
+    source: Literal["digits", "folder", "cifar10", "idx", "tfds", "codes"] = "folder"
     path: str | None = None  # the folder; of TFDS its data_dir, None: TFDS's own; unused by the embedded digits
-    dataset: str | None = None  # of TFDS: name, configuration and version, such as imagenet2012 or imagenet2012:5.1.0
+    dataset: str | None = None  # of TFDS, such as imagenet2012 or imagenet2012:5.1.0; of idx: which of the MNIST family
     split: str = "train"  # TFDS also takes parts of one, such as train[:10000]
     held_out_split: str | None = None  # to evaluate on; None: test, of folders val, of TFDS validation, of codes split
     labels: str | None = None  # file of lines "IMAGE CLASS", or CSV: IMAGE,CLASS; for a split without class folders

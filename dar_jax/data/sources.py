@@ -1,4 +1,4 @@
-"""Random access to labelled images: scikit-learn's digits, a folder of images, CIFAR-10's files, TFDS, stored codes."""
+"""Random access to labelled images: scikit-learn's digits, a folder of images, files of CIFAR-10 and MNIST, TFDS, codes."""
 
 import csv
 import dataclasses
@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from dar_jax.config import DataConfig
+from dar_jax.data.archives import IdxSource
 from dar_jax.data.codes import open_codes
 from dar_jax.data.images import ImageError, read_image
 from dar_jax.errors import InputError
@@ -51,8 +52,8 @@ class Source(Protocol):
 
 def held_out(config: DataConfig) -> DataConfig:
     """The same data set in the split to evaluate on: `held_out_split`, or else the usual one; codes as they are."""
-    usual = {"digits": "test", "cifar10": "test", "folder": "val", "tfds": "validation"}.get(config.source, config.split)
-    return dataclasses.replace(config, split=config.held_out_split or usual)
+    usual = {"digits": "test", "cifar10": "test", "idx": "test", "folder": "val", "tfds": "validation"}
+    return dataclasses.replace(config, split=config.held_out_split or usual.get(config.source, config.split))
 
 
 def open_source(config: DataConfig) -> Source:
@@ -84,6 +85,8 @@ def open_source(config: DataConfig) -> Source:
         raise InputError(f"data.path {path} is not a folder" if path.exists() else f"data.path {path} does not exist")
     if config.source == "folder":
         return FolderSource(path, config.split, config.channels, _largest_side(config), config.labels)
+    if config.source == "idx":
+        return IdxSource(path, config.split, config.channels, config.dataset)
     return Cifar10Source(path, config.split, config.channels)
 
 
