@@ -17,6 +17,7 @@ from dar_jax.data.archives import IdxSource
 from dar_jax.data.codes import open_codes
 from dar_jax.data.images import IMAGE_SUFFIXES, EncodedImages
 from dar_jax.data.labels import SPLITS, by_class
+from dar_jax.data.packed import open_packed
 from dar_jax.errors import InputError
 from dar_jax.files import is_remote
 
@@ -43,7 +44,7 @@ class Source(Protocol):
 
 def held_out(config: DataConfig) -> DataConfig:
     """The same data set in the split to evaluate on: `held_out_split`, or else the usual one; codes as they are."""
-    usual = {"digits": "test", "cifar10": "test", "idx": "test", "folder": "val", "tfds": "validation"}
+    usual = {"digits": "test", "cifar10": "test", "idx": "test", "folder": "val", "packed": "val", "tfds": "validation"}
     return dataclasses.replace(config, split=config.held_out_split or usual.get(config.source, config.split))
 
 
@@ -69,8 +70,12 @@ def open_source(config: DataConfig) -> Source:
         raise InputError(f"data.path is not given; the source {config.source} needs the folder of its files")
     if config.source == "codes":
         return open_codes(config.path, config.split, config.verify)
+    if config.source == "packed":
+        return open_packed(config.path, config.split, config.verify, config.channels, _largest_side(config))
     if is_remote(config.path):
-        raise InputError(f"data.path {config.path} is in a bucket, where only codes and TFDS are read; mount or copy it")
+        raise InputError(
+            f"data.path {config.path} is in a bucket, where only codes, packed images and TFDS are read; mount or copy it"
+        )
     path = Path(config.path)
     if not path.is_dir():
         raise InputError(f"data.path {path} is not a folder" if path.exists() else f"data.path {path} does not exist")
@@ -185,6 +190,9 @@ class FolderSource(EncodedImages):
 
     def name(self, index: int) -> str:
         return self.files[index]
+
+    def key(self, index: int) -> str:
+        return os.path.relpath(self.files[index], self.folder)
 
 
 class TfdsSource(EncodedImages):
