@@ -22,9 +22,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dar_jax.config import DataConfig
-from dar_jax.data import codes
-from dar_jax.data.codes import CodesInfo, begin, fingerprint, finish, missing_shards, open_codes, write_shard
+from dar_jax.data import shards
+from dar_jax.data.codes import CodesInfo, fingerprint, open_codes, write_shard
 from dar_jax.data.pipeline import batches
+from dar_jax.data.shards import begin, finish, missing_shards
 from dar_jax.data.sources import open_source
 from dar_jax.errors import InputError
 
@@ -50,8 +51,8 @@ def write_all(folder, info=INFO):
     begin(folder, info)
     for shard in missing_shards(folder, info):
         part = list(info.elements(shard))
-        write_shard(folder, shard, CODES[part], LABELS[part])
-    finish(folder)
+        write_shard(folder, info, shard, CODES[part], LABELS[part])
+    finish(folder, CodesInfo)
 
 
 def test_what_was_written_is_read(tmp_path):
@@ -79,17 +80,17 @@ def test_codes_of_a_large_codebook(tmp_path):
     info = dataclasses.replace(INFO, images=1, shard_size=1, codebook_size=100_000)
     large = np.full((1, 2, 3), 99_999)
     begin(tmp_path, info)
-    write_shard(tmp_path, 0, large, [1])
-    finish(tmp_path)
+    write_shard(tmp_path, info, 0, large, [1])
+    finish(tmp_path, CodesInfo)
     np.testing.assert_array_equal(open_codes(tmp_path)[0]["codes"], large[0])
 
 
 def test_unreadable_images_are_left_out(tmp_path):
     begin(tmp_path, INFO)
-    write_shard(tmp_path, 0, CODES[:0], LABELS[:0])
-    write_shard(tmp_path, 1, CODES[5:8], LABELS[5:8])
-    write_shard(tmp_path, 2, CODES[8:], LABELS[8:])
-    finish(tmp_path)
+    write_shard(tmp_path, INFO, 0, CODES[:0], LABELS[:0])
+    write_shard(tmp_path, INFO, 1, CODES[5:8], LABELS[5:8])
+    write_shard(tmp_path, INFO, 2, CODES[8:], LABELS[8:])
+    finish(tmp_path, CodesInfo)
     source = open_codes(tmp_path)
     assert [source[i]["codes"][0, 0] for i in range(len(source))] == [30, 36, 42, 48, 4]
 
@@ -97,21 +98,21 @@ def test_unreadable_images_are_left_out(tmp_path):
 def test_interrupted_writing_goes_on_at_the_missing_shards(tmp_path, monkeypatch):
     begin(tmp_path, INFO)
     assert missing_shards(tmp_path, INFO) == [0, 1, 2]
-    write_shard(tmp_path, 0, CODES[:4], LABELS[:4])
+    write_shard(tmp_path, INFO, 0, CODES[:4], LABELS[:4])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
 
-        class Interrupted(codes.ArrayRecordWriter):
+        class Interrupted(shards.ArrayRecordWriter):
             def close(self):
                 raise KeyboardInterrupt
 
-        patch.setattr(codes, "ArrayRecordWriter", Interrupted)
-        write_shard(tmp_path, 1, CODES[4:8], LABELS[4:8])
+        patch.setattr(shards, "ArrayRecordWriter", Interrupted)
+        write_shard(tmp_path, INFO, 1, CODES[4:8], LABELS[4:8])
     assert sorted(os.listdir(tmp_path)) == ["codes.json", shard_name(0)]
     (tmp_path / f"{shard_name(1)}.0123.tmp").write_text("left behind by a killed process")
     with pytest.raises(InputError, match="not complete"):
         open_codes(tmp_path)
     with pytest.raises(InputError, match=f"{shard_name(1)} is missing"):
-        finish(tmp_path)
+        finish(tmp_path, CodesInfo)
     before = (tmp_path / shard_name(0)).stat().st_mtime_ns
     assert missing_shards(tmp_path, INFO) == [1, 2]
     write_all(tmp_path)
@@ -123,17 +124,17 @@ def test_interrupted_writing_goes_on_at_the_missing_shards(tmp_path, monkeypatch
 
 def test_a_shard_that_is_there_stays(tmp_path):
     begin(tmp_path, INFO)
-    write_shard(tmp_path, 0, CODES[:4], LABELS[:4])
+    write_shard(tmp_path, INFO, 0, CODES[:4], LABELS[:4])
     before = (tmp_path / shard_name(0)).stat()
-    write_shard(tmp_path, 0, CODES[4:8], LABELS[4:8])
+    write_shard(tmp_path, INFO, 0, CODES[4:8], LABELS[4:8])
     assert (tmp_path / shard_name(0)).stat().st_ino == before.st_ino
 
 
 def test_a_full_disk_leaves_no_shard(tmp_path, monkeypatch):
     begin(tmp_path, INFO)
-    monkeypatch.setattr(codes, "ArrayRecordWriter", lambda path, options: ArrayRecordWriter("/dev/full", options))
+    monkeypatch.setattr(shards, "ArrayRecordWriter", lambda path, options: ArrayRecordWriter("/dev/full", options))
     with pytest.raises(OSError, match=f"{shard_name(0)}: .*No space left"):
-        write_shard(tmp_path, 0, CODES[:4], LABELS[:4])
+        write_shard(tmp_path, INFO, 0, CODES[:4], LABELS[:4])
     assert os.listdir(tmp_path) == ["codes.json"]
 
 
@@ -159,7 +160,7 @@ def test_codes_that_do_not_fit(tmp_path):
         (0, CODES[:4], LABELS[:4] - 1),
     ]:
         with pytest.raises(ValueError):
-            write_shard(tmp_path, shard, part, labels)
+            write_shard(tmp_path, INFO, shard, part, labels)
     assert missing_shards(tmp_path, INFO) == [0, 1, 2]
 
 
@@ -202,10 +203,10 @@ def test_damaged_codes_json(tmp_path):
     write_all(tmp_path)
     manifest = tmp_path / "codes.json"
     values = json.loads(manifest.read_text())
-    texts = [json.dumps(values)[:-5], "[]", "", "[" * 100_000, '{"version": ' + "9" * 5000 + "}", " " * codes.MAX_JSON + "{}"]
+    texts = [json.dumps(values)[:-5], "[]", "", "[" * 100_000, '{"version": ' + "9" * 5000 + "}", " " * shards.MAX_JSON + "{}"]
     texts += [json.dumps({name: value for name, value in values.items() if name != missing}) for missing in values]
     for change in [
-        {"version": codes.VERSION - 1},
+        {"version": CodesInfo.VERSION - 1},
         {"tokens": "many"},
         {"tokens": 10**12},
         {"tokens": 16384, "crops": 4096},  # more than is in the files
@@ -288,7 +289,7 @@ def test_labels_and_codes_out_of_range_are_refused_with_the_name_of_the_shard(tm
     for record in wrong:
         writer.write(record.tobytes())
     writer.close()
-    finish(tmp_path)
+    finish(tmp_path, CodesInfo)
     damaged = f"{shard.name} is damaged: it holds the {message}"
     if place == 0:
         with pytest.raises(InputError, match=damaged):
@@ -307,19 +308,19 @@ def test_a_damaged_shard_is_not_sealed(tmp_path):
     for content in (b"half", shard.read_bytes()[:-1]):
         shard.write_bytes(content)
         with pytest.raises(InputError, match=shard.name):
-            finish(tmp_path)
+            finish(tmp_path, CodesInfo)
     writer = ArrayRecordWriter(str(shard), "group_size:1")
     writer.write(b"of something else")
     writer.close()
     with pytest.raises(InputError, match=f"{shard.name} is damaged: its records are of other codes"):
-        finish(tmp_path)
+        finish(tmp_path, CodesInfo)
 
 
 def test_codes_of_no_image(tmp_path):
     info = dataclasses.replace(INFO, images=1, shard_size=1)
     begin(tmp_path, info)
-    write_shard(tmp_path, 0, CODES[:0], LABELS[:0])
-    finish(tmp_path)
+    write_shard(tmp_path, info, 0, CODES[:0], LABELS[:0])
+    finish(tmp_path, CodesInfo)
     with pytest.raises(InputError, match="no codes"):
         open_codes(tmp_path)
 
@@ -376,7 +377,7 @@ def bucket(monkeypatch):
 
 def test_codes_in_a_bucket(bucket):
     begin(f"{bucket}/codes", INFO)
-    write_shard(f"{bucket}/codes", 1, CODES[4:8], LABELS[4:8])
+    write_shard(f"{bucket}/codes", INFO, 1, CODES[4:8], LABELS[4:8])
     assert missing_shards(f"{bucket}/codes", INFO) == [0, 2]
     write_all(f"{bucket}/codes")
     assert sorted(Bucket.store) == [f"/bucket/codes/{name}" for name in ("codes.json", *map(shard_name, range(3)))]

@@ -178,6 +178,7 @@ def test_data_sources_by_name(tmp_path):
     assert (digits.count, digits.shape) == (297, (8, 8, 1))
     assert data_source("cifar10/train:some/folder") == DataConfig("cifar10", path="some/folder", image_size=32)
     assert data_source("tfds/validation/64:imagenet2012").dataset == "imagenet2012"
+    assert data_source("idx/test:mnist") == DataConfig("idx", path="mnist", split="test", image_size=28, channels=1)
     assert data_source("samples/folder") is None
     assert data_source("tfds/train[:10]/64:mnist").split == "train[:10]"
     with pytest.raises(InputError, match="such as folder/val/256$"):

@@ -15,9 +15,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from dar_jax.config import DataConfig
-from dar_jax.data import images, sources
+from dar_jax.data import images
 from dar_jax.data.images import read_image
-from dar_jax.data.sources import CIFAR10_CLASSES, describe, held_out, open_source, read_labels
+from dar_jax.data.labels import read_labels
+from dar_jax.data.sources import CIFAR10_CLASSES, describe, held_out, open_source
 from dar_jax.errors import InputError
 
 
@@ -280,7 +281,7 @@ def test_labels_that_are_no_file(tmp_path, monkeypatch, kind):
     elif kind == "folder":
         labels.mkdir()
     else:
-        monkeypatch.setattr(sources, "MAX_LABELS", 5)
+        monkeypatch.setattr("dar_jax.data.labels.MAX_LABELS", 5)
         labels.write_text("a.png x")
     with pytest.raises(InputError, match="cannot be read"):
         folder(tmp_path / "images", labels=str(labels))

@@ -27,6 +27,7 @@ from dar_jax import __version__
 from dar_jax.cli.complaint import complaint
 from dar_jax.cli.evaluate import Evaluate, EvaluateAr, EvaluateTokenizer, Sweep
 from dar_jax.cli.options import Listed, fail, first, given, many_hosts
+from dar_jax.cli.pack import Pack
 from dar_jax.cli.release import Export, Import
 from dar_jax.cli.serve import Serve
 from dar_jax.cli.train import Plan, Quickstart, Train
@@ -45,6 +46,7 @@ COMMANDS = {
     "serve": Serve,
     "generate": Generate,
     "reconstruct": Reconstruct,
+    "pack": Pack,
     "tokenize": Tokenize,
     "evaluate": Evaluate,
     "evaluate-tokenizer": EvaluateTokenizer,
@@ -56,7 +58,7 @@ COMMANDS = {
     "export": Export,
 }
 
-MANY_HOSTS = ("train", "generate", "tokenize", "evaluate", "evaluate-tokenizer", "evaluate-ar", "sweep")
+MANY_HOSTS = ("train", "generate", "pack", "tokenize", "evaluate", "evaluate-tokenizer", "evaluate-ar", "sweep")
 Seconds = Annotated[int, Range(1, 10**6)]
 HOST_NUMBERS = {
     "num_processes": Annotated[int, Range(1, 10**6)],

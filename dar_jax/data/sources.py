@@ -1,14 +1,10 @@
-"""Random access to labelled images: scikit-learn's digits, a folder of images, CIFAR-10's files, TFDS, stored codes."""
+"""Random access to labelled images: scikit-learn's digits, a folder of images, files of CIFAR-10 and MNIST, TFDS, codes."""
 
-import csv
 import dataclasses
 import io
 import logging
 import math
 import os
-import re
-import stat
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,21 +13,18 @@ import numpy as np
 from PIL import Image
 
 from dar_jax.config import DataConfig
+from dar_jax.data.archives import IdxSource
 from dar_jax.data.codes import open_codes
-from dar_jax.data.images import ImageError, read_image
+from dar_jax.data.images import IMAGE_SUFFIXES, EncodedImages
+from dar_jax.data.labels import SPLITS, by_class
+from dar_jax.data.packed import open_packed
 from dar_jax.errors import InputError
 from dar_jax.files import is_remote
 from dar_jax.weights import hub
 
 log = logging.getLogger("dar_jax.data")
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-SPLITS = ("train", "val", "test")
-MAX_LABELS = 1 << 28  # bytes of a file of labels
-MAX_TITLE = 4096  # characters of its first line that are searched for a separator of columns
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-
-_report_lock = threading.Lock()
 
 
 class Source(Protocol):
@@ -52,8 +45,8 @@ class Source(Protocol):
 
 def held_out(config: DataConfig) -> DataConfig:
     """The same data set in the split to evaluate on: `held_out_split`, or else the usual one; codes as they are."""
-    usual = {"digits": "test", "cifar10": "test", "folder": "val", "tfds": "validation"}.get(config.source, config.split)
-    return dataclasses.replace(config, split=config.held_out_split or usual)
+    usual = {"digits": "test", "cifar10": "test", "idx": "test", "folder": "val", "packed": "val", "tfds": "validation"}
+    return dataclasses.replace(config, split=config.held_out_split or usual.get(config.source, config.split))
 
 
 def open_source(config: DataConfig) -> Source:
@@ -82,13 +75,19 @@ def open_source(config: DataConfig) -> Source:
         raise InputError(f"data.path is not given; the source {config.source} needs the folder of its files")
     if config.source == "codes":
         return open_codes(config.path, config.split, config.verify)
+    if config.source == "packed":
+        return open_packed(config.path, config.split, config.verify, config.channels, _largest_side(config))
     if is_remote(config.path):
-        raise InputError(f"data.path {config.path} is in a bucket, where only codes and TFDS are read; mount or copy it")
+        raise InputError(
+            f"data.path {config.path} is in a bucket, where only codes, packed images and TFDS are read; mount or copy it"
+        )
     path = Path(config.path)
     if not path.is_dir():
         raise InputError(f"data.path {path} is not a folder" if path.exists() else f"data.path {path} does not exist")
     if config.source == "folder":
         return FolderSource(path, config.split, config.channels, _largest_side(config), config.labels)
+    if config.source == "idx":
+        return IdxSource(path, config.split, config.channels, config.dataset)
     return Cifar10Source(path, config.split, config.channels)
 
 
@@ -130,48 +129,6 @@ class DigitsSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"image": self._images[index], "label": self._labels[index]}
-
-
-class EncodedImages:
-    """Images stored as PNG, JPEG or WebP, decoded by `read_image` when they are read.
-
-    One that cannot be read, or would have too many pixels once its smaller side is scaled up to `smaller_side`, is logged once
-    by name and counted in `unreadable` (by each process for itself), and its neighbour takes its place.
-
-    A subclass has `__len__`, `encoded(index)`, which returns the image (a path or an open file) and its label, and
-    `name(index)`.
-    """
-
-    def __init__(self, channels: int, smaller_side: int):
-        self._channels, self._smaller_side = channels, smaller_side
-        self._unreadable: set[int] = set()
-
-    @property
-    def unreadable(self) -> int:
-        """The number of images that this process could not read so far."""
-        return len(self._unreadable)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        for step in range(len(self)):
-            if (element := self.read((index + step) % len(self))) is not None:
-                return element
-        raise InputError(f"none of the {len(self)} images can be read, for instance {self.name(index)}")
-
-    def read(self, index: int) -> dict[str, Any] | None:
-        """The element of exactly this index, or None if it cannot be read."""
-        if index in self._unreadable:
-            return None
-        try:
-            file, label = self.encoded(index)
-            image = read_image(file, self._channels, self._smaller_side, self.name(index))
-        except Exception as error:  # what the libraries of data sets raise on damaged records is of many kinds
-            reason = error if isinstance(error, ImageError) else f"the image {self.name(index)} cannot be read: {error}"
-            with _report_lock:
-                if index not in self._unreadable:
-                    self._unreadable.add(index)
-                    log.warning("skipped: %s", reason)
-            return None
-        return {"image": image, "label": label}
 
 
 class FolderSource(EncodedImages):
@@ -222,7 +179,7 @@ class FolderSource(EncodedImages):
             log.warning("%s of the folders in %s hold no images and are no classes, such as %s", len(empty), path, empty[0])
         if not classes:
             files = [os.path.join(path, name) for name in images]
-            classes = {path.resolve().name: files} if labels is None else _by_class(files, Path(labels), training_classes)
+            classes = {path.resolve().name: files} if labels is None else by_class(files, Path(labels), training_classes)
         self.class_names = tuple(classes)
         self.files = [file for files in classes.values() for file in files]
         self._labels = [label for label, files in enumerate(classes.values()) for _ in files]
@@ -238,6 +195,9 @@ class FolderSource(EncodedImages):
 
     def name(self, index: int) -> str:
         return self.files[index]
+
+    def key(self, index: int) -> str:
+        return os.path.relpath(self.files[index], self.folder)
 
 
 class TfdsSource(EncodedImages):
@@ -368,81 +328,6 @@ def _image_files(folder: Path) -> Iterator[str]:
 def _identity(folder: Path | str) -> tuple[int, int]:
     status = os.stat(folder)
     return status.st_dev, status.st_ino
-
-
-def read_labels(path: Path) -> Iterator[tuple[int, str, str]]:
-    """The lines of a file of labels: the line's number, the name of an image and that of its class.
-
-    A comma, semicolon or tab outside of quotes in its first line separates the columns of all lines, as in CSV files: the
-    image, its class, and others, which are ignored. Without one, the last word of a line is the class, and the text before it
-    the image. Empty lines are ignored. In Kaggle's files (ImageId,PredictionString) the class is the first word of the second
-    column.
-
-    Raises InputError if the file cannot be read or a line has no class.
-    """
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_LABELS:
-            raise InputError(f"data.labels {path} cannot be read: it is no file, or has more than {MAX_LABELS:,} bytes")
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            first = next((line for line in file if line.strip()), "")
-            separator = re.match(r'\s*(?:"(?:[^"]|"")*"|[^",;\t]*)\s*([,;\t])', first.strip()[:MAX_TITLE])
-            file.seek(0)
-            if separator:
-                rows = csv.reader(file, delimiter=separator[1], skipinitialspace=True, strict=True)
-                numbered = ((rows.line_num, row) for row in rows)
-            else:
-                numbered = ((number, line.rsplit(maxsplit=1)) for number, line in enumerate(file, 1))
-            kaggle = False
-            for number, row in numbered:
-                image, name, *_ = [*(field.strip() for field in row), "", ""]
-                if not image and not name:
-                    continue
-                if not image or not name:
-                    raise InputError(f"data.labels {path}, line {number}: an image and its class should be there")
-                yield number, image, name.split()[0] if kaggle else name
-                kaggle = kaggle or (image, name) == ("ImageId", "PredictionString")
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"data.labels {path} cannot be read: {error}") from error
-
-
-def _by_class(files: list[str], labels: Path, class_names: list[str]) -> dict[str, list[str]]:
-    """Groups the image files of one folder by class, as the file `labels` has it.
-
-    A line names an image with or without its ending, perhaps after the folders that it lies in. Lines of other images are
-    reported and ignored; the first line may be one of titles.
-    """
-    by_name: dict[str, list[str]] = {}
-    for file in files:
-        by_name.setdefault(Path(file).stem, []).append(file)
-    by_name |= {os.path.basename(file): [file] for file in files}
-    above = Path(os.path.abspath(files[0])).parts[:-1] if files else ()
-    label_of: dict[str, tuple[str, int]] = {}
-    unknown: list[str] = []
-    for place, (number, image, name) in enumerate(read_labels(labels)):
-        *folders, last = [part for part in image.replace("\\", "/").split("/") if part not in ("", ".")] or [""]
-        images = by_name.get(last, []) if tuple(folders) == above[len(above) - len(folders) :] else []
-        if not images and place > 0:
-            unknown.append(f"line {number}: {image}")
-        for file in images:
-            if class_names and name not in class_names:
-                raise InputError(f"data.labels {labels}, line {number}: {image} has the class {name}, which training has not")
-            before, line = label_of.setdefault(file, (name, number))
-            if before != name:
-                raise InputError(
-                    f"data.labels {labels}, line {number}: {image} has the class {name}, but {before} in line {line}"
-                )
-    if missing := [file for file in files if file not in label_of]:
-        raise InputError(
-            f"data.labels {labels} names no class for {len(missing)} of {len(files)} images, such as {missing[0]}"
-            + (f"; no image goes by {unknown[0]}" if unknown else "")
-        )
-    if unknown:
-        log.warning("data.labels %s has %d lines of images that are not there, such as %s", labels, len(unknown), unknown[0])
-    classes: dict[str, list[str]] = {name: [] for name in class_names or sorted({name for name, _ in label_of.values()})}
-    for file in files:
-        classes[label_of[file][0]].append(file)
-    return classes
 
 
 def _cifar10_records(path: Path) -> np.ndarray:

@@ -12,7 +12,7 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
 
     image: uint8 [H, W, C]. Returns uint8 [size, size, C]; an image whose smaller side is `size` already is only cropped.
     """
-    image = _scale_to(image, size)
+    image = scale_to(image, size)
     return _crop(image, (image.shape[0] - size) // 2, (image.shape[1] - size) // 2, size)
 
 
@@ -24,7 +24,7 @@ def random_crop(image: np.ndarray, size: int, fraction: tuple[float, float], rng
     Returns uint8 [size, size, C].
     """
     least, greatest = fraction
-    image = _scale_to(image, int(rng.integers(math.ceil(size / greatest), math.ceil(size / least) + 1)))
+    image = scale_to(image, int(rng.integers(math.ceil(size / greatest), math.ceil(size / least) + 1)))
     top, left = (int(rng.integers(side - size + 1)) for side in image.shape[:2])
     return _crop(image, top, left, size)
 
@@ -54,7 +54,7 @@ def flip(image: np.ndarray) -> np.ndarray:
     return image[..., ::-1, :]
 
 
-def _scale_to(image: np.ndarray, side: int) -> np.ndarray:
+def scale_to(image: np.ndarray, side: int) -> np.ndarray:
     """Scales the smaller side to `side`: halved by box filter while it is at least twice that, then bicubic."""
     if min(image.shape[:2]) == side:
         return image

@@ -99,20 +99,20 @@ def open_images(what: str | os.PathLike | DataConfig) -> Images:
 def data_source(name: str) -> DataConfig | None:
     """The data source of a name SOURCE/SPLIT[/SIZE][:PLACE]; None for another name.
 
-    PLACE is the folder, or the data set of TFDS. SIZE, in pixels, is needed but for digits and CIFAR-10, which have their own.
+    PLACE is the folder, or the data set of TFDS. SIZE, in pixels, may be left out of digits, cifar10 and idx.
     Examples: digits/test, cifar10/train:cifar-10-batches-bin, folder/val/256:imagenet, tfds/train[:10000]/256:imagenet2012.
     Raises InputError where SIZE is missing.
     """
-    match = re.fullmatch(r"(digits|cifar10|folder|tfds)/([^/:\[]+(?:\[[^\]]*\])?)(?:/(\d+))?(?::(.+))?", name)
+    match = re.fullmatch(r"(digits|cifar10|idx|folder|packed|tfds)/([^/:\[]+(?:\[[^\]]*\])?)(?:/(\d+))?(?::(.+))?", name)
     if match is None:
         return None
     source, split, size, place = match.groups()
-    size = int(size) if size else {"digits": 8, "cifar10": 32}.get(source)
+    size = int(size) if size else {"digits": 8, "cifar10": 32, "idx": 28}.get(source)
     if not size:
         example = f"{source}/{split}/256" + (f":{place}" if place else "")
         raise InputError(f"{name} lacks the size in pixels to crop the images to, such as {example}")
     where = {"dataset": place} if source == "tfds" else {"path": place}
-    return DataConfig(source=source, split=split, image_size=size, channels=1 if source == "digits" else 3, **where)
+    return DataConfig(source=source, split=split, image_size=size, channels=1 if source in ("digits", "idx") else 3, **where)
 
 
 def subset(images: Images, count: int) -> Images:

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import itertools
 import os
-import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,14 +14,13 @@ import numpy as np
 
 from dar_jax.config import DataConfig, TokenizerConfig
 from dar_jax.console import Progress
-from dar_jax.data import codes, transforms
+from dar_jax.data import codes, shards, transforms
 from dar_jax.data.pipeline import elements
 from dar_jax.data.sources import Source
 from dar_jax.errors import InputError
 from dar_jax.inference import identity
 from dar_jax.inference.reconstruct import quantize
 from dar_jax.inference.trained import Trained
-from dar_jax.parallel import hosts
 from dar_jax.parallel.batches import over_batches
 from dar_jax.sampling.settings import Networks
 from dar_jax.training.checkpoint import require_shared
@@ -61,22 +59,17 @@ def tokenize(
         tokenizer=model["weights"]["tokenizer"],
         data=f"{source.description}; {data.crop} crops{mirrored} of {data.image_size} pixels",
     )
-    host, count = jax.process_index(), jax.process_count()
     require_shared(out)
     about = {"model": model, "source": identity.of_source(source), "shard_size": shard_size}
     about["data"] = dataclasses.asdict(dataclasses.replace(data, workers=0))  # their number changes nothing
     identity.claim(out, about, "shard-*")
-    if host == 0:
-        codes.begin(out, info)
-    hosts.wait("the folder of codes is there")
-    missing, size = codes.missing_shards(out, info), trained.full_batch(batch_size)
-
+    size = trained.full_batch(batch_size)
     side = _side(data)
     encode = functools.partial(_codes, trained.networks, trained.params, data)
 
-    def write(shards: Sequence[int], progress: Progress) -> None:
-        indices = [_padded(info.elements(shard), size) for shard in shards]
-        owners = np.repeat(shards, [len(each) // size for each in indices]).tolist()  # the shard of every batch
+    def write(numbers: Sequence[int], progress: Progress) -> None:
+        indices = [_padded(info.elements(shard), size) for shard in numbers]
+        owners = np.repeat(numbers, [len(each) // size for each in indices]).tolist()  # the shard of every batch
         with contextlib.closing(
             elements(
                 source,
@@ -94,21 +87,9 @@ def tokenize(
                     progress.add(min(size, len(info.elements(shard)) - len(stored) * size))
                     stored.append(tokens[batch["valid"]])
                     labels.append(batch["label"][batch["valid"]])
-                codes.write_shard(out, shard, np.concatenate(stored), np.concatenate(labels))
+                codes.write_shard(out, info, shard, np.concatenate(stored), np.concatenate(labels))
 
-    own = [shard for shard in missing if shard % count == host]
-    of_others = [shard for shard in missing if shard % count != host]
-    total = sum(len(info.elements(shard)) for shard in range(host, info.shards, count))
-    with Progress(f"tokenized on {hosts.name()}" if count > 1 else "tokenized", total) as progress:
-        progress.skip(total - sum(len(info.elements(shard)) for shard in own))
-        if own:
-            write(own, progress)
-    for shard in random.Random(host).sample(of_others, len(of_others)):  # in another order on each host, to share what is left
-        if not codes.has_shard(out, shard):
-            with Progress(f"left by another host: shard {shard}", len(info.elements(shard))) as progress:
-                write([shard], progress)
-    if host == 0:
-        codes.finish(out)
+    shards.write_missing(out, info, write, "tokenized")
     return info
 
 

@@ -30,7 +30,7 @@ from common import run
 from PIL import Image
 
 from dar_jax.config import DataConfig, MeshConfig, TransformerTraining
-from dar_jax.data import codes
+from dar_jax.data import codes, shards
 from dar_jax.data.pipeline import Batch, batches, elements
 from dar_jax.data.sources import Source, open_source
 from dar_jax.data.transforms import center_crop
@@ -130,11 +130,11 @@ def stored_codes(folder: Path) -> Callable[[int], Iterator[Batch]]:
     """The same for stored codes: those of `STORED` images, ten crops of 256 each, drawn at random."""
     rng = np.random.default_rng(0)
     info = codes.CodesInfo(STORED, 4096, 10, 256, 2**14, tuple(map(str, range(1000))), "random", "no images")
-    codes.begin(folder, info)
+    shards.begin(folder, info)
     for shard in range(info.shards):
         count = len(info.elements(shard))
-        codes.write_shard(folder, shard, rng.integers(0, 2**14, (count, 10, 256)), rng.integers(0, 1000, count))
-    codes.finish(folder)
+        codes.write_shard(folder, info, shard, rng.integers(0, 2**14, (count, 10, 256)), rng.integers(0, 1000, count))
+    shards.finish(folder, codes.CodesInfo)
     source = codes.open_codes(folder)
     return lambda workers: batches(source, DataConfig(source="codes", workers=workers), batch_size=BATCH, seed=0)
 
