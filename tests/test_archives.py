@@ -95,19 +95,27 @@ IMAGES, LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
     [
         (IMAGES, None, "idx holds no train-images-idx3-ubyte.gz"),
         (IMAGES, b"no gzip", f"{IMAGES} is damaged: Not a gzipped file"),
-        (IMAGES, gzip.compress(idx(PIXELS))[:-100], f"{IMAGES} is damaged: Compressed file ended"),
-        (IMAGES, gzip.compress(b"\0\0\x08"), f"{IMAGES} is damaged: it is no idx file of bytes in 3 dimensions"),
-        (IMAGES, gzip.compress(idx(PIXELS[0])), f"{IMAGES} is damaged: it is no idx file of bytes in 3 dimensions"),
-        (IMAGES, gzip.compress(idx(PIXELS, 7, 28, 28)), f"{IMAGES} is damaged: it does not end after the 7 x 28 x 28 bytes"),
-        (IMAGES, gzip.compress(idx(PIXELS, 5, 28, 28)), f"{IMAGES} is damaged: it does not end after the 5 x 28 x 28 bytes"),
+        (IMAGES, gzip.compress(idx(PIXELS), mtime=0)[:-100], f"{IMAGES} is damaged: Compressed file ended"),
+        (IMAGES, gzip.compress(b"\0\0\x08", mtime=0), f"{IMAGES} is damaged: it is no idx file of bytes in 3 dimensions"),
+        (IMAGES, gzip.compress(idx(PIXELS[0]), mtime=0), f"{IMAGES} is damaged: it is no idx file of bytes in 3 dimensions"),
         (
             IMAGES,
-            gzip.compress(idx(PIXELS, 2**32 - 1, 2**32 - 1, 2**32 - 1)),
+            gzip.compress(idx(PIXELS, 7, 28, 28), mtime=0),
+            f"{IMAGES} is damaged: it does not end after the 7 x 28 x 28 bytes",
+        ),
+        (
+            IMAGES,
+            gzip.compress(idx(PIXELS, 5, 28, 28), mtime=0),
+            f"{IMAGES} is damaged: it does not end after the 5 x 28 x 28 bytes",
+        ),
+        (
+            IMAGES,
+            gzip.compress(idx(PIXELS, 2**32 - 1, 2**32 - 1, 2**32 - 1), mtime=0),
             f"{IMAGES} is damaged: it says that it holds 4294",
         ),
-        (IMAGES, gzip.compress(idx(PIXELS, 0, 28, 28)), f"{IMAGES} is damaged: it says that it holds 0 x 28"),
-        (LABELS, gzip.compress(idx(np.arange(5))), "idx has 6 images and 5 labels of train; copy its files again"),
-        (LABELS, gzip.compress(idx(np.arange(5, 11))), "idx holds labels from 5 to 10, mnist has 10 classes"),
+        (IMAGES, gzip.compress(idx(PIXELS, 0, 28, 28), mtime=0), f"{IMAGES} is damaged: it says that it holds 0 x 28"),
+        (LABELS, gzip.compress(idx(np.arange(5)), mtime=0), "idx has 6 images and 5 labels of train; copy its files again"),
+        (LABELS, gzip.compress(idx(np.arange(5, 11)), mtime=0), "idx holds labels from 5 to 10, mnist has 10 classes"),
     ],
 )
 def test_damaged_idx(tmp_path, file, content, message):
