@@ -428,6 +428,17 @@ def test_a_full_disk_is_one_line(monkeypatch, capfd, error):
     assert capfd.readouterr().err.startswith("dar-jax: cannot write /a/b: No space left on device;")
 
 
+def test_a_checkpoint_on_a_full_disk_is_one_line(tmp_path):
+    """Here no file may have more than 16 KB. Several files are written at once; of those that end later nothing is said."""
+    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14)); "
+    code += "from dar_jax.cli.main import main; sys.exit(main())"
+    train = ["train", TOKENIZER, "--workdir", str(tmp_path), *TINY_TOKENIZER, "--train.steps", "1"]
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "0"}
+    process = subprocess.run([sys.executable, "-c", code, *train], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 2 and process.stderr.count("\n") == 1, process.stderr
+    assert process.stderr.startswith("dar-jax: cannot write") and "File too large;" in process.stderr
+
+
 def test_interrupted_training_saves_and_exits_with_130(tmp_path):
     with start("train", TOKENIZER, "--workdir", str(tmp_path), *TINY_TOKENIZER, "--train.steps", "100000") as process:
         for line in process.stdout:

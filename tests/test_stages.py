@@ -17,7 +17,7 @@ from dar_jax.quickstart import TOKENIZER
 from dar_jax.training import checkpoint, stages
 from dar_jax.training.loop import train
 from dar_jax.training.losses import tokenizer_loss
-from dar_jax.training.stages import open_stage
+from dar_jax.training.stages import keep_tokenizer, open_stage
 from dar_jax.weights import torch_file
 from dar_jax.weights.table import to_release
 
@@ -106,3 +106,19 @@ def test_a_resumed_run_keeps_its_tokenizer(tiny_run, tiny_tokenizer, tmp_path):
     checkpoint.save_for_inference(tmp_path, own.info.config, other, 1, own.info.class_names)
     with pytest.raises(InputError, match="has another tokenizer than"):
         resumed(str(tmp_path))
+
+
+def test_a_new_run_takes_no_other_tokenizer_for_its_own(tiny_run, tmp_path):
+    """An earlier run that ended before its first checkpoint may have left one of a later step, which would be read."""
+    info, mesh = checkpoint.inspect(tiny_run), parallel.make_mesh(MeshConfig())
+    config = dataclasses.replace(info.config, tokenizer=str(tiny_run / "tokenizer"))
+    workdir = checkpoint.absolute(tmp_path)
+    stage = open_stage(Experiment(config), workdir, mesh, None)
+    assert not list(tmp_path.iterdir())  # nothing is left behind where the run is refused later
+    keep_tokenizer(stage, workdir)
+    keep_tokenizer(stage, workdir)
+    assert checkpoint.latest_step(tmp_path / "tokenizer") == 1
+    own = stage.tokenizer
+    checkpoint.save_for_inference(tmp_path / "tokenizer", own.info.config, own.params, 2, own.info.class_names)
+    with pytest.raises(InputError, match="holds a tokenizer of step 2 already, .* is of step 1; delete"):
+        keep_tokenizer(stage, workdir)

@@ -79,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where there is no home folder for its cache
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports there what it raises besides
     warnings.filterwarnings("ignore", module=r"orbax\.")
+    warnings.filterwarnings("ignore", message="coroutine 'async_serialize_from_host", category=RuntimeWarning)
+    sys.unraisablehook = _hide_abandoned_writes
     code = 128 + signal.SIGPIPE
     try:
         try:
@@ -223,6 +225,12 @@ def _parse(command: Any, default: Any, arguments: Sequence[str], prog: str) -> A
     for name, value in vars(parsed).items():
         checked(kinds[name], value, "" if name == "config" else name)  # as in --train.steps, without the field's own name
     return parsed
+
+
+def _hide_abandoned_writes(unraisable: Any) -> None:
+    """Where one write of a checkpoint fails, which is raised, TensorStore's threads report each of those that end later."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _is_unread(stream: Any) -> bool:

@@ -21,7 +21,7 @@ from dar_jax.training.lock import only_run
 from dar_jax.training.logs import Log
 from dar_jax.training.meter import Reader, work_of_step
 from dar_jax.training.profile import Profile
-from dar_jax.training.stages import Stage, device_batches, open_stage
+from dar_jax.training.stages import Stage, device_batches, keep_tokenizer, open_stage
 from dar_jax.training.start import Start, first_state, opening
 from dar_jax.training.state import Params, abstract_state
 from dar_jax.training.step import make_train_step
@@ -97,6 +97,7 @@ def _train(experiment: Experiment, folder: epath.Path, resume: bool, pictures, s
         notes += ["the weights to start from are not read again"] * bool(start and before)
         if config.train.evaluate_every and hasattr(evaluate, "open"):
             notes += evaluate.open(stage)
+        keep_tokenizer(stage, folder)
         train_step = make_train_step(stage.loss_fn, optimizer, config, abstract, mesh, stage.schedule)
         with (
             Log(folder, config.train.steps, step or 0, hosts.first(), tracker=open_tracker(track, folder, config, step)) as log,

@@ -25,7 +25,8 @@ from dar_jax.features.dinov2 import Dinov2, Dinov2Config
 from dar_jax.features.load import load_dinov2, load_lpips
 from dar_jax.features.vgg_lpips import SMALLEST, Lpips
 from dar_jax.models.pixels import to_float
-from dar_jax.training.checkpoint import Info, Loaded, load, save_for_inference
+from dar_jax.parallel import hosts
+from dar_jax.training.checkpoint import Info, Loaded, latest_step, load, save_for_inference
 from dar_jax.training.losses import next_token_loss, tokenizer_loss
 from dar_jax.training.optimizer import learning_rate, make_optimizer
 from dar_jax.training.state import Params
@@ -104,8 +105,7 @@ def open_stage(experiment: Experiment, workdir: epath.Path, mesh: Mesh, before: 
     """Either stage with its data and weights on the mesh. A transformer's codes are read, or computed within the training step
     by the frozen tokenizer.
 
-    A new run of a transformer copies its tokenizer into WORKDIR/tokenizer, so that the folder alone can be sampled from; a
-    resumed one reads it from there.
+    A resumed run of a transformer reads its tokenizer from WORKDIR/tokenizer, see `keep_tokenizer`.
 
     Args: before, the checkpoint that a resumed run goes on from.
 
@@ -132,9 +132,22 @@ def open_stage(experiment: Experiment, workdir: epath.Path, mesh: Mesh, before: 
     frozen = parallel.put(frozen, parallel.shardings(frozen, mesh, experiment.rules))
     if encoder is not None:
         frozen["tokenizer"] = tokenizer.params
-    if tokenizer and (info := tokenizer.info).workdir.resolve() != own_copy.resolve():
-        save_for_inference(own_copy, info.config, tokenizer.params, info.step, info.class_names, info.hooks)
     return dataclasses.replace(stage, frozen=frozen, source=source, tokenizer=tokenizer)
+
+
+def keep_tokenizer(stage: Stage, workdir: epath.Path) -> None:
+    """Copies a transformer's tokenizer into WORKDIR/tokenizer, unless it is from there, so that the folder alone can be sampled
+    from. Raises InputError where another step of a tokenizer is there, which would be read in its place."""
+    own_copy, info = workdir / "tokenizer", stage.tokenizer and stage.tokenizer.info
+    if info is None or info.workdir.resolve() == own_copy.resolve():
+        return
+    there = hosts.broadcast_from_first(latest_step(own_copy))
+    if there not in (None, info.step):
+        raise InputError(
+            f"{own_copy} holds a tokenizer of step {there} already, that of {info.workdir} is of step {info.step}; "
+            f"delete {own_copy}, or choose another folder"
+        )
+    save_for_inference(own_copy, info.config, stage.tokenizer.params, info.step, info.class_names, info.hooks)
 
 
 def _with_own_tokenizer(experiment: Experiment, before: Info, tokenizer: Loaded, mesh: Mesh) -> Experiment:
