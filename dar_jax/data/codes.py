@@ -11,6 +11,7 @@ different shards of one folder. The folder may be in a bucket (`gs://...`).
 """
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
@@ -33,6 +34,7 @@ from dar_jax.files import hash_file, replacing, size_of, write_json
 
 VERSION = 2
 MAX_JSON = 1 << 24  # bytes of codes.json
+CIRCUMSTANCES = (errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE)  # say nothing about what a file holds
 
 
 @dataclass(frozen=True)
@@ -285,6 +287,8 @@ def _shard_file(folder: epath.Path, shard: int) -> epath.Path:
 
 
 def _damaged(path: epath.Path, reason: object) -> InputError:
+    if any(os.strerror(number) in str(reason) for number in CIRCUMSTANCES):
+        return InputError(f"{path} cannot be read: {reason}")
     return InputError(f"{path} is damaged: {reason}; delete this file and tokenize again, which writes only what is missing")
 
 
@@ -305,7 +309,7 @@ def _read_info(folder: epath.Path) -> tuple[CodesInfo, Sequence[Shard] | None]:
             raise ValueError(f"it has more than {MAX_JSON:,} bytes")
         values = json.loads(text)
     except OSError as error:
-        raise InputError(f"{folder} holds no codes: {error.strerror or error} ({path.name})") from error
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged: {error}") from error
     if not isinstance(values, dict) or values.pop("version", None) != VERSION:

@@ -23,7 +23,7 @@ from orbax.checkpoint import v1 as ocp
 
 from dar_jax import parallel
 from dar_jax.config import TokenizerTraining, TrainConfig, TransformerTraining, from_dict, to_dict
-from dar_jax.errors import InputError, one_line
+from dar_jax.errors import InputError, one_line, require
 from dar_jax.experiment import Experiment
 from dar_jax.files import check_writable, is_remote
 from dar_jax.parallel import hosts
@@ -167,6 +167,10 @@ def inspect(path: PathLike) -> Info:
     else:
         workdir, step = path, latest_step(path)
         folder = path / "checkpoints" / str(step)
+    for each in (path, folder):
+        require(
+            is_remote(each) or not each.exists() or os.access(each, os.R_OK | os.X_OK), f"{each} cannot be read: no permission"
+        )
     if not any((folder / name).exists() for name in (METADATA, CHECKSUMS)):
         raise InputError(f"{path} holds no checkpoint")
     with reading(folder):
@@ -264,6 +268,8 @@ def stored_shapes(path: epath.Path, part: str) -> Any:
     """A part of a checkpoint as a tree of ShapeDtypeStructs. No array is read."""
     with reading(path):
         metadata = ocp.metadata(path, checkpointable_name=part).metadata
+        if metadata is None:  # Orbax only logs what it could not open
+            raise OSError(f"{part} could not be opened")
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
 
 
