@@ -3,7 +3,9 @@
 import dataclasses
 import errno
 import json
+import os
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -174,6 +176,14 @@ def test_what_cannot_be_read_is_not_to_be_deleted(written, monkeypatch):
     with pytest.raises(InputError, match="5 cannot be read: .*Too many open files") as caught:
         checkpoint.load(written, PLAIN)
     assert "delete" not in str(caught.value)
+    monkeypatch.undo()
+    monkeypatch.setattr(checkpoint.ocp, "metadata", lambda *_, **__: SimpleNamespace(metadata=None))  # as Orbax where it cannot
+    with pytest.raises(InputError, match="5 cannot be read: .*ema could not be opened"):
+        checkpoint.load(written, PLAIN)
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(InputError, match="cannot be read: no permission"):
+        checkpoint.load(written, PLAIN)
 
 
 def rewrite(run, change):

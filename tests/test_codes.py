@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import pickle
@@ -300,6 +301,19 @@ def test_labels_and_codes_out_of_range_are_refused_with_the_name_of_the_shard(tm
         source[5]
     with pytest.raises(InputError, match=damaged):
         next(batches(source, DataConfig(source="codes"), batch_size=10, seed=0))
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.EIO])
+def test_what_cannot_be_read_is_not_to_be_deleted(tmp_path, monkeypatch, number):
+    write_all(tmp_path)
+
+    def fail(*arguments):
+        raise RuntimeError(f"open() failed: {os.strerror(number)}")
+
+    monkeypatch.setattr(ArrayRecordDataSource, "__getitem__", fail)
+    with pytest.raises(InputError, match=rf"{shard_name(0)} cannot be read: open\(\) failed") as caught:
+        open_codes(tmp_path)
+    assert "delete" not in str(caught.value)
 
 
 def test_a_damaged_shard_is_not_sealed(tmp_path):

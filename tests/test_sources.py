@@ -76,6 +76,8 @@ def test_folder_classes_order_and_split(tmp_path):
     source = folder(tmp_path)
     assert source.class_names == ("cat", "dog")
     assert describe(source) == f"4 images of 2 classes: cat, dog (images in {tmp_path}/train: 4 in 2 classes)"
+    source.class_names = ("c\x1bat", "d\nog")
+    assert describe(source).startswith("4 images of 2 classes: c\\x1bat, d\\nog (")
     elements = [source[i] for i in range(len(source))]
     assert [(e["image"][0, 0, 0], e["label"]) for e in elements] == [(3, 0), (2, 1), (1, 1), (6, 1)]
     assert folder(tmp_path, split="val")[0]["image"][0, 0, 0] == 5

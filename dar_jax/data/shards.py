@@ -10,6 +10,7 @@ different shards of one folder. The folder may be in a bucket (`gs://...`).
 """
 
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -30,6 +31,7 @@ from dar_jax.errors import InputError
 from dar_jax.files import hash_file, replacing, size_of, write_json
 
 MAX_JSON = 1 << 24  # bytes of a description
+CIRCUMSTANCES = (errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE)  # say nothing about what a file holds
 
 
 @dataclass(frozen=True)
@@ -259,7 +261,7 @@ def read_info(folder: epath.Path, kind: type[ShardsInfo]) -> tuple[ShardsInfo, S
             raise ValueError(f"it has more than {MAX_JSON:,} bytes")
         values = json.loads(text)
     except OSError as error:
-        raise InputError(f"{folder} holds no {kind.WHAT}: {error.strerror or error} ({path.name})") from error
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged: {error}") from error
     if not isinstance(values, dict) or values.pop("version", None) != kind.VERSION:
@@ -306,6 +308,8 @@ def _shard_file(folder: epath.Path, shard: int) -> epath.Path:
 
 
 def _damaged(path: epath.Path, info: ShardsInfo, reason: object) -> InputError:
+    if any(os.strerror(number) in str(reason) for number in CIRCUMSTANCES):
+        return InputError(f"{path} cannot be read: {reason}")
     again = f"delete this file and {info.AGAIN} again, which writes only what is missing"
     return InputError(f"{path} is damaged: {reason}; {again}")
 

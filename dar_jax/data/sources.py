@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from dar_jax.config import DataConfig
+from dar_jax.console import printable
 from dar_jax.data.archives import IdxSource
 from dar_jax.data.codes import open_codes
 from dar_jax.data.images import IMAGE_SUFFIXES, EncodedImages
@@ -93,7 +94,7 @@ def open_source(config: DataConfig) -> Source:
 
 def describe(source: Source) -> str:
     """One line with the number of images, the first ten class names, and the source's `description` if it has one."""
-    names = [name if len(name) <= 30 else name[:27] + "..." for name in source.class_names[:10]]
+    names = [printable(name if len(name) <= 30 else name[:27] + "...") for name in source.class_names[:10]]
     more = [f"and {len(source.class_names) - 10:,} more"] if len(source.class_names) > 10 else []
     about = getattr(source, "description", type(source).__name__)  # an experiment's own may have none
     return f"{len(source):,} images of {len(source.class_names):,} classes: {', '.join(names + more)} ({about})"

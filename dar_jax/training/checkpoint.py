@@ -189,6 +189,10 @@ def inspect(path: PathLike) -> Info:
     else:
         workdir, step = path, latest_step(path)
         folder = path / "checkpoints" / str(step)
+    for each in (path, folder):
+        require(
+            is_remote(each) or not each.exists() or os.access(each, os.R_OK | os.X_OK), f"{each} cannot be read: no permission"
+        )
     if not is_exported and not any((folder / name).exists() for name in (METADATA, CHECKSUMS)):
         raise InputError(f"{path} holds no checkpoint")
     with reading(folder):
@@ -299,6 +303,8 @@ def stored_shapes(path: epath.Path, part: str) -> Any:
         if exported.is_exported(path):
             return exported.shapes(path)
         metadata = ocp.metadata(path, checkpointable_name=part).metadata
+        if metadata is None:  # Orbax only logs what it could not open
+            raise OSError(f"{part} could not be opened")
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
 
 
