@@ -186,11 +186,11 @@ class SamplingConfig:
 class DataConfig:
     """Where images (or stored codes) come from and how they are cropped."""
 
-    source: Literal["digits", "folder", "cifar10", "idx", "packed", "tfds", "codes"] = "folder"
+    source: Literal["digits", "folder", "cifar10", "idx", "packed", "tar", "tfds", "codes"] = "folder"
     path: str | None = None  # the folder, perhaps hf://...; of TFDS its data_dir, None: TFDS's own; unused by the digits
     dataset: str | None = None  # of TFDS, such as imagenet2012 or imagenet2012:5.1.0; of idx: which of the MNIST family
     split: str = "train"  # TFDS also takes parts of one, such as train[:10000]
-    held_out_split: str | None = None  # to evaluate on; None: test, val of folders and packed, validation of TFDS
+    held_out_split: str | None = None  # to evaluate on; None: test, val of folders, packed and tar, validation of TFDS
     labels: str | None = None  # file of lines "IMAGE CLASS", or CSV: IMAGE,CLASS; for a split without class folders
     verify: bool = False  # compare every file of stored codes and packed images with its SHA-256 first
     image_size: Pixels = 256

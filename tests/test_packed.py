@@ -8,11 +8,16 @@ import pickle
 import random
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as arrow
 import pytest
+import stand_in
 from PIL import Image
+from pyarrow import parquet
 
 from dar_jax.cli import main as cli
 from dar_jax.config import DataConfig
@@ -23,6 +28,8 @@ from dar_jax.data.shards import finish
 from dar_jax.data.sources import FolderSource, open_source
 from dar_jax.data.transforms import center_crop
 from dar_jax.errors import InputError
+from dar_jax.training.logs import read_records
+from dar_jax.training.loop import train
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("ant", "bee", "cow")
@@ -52,6 +59,11 @@ def write_folder(path, files):
     for name, content in files:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(content)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -112,33 +124,98 @@ def test_a_folder(folder, without_the_damaged, tmp_path, capsys, caplog):
         open_packed(tmp_path / "packed" / "train", "test")
 
 
-def test_training_on_it(folder, tmp_path, capsys):
-    assert run(folder, "--out", tmp_path / "packed") == 0
-    tiny = "--model.encoder-width 16 --model.encoder-layers 1 --model.decoder-width 16 --model.velocity.width 16"
-    tiny += " --model.velocity.layers 1 --train.batch-size 8 --train.steps 3 --train.log-every 1"
-    options = ["--data.source", "packed", "--data.path", str(tmp_path / "packed"), "--workdir", str(tmp_path / "run")]
-    assert cli.main(["train", str(ROOT / "experiments" / "digits_tokenizer.py"), *options, *tiny.split()]) == 0
-    assert "12 images of 3 classes: ant, bee, cow (packed images in" in capsys.readouterr().out
+def as_parquet(files, path):
+    """As the Hub has ImageNet: a struct of bytes and path, the label, class names in the metadata."""
+    images = [{"bytes": content, "path": os.path.basename(name)} for name, content in files]
+    table = arrow.table({"image": images, "label": [NAMES.index(name.split("/")[0]) for name, _ in files]})
+    names = {"info": {"features": {"label": {"names": NAMES}}}}
+    for number, start in enumerate(range(0, len(files), 7)):
+        part = table.slice(start, 7).replace_schema_metadata({"huggingface": json.dumps(names)})
+        parquet.write_table(part, path / f"train-{number:05d}-of-00002.parquet", row_group_size=3)
+    return path
+
+
+def as_tars(files, path):
+    """As webdataset writes them."""
+    (path / "class_names.txt").write_text("\n".join(NAMES))
+    for number, start in enumerate(range(0, len(files), 7)):
+        with tarfile.open(path / f"set-train-{number:06d}.tar", "w") as tar:
+            for place, (name, content) in enumerate(files[start : start + 7], start):
+                label = str(NAMES.index(name.split("/")[0])).encode()
+                for end, data in [("cls", label), ("json", b'{"a": 1}'), (name.rpartition(".")[2], content)]:
+                    info = tarfile.TarInfo(f"{place:09d}.{end}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def as_zip(files, path):
+    """As Kaggle has ImageNet."""
+    with zipfile.ZipFile(path / "imagenet.zip", "w") as archive:
+        for name, content in files:
+            archive.writestr(f"ILSVRC/Data/CLS-LOC/train/{name}", content)
+        archive.writestr("ILSVRC/Data/CLS-LOC/val/1.JPEG", files[0][1])
+    return path / "imagenet.zip"
+
+
+def as_folder(files, path):
+    write_folder(path / "train", files)
+    return path
+
+
+def losses(path, workdir, source):
+    """The log of three steps of training."""
+    data = dataclasses.replace(DATA, source=source, path=str(path), crop="center")
+    settings = dataclasses.replace(stand_in.config.train, steps=3, log_every=1)
+    config = dataclasses.replace(stand_in.config, data=data, train=settings)
+    train(dataclasses.replace(stand_in.experiment, config=config, source=open_source), workdir)
+    logged = [record["loss"] for record in read_records(workdir) if "loss" in record]
+    assert len(logged) == 3
+    return logged
+
+
+@pytest.mark.parametrize("door", [as_folder, as_parquet, as_tars, as_zip])
+def test_the_same_from_every_door(door, without_the_damaged, tmp_path, capsys):
+    """A data set in each form, packed: the same shards but for the names, batches and losses as from the folder."""
+    (tmp_path / "form").mkdir()
+    path, out = door(members(), tmp_path / "form"), tmp_path / "packed"
+    assert run(path, "--out", out) == 0
+    assert "12 images of 3 classes in 4 files\nleft out: 1 of 13" in capsys.readouterr().out
+    assert open_packed(out, "train").class_names == NAMES
+    expected = three_batches(path=str(without_the_damaged))
+    require_equal(three_batches(source="packed", path=str(out)), expected)
+    assert losses(out, tmp_path / "run", "packed") == losses(without_the_damaged, tmp_path / "other", "folder")
+
+
+def test_tars_are_trained_on_as_they_are(without_the_damaged, tmp_path):
+    path = as_tars([member for number, member in enumerate(members()) if number != 5], tmp_path)
+    for workers in (0, 1):
+        require_equal(
+            three_batches(source="tar", path=str(path), workers=workers), three_batches(path=str(without_the_damaged))
+        )
+    assert losses(path, tmp_path / "run", "tar") == losses(without_the_damaged, tmp_path / "other", "folder")
 
 
 def test_larger_images_are_scaled_and_say_so(folder, tmp_path, capsys):
     assert run(folder, "--out", tmp_path, "--min-side", 16) == 0
-    said = "the original bytes, but larger images scaled to a smaller side of 16 pixels, as JPEG of quality 95"
-    assert said in capsys.readouterr().out and json.loads((tmp_path / "packed.json").read_text())["encoding"] == said
+    said = "the original bytes, or scaled to a smaller side of 16 pixels, as JPEG of quality 95, where those are fewer"
+    assert f"stored as {said}" in capsys.readouterr().out
+    assert json.loads((tmp_path / "packed.json").read_text())["encoding"] == said
     source, originals = open_packed(tmp_path, "train"), FolderSource(folder, "train", 3, 16)
-    stored = {source.key(index): source[index]["image"] for index in range(len(source))}
-    kept = 0
+    keys = [source.key(index) for index in range(len(source))]
+    scaled = 0
     for index in range(len(originals)):
         if (element := originals.read(index)) is None:
             continue
-        image, original = stored[originals.key(index)], element["image"]
-        if min(original.shape[:2]) <= 16:
+        image, original = source[keys.index(originals.key(index))]["image"], element["image"]
+        if image.shape == original.shape:
             np.testing.assert_array_equal(image, original)
-            kept += 1
         else:
-            assert min(image.shape[:2]) == 16
+            scaled += 1
+            assert min(image.shape[:2]) == 16 < min(original.shape[:2])
             assert np.abs(center_crop(image, 16).astype(int) - center_crop(original, 16)).mean() < 6
-    assert 0 < kept < 12
+        assert len(source.encoded(keys.index(originals.key(index)))[0].read()) <= len(dict(members())[originals.key(index)])
+    assert 0 < scaled < 12
 
 
 KILLED = """
@@ -261,7 +338,11 @@ def test_nothing_can_be_read(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [("absent", "absent does not exist"), ("empty", "empty holds no images"), ("file.txt", "file.txt is not a folder")],
+    [
+        ("absent", "absent does not exist"),
+        ("empty", "empty holds no images"),
+        ("file.txt", "file.txt is no folder and no archive"),
+    ],
 )
 def test_sources_that_are_none(tmp_path, capsys, source, message):
     (tmp_path / "empty").mkdir()

@@ -16,19 +16,20 @@ from dar_jax.errors import InputError
 class Pack:
     """Pack a data set of images into few large files, for training from a disk or a bucket.
 
-    The source is a folder of images, or tfds:NAME, a data set of TFDS in its ArrayRecord format. Images keep their bytes; each
-    is decoded once, and those that cannot be read are named and left out. An interrupted run goes on where it stopped. Train
-    on the result with `--data.source packed --data.path OUT`. With several hosts, each writes its share into the same folder.
+    The source is a folder of images, of webdataset's tars or of Parquet files as the Hub has them, a zip archive such as
+    Kaggle's, one .tar or .parquet, or tfds:NAME, a data set of TFDS in its ArrayRecord format. Images keep their bytes; each is
+    decoded once, and those that cannot be read are named and left out. An interrupted run goes on where it stopped. With
+    several hosts, each writes its share into the same folder. Train on it with `--data.source packed --data.path OUT`.
 
     Example: dar-jax pack imagenet --out packed/train
     """
 
-    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]  # a folder of images, or tfds:NAME
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]  # a folder, an archive, or tfds:NAME
     out: str  # the folder to write to, perhaps gs://BUCKET/...
     split: str = "train"
     labels: Optional[str] = None  # file of lines "IMAGE CLASS", or CSV, for a split without class folders
     data_dir: Optional[str] = None  # of TFDS, where it has its data sets
-    min_side: Optional[Pixels] = None  # scale larger images to a smaller side of so many pixels, as JPEG of quality 95
+    min_side: Optional[Pixels] = None  # scale larger images to a smaller side of so many pixels: smaller JPEGs of quality 95
     shard_size: Batch = 4096  # images per file
 
     def run(self) -> None:
@@ -60,6 +61,7 @@ class Pack:
 
     def open_source(self):
         """The data set to pack, its images as they are encoded."""
+        from dar_jax.data.archives import ParquetSource, TarSource, ZipSource, archive_files
         from dar_jax.data.sources import FolderSource, TfdsSource
 
         side = self.min_side or 1
@@ -67,6 +69,13 @@ class Pack:
         if kind == "tfds":
             return TfdsSource(name, self.data_dir, self.split, 3, side)
         path = Path(self.source)
+        if not path.exists():
+            raise InputError(f"{path} does not exist")
+        if path.is_file() and path.suffix == ".zip":
+            return ZipSource(path, self.split, 3, side, self.labels)
+        for suffix, archives in ((".parquet", ParquetSource), (".tar", TarSource)):
+            if archive_files(path, self.split, suffix):
+                return archives(path, self.split, 3, side)
         if not path.is_dir():
-            raise InputError(f"{path} is not a folder" if path.exists() else f"{path} does not exist")
+            raise InputError(f"{path} is no folder and no archive (.zip, .tar, .parquet)")
         return FolderSource(path, self.split, 3, side, self.labels)

@@ -9,14 +9,14 @@ import os
 import struct
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar
 
 from PIL import Image
 
 from dar_jax.console import Progress
-from dar_jax.data.images import EncodedImages, read_encoded, read_image
+from dar_jax.data.images import EncodedImages, ImageError, read_encoded, read_image
 from dar_jax.data.shards import Records, ShardsInfo, open_shards, write_missing, write_records
 from dar_jax.data.transforms import scale_to
 from dar_jax.errors import InputError
@@ -54,7 +54,7 @@ def encoding(min_side: int | None) -> str:
     """What becomes of the images, one line."""
     if min_side is None:
         return ORIGINAL
-    return f"the original bytes, but larger images scaled to a smaller side of {min_side} pixels, as JPEG of quality {QUALITY}"
+    return f"{ORIGINAL}, or scaled to a smaller side of {min_side} pixels, as JPEG of quality {QUALITY}, where those are fewer"
 
 
 def pack(
@@ -68,7 +68,8 @@ def pack(
       out: a folder, or one in a bucket; the same one for all processes.
       split: the name of the split that is packed.
       shard_size: images per file.
-      min_side: images whose smaller side has more pixels are scaled to it and become JPEGs, see `encoding`; None: none.
+      min_side: images whose smaller side has more pixels are scaled to it and become JPEGs, where these have fewer bytes than
+        the original; None: no image is.
 
     Raises InputError where `out` holds anything else.
     """
@@ -140,34 +141,33 @@ def _records(
     source: EncodedImages, elements: range, min_side: int | None, threads: ThreadPoolExecutor, progress: Progress
 ) -> Iterator[bytes]:
     """The records of these elements in order, without those that cannot be read. They are read here and decoded by threads."""
-    pending: deque = deque()
+    pending: deque[tuple[int, bytes, int, Future]] = deque()  # index, label and key, size, and the image
     size = 0
+
+    def next_one() -> Iterator[bytes]:
+        index, head, _, image = pending.popleft()
+        try:
+            yield head + image.result()
+        except ImageError as error:
+            source.skip(index, error)
+        progress.add(1)
+
     for index in elements:
         try:
             file, label = source.encoded(index)
-            image = read_encoded(file)
+            image, key = read_encoded(file), source.key(index).encode(errors="replace")
         except Exception as error:  # what the libraries of data sets raise on damaged records is of many kinds
             source.skip(index, error)
             progress.add(1)
             continue
         size += len(image)
-        pending.append((index, label, len(image), threads.submit(_prepared, image, source.name(index), min_side)))
+        prepared = threads.submit(_prepared, image, source.name(index), min_side)
+        pending.append((index, HEAD.pack(label, len(key)) + key, len(image), prepared))
         while len(pending) > 4 * THREADS or (size > AHEAD and pending):
             size -= pending[0][2]
-            yield from _finished(source, *pending.popleft(), progress)
+            yield from next_one()
     while pending:
-        yield from _finished(source, *pending.popleft(), progress)
-
-
-def _finished(source: EncodedImages, index: int, label: int, size: int, future, progress: Progress) -> Iterator[bytes]:
-    try:
-        image = future.result()
-    except InputError as error:
-        source.skip(index, error)
-    else:
-        key = source.key(index).encode(errors="replace")
-        yield HEAD.pack(label, len(key)) + key + image
-    progress.add(1)
+        yield from next_one()
 
 
 def _prepared(image: bytes, name: str, min_side: int | None) -> bytes:
@@ -177,4 +177,4 @@ def _prepared(image: bytes, name: str, min_side: int | None) -> bytes:
         return image
     file = io.BytesIO()
     Image.fromarray(scale_to(pixels, min_side)).save(file, "jpeg", quality=QUALITY, subsampling=0)
-    return file.getvalue()
+    return min(image, file.getvalue(), key=len)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from dar_jax.config import DataConfig
 from dar_jax.console import printable
-from dar_jax.data.archives import IdxSource
+from dar_jax.data.archives import IdxSource, TarSource
 from dar_jax.data.codes import open_codes
 from dar_jax.data.images import IMAGE_SUFFIXES, EncodedImages
 from dar_jax.data.labels import SPLITS, by_class
@@ -46,7 +46,8 @@ class Source(Protocol):
 
 def held_out(config: DataConfig) -> DataConfig:
     """The same data set in the split to evaluate on: `held_out_split`, or else the usual one; codes as they are."""
-    usual = {"digits": "test", "cifar10": "test", "idx": "test", "folder": "val", "packed": "val", "tfds": "validation"}
+    usual = {"digits": "test", "cifar10": "test", "idx": "test", "tfds": "validation"}
+    usual |= dict.fromkeys(("folder", "packed", "tar"), "val")
     return dataclasses.replace(config, split=config.held_out_split or usual.get(config.source, config.split))
 
 
@@ -87,6 +88,8 @@ def open_source(config: DataConfig) -> Source:
         raise InputError(f"data.path {path} is not a folder" if path.exists() else f"data.path {path} does not exist")
     if config.source == "folder":
         return FolderSource(path, config.split, config.channels, _largest_side(config), config.labels)
+    if config.source == "tar":
+        return TarSource(path, config.split, config.channels, _largest_side(config))
     if config.source == "idx":
         return IdxSource(path, config.split, config.channels, config.dataset)
     return Cifar10Source(path, config.split, config.channels)

@@ -103,7 +103,7 @@ def data_source(name: str) -> DataConfig | None:
     Examples: digits/test, cifar10/train:cifar-10-batches-bin, folder/val/256:imagenet, tfds/train[:10000]/256:imagenet2012.
     Raises InputError where SIZE is missing.
     """
-    match = re.fullmatch(r"(digits|cifar10|idx|folder|packed|tfds)/([^/:\[]+(?:\[[^\]]*\])?)(?:/(\d+))?(?::(.+))?", name)
+    match = re.fullmatch(r"(digits|cifar10|idx|folder|packed|tar|tfds)/([^/:\[]+(?:\[[^\]]*\])?)(?:/(\d+))?(?::(.+))?", name)
     if match is None:
         return None
     source, split, size, place = match.groups()

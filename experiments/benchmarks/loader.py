@@ -1,17 +1,20 @@
 """Does the loader keep up with the accelerators? Images per second and host core, against what the ImageNet recipes need.
 
 Command:  python experiments/benchmarks/loader.py [--images FOLDER] [--workers N] [--json FILE]
-Measures: decoding and each of the crops, and stored codes, through the pipeline that training uses. One core: images for each
-          second of processor time, in threads of one process. This host: images a second with N worker processes.
+Measures: decoding and each of the crops, the same images packed and in a tar, and stored codes, through the pipeline that
+          training uses. One core: images for each second of processor time, in threads of one process. This host: images a
+          second with N worker processes.
 Images:   of a folder, or 64 of 500 x 375 pixels made on the spot: noise with a spectrum like that of photographs, as JPEG of
           quality 90, about 110 KB each, the average of ImageNet. They are read from memory; a disk has to be as fast besides.
 Needs:    floating-point operations of one image, counted in the model, at the share of the peak that is aimed at.
 Time:     about 2 minutes on two CPU cores.
 """
 
+import copy
 import dataclasses
 import math
 import os
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -31,8 +34,10 @@ from PIL import Image
 
 from dar_jax.config import DataConfig, MeshConfig, TransformerTraining
 from dar_jax.data import codes, shards
+from dar_jax.data.archives import TarSource
+from dar_jax.data.packed import open_packed, pack
 from dar_jax.data.pipeline import Batch, batches, elements
-from dar_jax.data.sources import Source, open_source
+from dar_jax.data.sources import FolderSource, Source, open_source
 from dar_jax.data.transforms import center_crop
 from dar_jax.experiment import Experiment, load_experiment
 from dar_jax.files import write_json
@@ -42,6 +47,7 @@ from dar_jax.training.flops import PEAKS, count_flops, model_flops
 
 BATCH = 64
 STORED = 16_384  # images in the folder of codes
+PACKED = 512  # images at most, packed and in a tar
 EXPERIMENTS = Path(__file__).parents[1]
 
 
@@ -81,7 +87,8 @@ def main(images: str | None = None, workers: int = os.cpu_count() or 1, seconds:
     """
     with tempfile.TemporaryDirectory() as folder:
         source = open_source(DataConfig(path=images or write_images(Path(folder) / "images")))
-        readings = image_readings(source) | {"stored codes": stored_codes(Path(folder) / "codes")}
+        readings = image_readings(source) | other_forms(source, Path(folder))
+        readings["stored codes"] = stored_codes(Path(folder) / "codes")
         rates = {name: measure(reading, workers, seconds) for name, reading in readings.items()}
     rows = [row for name, need in needs().items() for row in compare(name, need, rates[need.reading][0])]
     print(source.description if images else "64 images of 500 x 375 pixels, JPEG, about 110 KB each")
@@ -110,19 +117,38 @@ def _needs_table(rows: list[dict[str, Any]]) -> Iterator[str]:
 def image_readings(source: Source) -> dict[str, Callable[[int], Iterator[Batch]]]:
     """What is done with images, by name: a function from a number of worker processes to batches without end."""
 
-    def training(crop: str) -> Callable[[int], Iterator[Batch]]:
-        config = DataConfig(crop=crop, flip=crop == "random")
-        return lambda workers: batches(source, dataclasses.replace(config, workers=workers), batch_size=BATCH, seed=0)
-
     def tokenizing(workers: int) -> Iterator[Batch]:
         config, indices = DataConfig(workers=workers), np.resize(np.arange(len(source)), 10**6)
         return elements(source, config, indices, batch_size=BATCH, crop=lambda image: center_crop(image, 281))
 
     return {
-        "decode, ADM random crop": training("random"),
-        "decode, centre crop": training("center"),
-        "decode, one of ten crops": training("ten_crop"),
+        "decode, ADM random crop": training(source, "random"),
+        "decode, centre crop": training(source, "center"),
+        "decode, one of ten crops": training(source, "ten_crop"),
         "decode, centre crop of 281 to store ten": tokenizing,
+    }
+
+
+def training(source: Source, crop: str) -> Callable[[int], Iterator[Batch]]:
+    """Batches for training with one of the crops."""
+    config = DataConfig(crop=crop, flip=crop == "random")
+    return lambda workers: batches(source, dataclasses.replace(config, workers=workers), batch_size=BATCH, seed=0)
+
+
+def other_forms(source: FolderSource, folder: Path) -> dict[str, Callable[[int], Iterator[Batch]]]:
+    """The first of the images packed, and in a tar as webdataset's, read for the ADM random crop."""
+    few = copy.copy(source)
+    few.files = source.files[:PACKED]
+    pack(few, folder / "packed", "train")
+    with tarfile.open(folder / "images.tar", "w") as tar:
+        for number, file in enumerate(few.files):
+            tar.add(file, f"{number:06d}{Path(file).suffix}")
+            (folder / "label.cls").write_text("0")
+            tar.add(folder / "label.cls", f"{number:06d}.cls")
+    side = DataConfig().image_size
+    return {
+        "packed, decode, ADM random crop": training(open_packed(folder / "packed", "train", smaller_side=side), "random"),
+        "tar, decode, ADM random crop": training(TarSource(folder / "images.tar", "train", 3, side), "random"),
     }
 
 
