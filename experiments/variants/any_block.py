@@ -7,7 +7,7 @@ Command:  dar-jax train experiments/variants/any_block.py --tokenizer runs/digit
           dar-jax evaluate-ar runs/any_block --experiment experiments/variants/any_block.py:halves
 Differs:  from the digits' transformer of the quickstart in the model, the loss and how tokens are found.
 Time:     that of the base, 75 seconds on two CPU cores.
-Result:   docs/variants.md
+Result:   7 of 16 passes for 0.07 bits more a held-out token than one by one (one training). See docs/variants.md.
 
 Slot i of a block of b tokens holds token i - b, one block and not one token before (the condition where there is none), plus a
 vector for the size of the block, and sees its own block and all before it. Tokens of one block are drawn independently. Blocks
@@ -72,10 +72,8 @@ def loss(config, model):
     levels, groups = model.group.bit_length(), model.config.num_tokens // model.group
 
     def loss_fn(params, batch, key, frozen, step):
-        drop_key, dropout_key, base_key, *size_keys = jax.random.split(key, 5)
-        first = jax.random.randint(size_keys[0], (), 0, levels)
-        later = jnp.sort(jax.random.randint(size_keys[1], (groups - 1,), first, levels))
-        level = jnp.append(first, later) * jax.random.bernoulli(base_key, 0.75)
+        drop_key, dropout_key, size_key, base_key = jax.random.split(key, 4)
+        level = jnp.sort(jax.random.randint(size_key, (groups,), 0, levels)) * jax.random.bernoulli(base_key, 0.75)
         sizes = jnp.repeat(2**level, model.group, total_repeat_length=groups * model.group)
         condition = drop_condition(model, batch["condition"], drop_key)
         logits = model.apply({"params": params}, condition, batch["codes"], dropout_key, sizes)

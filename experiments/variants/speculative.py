@@ -7,7 +7,7 @@ Command:  dar-jax sample runs/digits --experiment experiments/variants/speculati
           dar-jax sample runs/digits --experiment experiments/variants/speculative.py:small --labels 3 --seeds 1,2
 Differs:  in how tokens are found (`Method.predict`).
 Time:     the drafter trains in half a minute on two CPU cores.
-Result:   docs/variants.md
+Result:   9.6 of 16 passes for the digits (guidance 2), the same tokens; 8.6 with the drafter. See docs/variants.md.
 
 A token is the argmax of logits plus noise that belongs to its seed and position. W guesses are scored in one pass, each drawn
 again with its own noise: draws are right up to and including the first that differs from its guess, because only right tokens
