@@ -388,7 +388,13 @@ def test_hostile_zips(tmp_path, caplog, monkeypatch):
     """Names that lead outside, the same name twice, sizes that are not true, bombs, wrong checksums, encrypted members."""
     monkeypatch.setattr("dar_jax.data.images.MAX_BYTES", 10_000)
     members = [(f"a/{number}.png", png(number) + b"\0" * 100) for number in range(6)] + [("a/6.png", b"\0" * 10**7)]
-    members += [("../up/1.png", png(7)), ("/root/1.png", png(7)), ("..\\up\\1.png", png(7)), ("a/0.png", png(8))]
+    members += [
+        ("!.txt", b"?"),
+        ("../up/1.png", png(7)),
+        ("/root/1.png", png(7)),
+        ("..\\up\\1.png", png(7)),
+        ("a/0.png", png(8)),
+    ]
     with pytest.warns(UserWarning, match="Duplicate name"):
         path = write_zip(tmp_path / "1.zip", members, compression=zipfile.ZIP_DEFLATED)
     content = bytearray(path.read_bytes())
@@ -406,7 +412,7 @@ def test_hostile_zips(tmp_path, caplog, monkeypatch):
         if number == "4":
             content[place + 8] |= 1
         place += 46 + len(info.filename)
-    path.write_bytes(content)
+    path.write_bytes(content.replace(b"!.txt", b"\0.txt"))  # a name that is empty
     source = ZipSource(path, "train", 3, 1)
     assert [value and value[0] for value in values(source)] == [0, None, 2, None, None, 5, None]
     for message in [

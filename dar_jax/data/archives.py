@@ -380,7 +380,7 @@ class ZipSource(EncodedImages):
         refused: dict[str, list[str]] = {}
         for info in self._zip.infolist():
             name = info.filename
-            if info.is_dir() or not name.lower().endswith(IMAGE_SUFFIXES) or "__MACOSX" in name:
+            if not name.lower().endswith(IMAGE_SUFFIXES) or "__MACOSX" in name:
                 continue
             if _leads_outside(name):
                 refused.setdefault("have names that lead out of it", []).append(name)
