@@ -157,6 +157,20 @@ def test_an_error_of_a_worker_process_is_one_of_this_process(tmp_path):
         take(1, open_source(config), config, batch_size=2, seed=0)
 
 
+class Ending(Numbered):
+    """Element 6 ends the process that reads it."""
+
+    def __getitem__(self, index):
+        if index == 6:
+            os._exit(9)
+        return super().__getitem__(index)
+
+
+def test_the_end_of_a_worker_process_is_one_line():
+    with pytest.raises(InputError, match=r"a worker process .* ended \(.* exit code 9\)"):
+        list(epoch(Ending(9), dataclasses.replace(NUMBERED, workers=1), batch_size=2))
+
+
 def test_epoch_has_every_readable_element_once_in_order(damaged):
     run = list(epoch(open_source(damaged), damaged, batch_size=3))
     assert [batch["valid"].tolist() for batch in run] == [[True, True, False], [True] * 3, [True, False, False]]

@@ -142,7 +142,10 @@ def _with(element: dict[str, Any], name: str, value: np.ndarray) -> dict[str, An
 
 
 def _iterate(dataset: grain.MapDataset, workers: int) -> Iterator[Batch]:
-    """The elements of a data set in order, prefetched by threads of this process or by worker processes."""
+    """The elements of a data set in order, prefetched by threads of this process or by worker processes.
+
+    Raises InputError where a worker process is ended from outside, as it is where memory is short.
+    """
     if workers:
         if not flags.FLAGS.is_parsed():  # grain reads its own flags before it starts workers
             flags.FLAGS.mark_as_parsed()
@@ -154,6 +157,13 @@ def _iterate(dataset: grain.MapDataset, workers: int) -> Iterator[Batch]:
     iterator = iter(ahead)
     try:
         yield from iterator
+    except RuntimeError as error:
+        if not str(error).startswith("Worker process was terminated"):
+            raise
+        raise InputError(
+            f"a worker process that reads the data ended ({str(error).partition('.')[0]}); where memory is short, set "
+            "data.workers to fewer"
+        ) from error
     finally:
         iterator.close()
 
