@@ -416,9 +416,18 @@ def test_a_closed_pipe_ends_a_command_without_a_word(runs, arguments):
 
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/a/b")
+PATHS = ValueError(f'writing "x/zarr.json" in "/a/b": {FULL.strerror}')
 
 
-@pytest.mark.parametrize("error", [FULL, ValueError(f"writing '/a/b': {FULL}"), ExceptionGroup("many", [KeyError(), FULL])])
+@pytest.mark.parametrize(
+    "error",
+    [
+        FULL,
+        ValueError(f"writing '/a/b': {FULL}"),
+        ExceptionGroup("many", [KeyError(), FULL]),
+        ValueError(f'"x/zarr.json" at "/a/b": {FULL.strerror}'),
+    ],
+)
 def test_a_full_disk_is_one_line(monkeypatch, capfd, error):
     def run(self):
         raise RuntimeError("it failed") from error
@@ -428,13 +437,20 @@ def test_a_full_disk_is_one_line(monkeypatch, capfd, error):
     assert capfd.readouterr().err.startswith("dar-jax: cannot write /a/b: No space left on device;")
 
 
-def test_a_checkpoint_on_a_full_disk_is_one_line(tmp_path):
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", TOKENIZER, *TINY_TOKENIZER, "--train.steps", "1"],
+        ["import", str(ROOT / "tests/golden/tokenizer_checkpoint.pt")],
+    ],
+)
+def test_a_checkpoint_on_a_full_disk_is_one_line(command, tmp_path):
     """Here no file may have more than 16 KB. Several files are written at once; of those that end later nothing is said."""
     code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14)); "
     code += "from dar_jax.cli.main import main; sys.exit(main())"
-    train = ["train", TOKENIZER, "--workdir", str(tmp_path), *TINY_TOKENIZER, "--train.steps", "1"]
+    arguments = [sys.executable, "-c", code, *command, "--workdir", str(tmp_path)]
     environment = os.environ | {"XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "0"}
-    process = subprocess.run([sys.executable, "-c", code, *train], cwd=ROOT, env=environment, capture_output=True, text=True)
+    process = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert process.returncode == 2 and process.stderr.count("\n") == 1, process.stderr
     assert process.stderr.startswith("dar-jax: cannot write") and "File too large;" in process.stderr
 

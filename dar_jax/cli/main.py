@@ -77,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("dar_jax").setLevel(logging.INFO)
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where there is no home folder for its cache
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports there what it raises besides
+    for name in ("absl", "asyncio"):  # Orbax reports there what it raises besides
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module=r"orbax\.")
     warnings.filterwarnings("ignore", message="coroutine 'async_serialize_from_host", category=RuntimeWarning)
     sys.unraisablehook = _hide_abandoned_writes
@@ -249,7 +250,7 @@ def _disk_full(error: BaseException | None, depth: int = 0) -> str | None:
         return None
     for text in map(os.strerror, FULL):
         if text in str(error):
-            path = re.search(r"/[^\s\"'\]:]+", str(error))
+            path = re.search(r"(?<![^\s\"'\[])/[^\s\"'\]:]+", str(error))
             return f"cannot write{f' {path[0]}' if path else ''}: {text}; make room, then give the command again"
     causes = [*getattr(error, "exceptions", ()), error.__cause__, error.__context__]
     return next((full for cause in causes if (full := _disk_full(cause, depth + 1)) is not None), None)
