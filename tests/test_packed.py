@@ -120,7 +120,7 @@ def test_a_folder(folder, without_the_damaged, tmp_path, capsys, caplog):
         given = {"source": "packed", "path": str(tmp_path / "packed"), "workers": workers}
         require_equal(three_batches(**given), three_batches(path=str(without_the_damaged)))
     require_equal(three_batches(**given, split="val"), three_batches(path=str(folder), split="val"))
-    with pytest.raises(InputError, match="train holds the split train, not test; give that as data.split"):
+    with pytest.raises(InputError, match="train holds the split train, not test; give train as data.split or"):
         open_packed(tmp_path / "packed" / "train", "test")
 
 

@@ -98,7 +98,10 @@ def open_packed(
     """
     records = open_shards(path, PackedInfo, split, verify)
     if records.info.split != split:
-        raise InputError(f"{records.folder} holds the split {records.info.split}, not {split}; give that as data.split")
+        there = records.info.split
+        raise InputError(
+            f"{records.folder} holds the split {there}, not {split}; give {there} as data.split or data.held_out_split"
+        )
     for start in records.starts:
         records[start]
     return PackedSource(records, channels, smaller_side)
