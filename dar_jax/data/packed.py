@@ -99,9 +99,8 @@ def open_packed(
     records = open_shards(path, PackedInfo, split, verify)
     if records.info.split != split:
         there = records.info.split
-        raise InputError(
-            f"{records.folder} holds the split {there}, not {split}; give {there} as data.split or data.held_out_split"
-        )
+        hint = f"give {there} as data.split or data.held_out_split"
+        raise InputError(f"{records.folder} holds the split {there}, not {split}; {hint}")
     for start in records.starts:
         records[start]
     return PackedSource(records, channels, smaller_side)
