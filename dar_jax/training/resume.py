@@ -8,10 +8,11 @@ from dar_jax.errors import InputError, one_line
 from dar_jax.experiment import Experiment
 from dar_jax.training.checkpoint import Info
 
-# Settings that have no influence on what is learnt, and those of a model that have none on its parameters.
+# Settings that have no influence on what is learnt (a tokenizer with other weights is refused elsewhere), and those of a model
+# that have none on its parameters.
 HARMLESS = re.compile(
-    r"name|tokenizer|mesh\..*|sampling\..*|data\.(path|workers|verify|held_out_split)|train\.(remat|log_every|\w*checkpoint\w*|keep_every|"
-    r"sample_every|evaluate_\w+|profile|peak_flops)"
+    r"name|tokenizer|mesh\..*|sampling\..*|data\.(path|workers|verify|held_out_split)|"
+    r"train\.(remat|log_every|\w*checkpoint\w*|keep_every|sample_every|evaluate_\w+|profile|peak_flops)"
 )
 TRAINING_ONLY = re.compile(r"model\.(\w+_dropout|init_std|gate_init)")
 EFFECT = " (changes what is learnt from here on)"
