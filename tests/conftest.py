@@ -111,7 +111,7 @@ def tiny_run(tmp_path_factory, tiny_tokenizer):
 
 
 @pytest.fixture(scope="session")
-def serve_engine(tiny_run):
+def engine(tiny_run):
     """The engine of `dar-jax serve` over the tiny run, for up to four samples at a time on one device."""
     from serving import wait_for
 
@@ -125,3 +125,15 @@ def serve_engine(tiny_run):
     yield engine
     engine.close()
     assert not engine._thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def url(engine):
+    """The address of `dar-jax serve` over that engine."""
+    from serving import Served
+
+    from dar_jax.serve.app import make_app
+
+    served = Served(make_app(engine))
+    yield served.url
+    served.close()

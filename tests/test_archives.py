@@ -391,7 +391,7 @@ def test_hostile_zips(tmp_path, caplog, monkeypatch):
     members += [
         ("!.txt", b"?"),
         ("../up/1.png", png(7)),
-        ("/root/1.png", png(7)),
+        ("/absolute/1.png", png(7)),
         ("..\\up\\1.png", png(7)),
         ("a/0.png", png(8)),
     ]

@@ -33,20 +33,8 @@ GENERATIONS, EDITS, TOKENS = (f"/v1/images/{name}" for name in ("generations", "
 
 
 @pytest.fixture(scope="module")
-def engine(serve_engine):
-    return serve_engine
-
-
-@pytest.fixture(scope="module")
 def trained(engine):
     return engine.trained
-
-
-@pytest.fixture(scope="module")
-def url(engine):
-    served = Served(make_app(engine))
-    yield served.url
-    served.close()
 
 
 @pytest.fixture(scope="module")

@@ -34,11 +34,6 @@ PREFIX = tuple(range(20, 36))
 
 
 @pytest.fixture(scope="module")
-def engine(serve_engine):
-    return serve_engine
-
-
-@pytest.fixture(scope="module")
 def trained(engine):
     return engine.trained
 

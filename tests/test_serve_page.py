@@ -15,17 +15,6 @@ SECONDS = 120_000  # at most, in milliseconds; machines may be busy
 
 
 @pytest.fixture(scope="module")
-def url(serve_engine):
-    from serving import Served
-
-    from dar_jax.serve.app import make_app
-
-    served = Served(make_app(serve_engine))
-    yield served.url
-    served.close()
-
-
-@pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
