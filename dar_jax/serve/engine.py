@@ -266,7 +266,7 @@ class Engine:
                 continue
             with self._news:
                 self._news.wait_for(work)
-                calls, self._calls = self._calls, collections.deque()
+                calls = [self._calls.popleft()] if self._calls else []  # one, so that `stop` still reaches the others
             for function, future in calls:
                 _complete(future, function)
             self._leave()
