@@ -1,10 +1,12 @@
 """Files that are written completely or not at all."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +17,11 @@ from etils import epath
 
 from dar_jax.errors import InputError
 
+# Errors of reading that say nothing about what a file holds: of this system, and of buckets.
+CIRCUMSTANCES = re.compile(
+    "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|RESOURCE_EXHAUSTED|DEADLINE_EXCEEDED|"
+    + "|".join(map(os.strerror, (errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE)))
+)
 ON_HUB = "hf://"  # what names on the Hugging Face Hub begin with, see `weights.hub`
 
 
@@ -126,3 +133,11 @@ def hash_file(path: str | os.PathLike) -> str:
     """The SHA-256 of a file, on a disk or in a bucket, in hexadecimal."""
     with epath.Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damaged(path: str | os.PathLike, reason: object, advice: str, what: str = "is damaged") -> InputError:
+    """The error for a file that cannot be read for this reason: that it `is damaged`, with advice, unless the reason is one of
+    CIRCUMSTANCES, which says nothing about what it holds."""
+    if CIRCUMSTANCES.search(str(reason)):
+        return InputError(f"{path} cannot be read: {reason}")
+    return InputError(f"{path} {what}: {reason}; {advice}")

@@ -1,5 +1,6 @@
 """Images that are not files of their own: tars, zip archives, Parquet and idx files, well-formed, damaged and hostile."""
 
+import errno
 import gzip
 import hashlib
 import io
@@ -12,6 +13,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as arrow
@@ -21,7 +23,9 @@ from pyarrow import parquet
 
 from dar_jax.config import DataConfig
 from dar_jax.data import archives
-from dar_jax.data.archives import FASHION, ParquetSource, TarSource, ZipSource, archive_files
+from dar_jax.data import idx as idx_files
+from dar_jax.data.archives import ParquetSource, TarSource, ZipSource, archive_files
+from dar_jax.data.idx import FASHION
 from dar_jax.data.pipeline import batches
 from dar_jax.data.sources import held_out, open_source
 from dar_jax.errors import InputError
@@ -79,7 +83,7 @@ def test_which_of_the_family(tmp_path, monkeypatch):
     config = write_idx(tmp_path / "idx")
     assert open_source(DataConfig(source="idx", path=config.path, dataset="kmnist")).class_names[1] == "ki"
     labels = gzip.decompress((tmp_path / "idx" / "train-labels-idx1-ubyte.gz").read_bytes())
-    monkeypatch.setattr(archives, "FASHION_LABELS", {hashlib.sha256(labels).hexdigest()})
+    monkeypatch.setattr(idx_files, "FASHION_LABELS", {hashlib.sha256(labels).hexdigest()})
     assert open_source(config).class_names == FASHION
     with pytest.raises(InputError, match="data.dataset is cifar10, .*mnist, fashion-mnist, kmnist, emnist-letters"):
         open_source(DataConfig(source="idx", path=config.path, dataset="cifar10"))
@@ -539,3 +543,18 @@ def test_without_pyarrow(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="holds no Parquet files"):
         monkeypatch.undo()
         ParquetSource(tmp_path, "train", 3, 1)
+
+
+def test_what_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    sources = {
+        "gzip.open": lambda: open_source(write_idx(tmp_path / "idx")),
+        "tarfile.open": lambda: TarSource(tar, "train", 3, 1),
+        "pyarrow.parquet.ParquetFile": lambda: ParquetSource(rows, "train", 3, 1),
+    }
+    tar, rows = write_tar(tmp_path / "1.tar", sample("a", 0, 0)), write_parquet(tmp_path / "1.parquet", ROWS)
+    for function, read in sources.items():
+        for number in (errno.EACCES, errno.EMFILE, errno.EIO):
+            with monkeypatch.context() as patch:
+                patch.setattr(function, Mock(side_effect=OSError(number, os.strerror(number))))
+                with pytest.raises(InputError, match=f"cannot be read: .*{os.strerror(number)}$"):
+                    read()

@@ -10,7 +10,6 @@ different shards of one folder. The folder may be in a bucket (`gs://...`).
 """
 
 import dataclasses
-import errno
 import json
 import os
 import random
@@ -28,10 +27,9 @@ from grain.sources import ArrayRecordDataSource
 from dar_jax.config import INT32, Count, Range, checked
 from dar_jax.console import Progress
 from dar_jax.errors import InputError
-from dar_jax.files import hash_file, replacing, size_of, write_json
+from dar_jax.files import damaged, hash_file, replacing, size_of, write_json
 
 MAX_JSON = 1 << 24  # bytes of a description
-CIRCUMSTANCES = (errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE)  # say nothing about what a file holds
 
 
 @dataclass(frozen=True)
@@ -308,10 +306,7 @@ def _shard_file(folder: epath.Path, shard: int) -> epath.Path:
 
 
 def _damaged(path: epath.Path, info: ShardsInfo, reason: object) -> InputError:
-    if any(os.strerror(number) in str(reason) for number in CIRCUMSTANCES):
-        return InputError(f"{path} cannot be read: {reason}")
-    again = f"delete this file and {info.AGAIN} again, which writes only what is missing"
-    return InputError(f"{path} is damaged: {reason}; {again}")
+    return damaged(path, reason, f"delete this file and {info.AGAIN} again, which writes only what is missing")
 
 
 def _write_info(folder: epath.Path, info: ShardsInfo, shards: list[Shard] | None) -> None:

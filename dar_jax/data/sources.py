@@ -14,8 +14,9 @@ from PIL import Image
 
 from dar_jax.config import DataConfig
 from dar_jax.console import printable
-from dar_jax.data.archives import IdxSource, TarSource
+from dar_jax.data.archives import TarSource
 from dar_jax.data.codes import open_codes
+from dar_jax.data.idx import IdxSource
 from dar_jax.data.images import IMAGE_SUFFIXES, EncodedImages
 from dar_jax.data.labels import SPLITS, by_class
 from dar_jax.data.packed import open_packed

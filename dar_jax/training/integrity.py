@@ -9,7 +9,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,15 +18,11 @@ import jax
 from etils import epath
 
 from dar_jax.errors import InputError, one_line
-from dar_jax.files import size_of
+from dar_jax.files import CIRCUMSTANCES, size_of
 from dar_jax.parallel import hosts
 
 CHECKSUMS = "files.json"
 MOST_JSON = 64 * 2**20  # bytes that are read of a JSON file
-# Errors of reading that say nothing about what the files hold.
-CIRCUMSTANCES = re.compile(
-    "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|RESOURCE_EXHAUSTED|DEADLINE_EXCEEDED|Too many open files|Input/output error"
-)
 
 
 def write_checksums(checkpoint: epath.Path) -> None:
