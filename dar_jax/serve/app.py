@@ -62,10 +62,6 @@ SMALL = 1 << 14  # bytes of an image that is encoded at once, which takes less t
 CODERS = 4  # images being read at a time
 
 HTTP_MESSAGES = {404: "there is no such page", 405: "this page does not take this method"}
-PAGE_POLICY = (
-    "default-src 'self'; script-src {script}; style-src {style}; img-src 'self' data: blob:; object-src 'none'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -176,18 +172,22 @@ class Guard:
         return self.token is None or hmac.compare_digest(given, self.token)
 
 
+def _digest(tag: str) -> str:
+    """The name of the page's own script or style in a content security policy."""
+    text = re.search(f"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)[1]
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
 PAGE = Path(__file__).with_name("page.html").read_text()
+PAGE_POLICY = (
+    f"default-src 'self'; script-src {_digest('script')}; style-src {_digest('style')}; img-src 'self' data: blob:; "
+    "object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 async def page(request: HttpRequest) -> HTMLResponse:
     """The page, whose own script and style are the only ones that may run."""
-
-    def digest(tag: str) -> str:
-        text = re.search(f"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)[1]
-        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-    policy = PAGE_POLICY.format(script=digest("script"), style=digest("style"))
-    return HTMLResponse(PAGE, headers={"content-security-policy": policy})
+    return HTMLResponse(PAGE, headers={"content-security-policy": PAGE_POLICY})
 
 
 class Mailbox:
