@@ -177,6 +177,16 @@ def test_passes_are_those_of_each_sample_alone(opened):
     assert calls[0] == all_calls[3] and len(set(all_calls.tolist())) > 1
 
 
+def test_passes_are_reported_where_a_fork_finds_the_tokens(opened, caplog):
+    seeds = np.arange(6)
+    with caplog.at_level("INFO", "dar_jax"):
+        (base,) = sample(opened(None), seeds % 10, seeds, SamplingConfig((2, 2)))
+        assert (base.calls == 16).all() and "passes" not in caplog.text
+        (fork,) = sample(opened("speculative"), seeds % 10, seeds, SamplingConfig((2, 2)))
+    mean, most = fork.calls.mean(), fork.calls.max()
+    assert 2 <= mean < 16 and f"{mean:.1f} passes of the transformer a sample, at most {most}" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["speculative", "group_parallel", "any_block"])
 def test_a_sample_does_not_depend_on_its_batch(name, trained, one_device):
     fork = load_sampler(trained(name), load_experiment(path_of(name)), mesh=one_device)
