@@ -52,6 +52,7 @@ Devices = Annotated[int, Range(1, 2**20, also=(-1, "what the others leave"))]
 Share = Annotated[float, Range(0, 1)]
 Decay = Annotated[float, Range(0, 0.999999)]  # a share below 1
 Weight = Annotated[float, Range(0, 1e6)]
+Power = Annotated[float, Range(0, 10)]
 Positive = Annotated[float, Range(1e-6, 1e6)]
 RopeBase = Annotated[float, Range(1, 1e9)]
 LearningRate = Annotated[float, Range(0, 1000)]
@@ -204,8 +205,9 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, clipping, the learning-rate schedule and the moving average of the weights."""
+    """The optimizer, clipping, the learning-rate schedule and the moving average of the weights."""
 
+    name: Literal["adamw", "muon"] = "adamw"  # muon: of the matrices in blocks; everything else is left to AdamW
     learning_rate: LearningRate = 2e-4
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up
     warmup_steps: Step = 0
@@ -226,6 +228,10 @@ class TokenizerLossConfig:
     """
 
     flow: Weight = 1.0
+    flow_power: Power = (
+        0.0  # images count by (1 - t')^power, with mean 1; 0: the paper's; 2: error of the image, not the velocity
+    )
+    final_flow_power: Power | None = None  # where the power ends, having changed linearly over the run; None: where it starts
     codebook: Weight = 1.0
     commitment: Weight = 0.25
     entropy: Weight = 0.0

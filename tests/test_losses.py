@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dar_jax.config import TokenizerLossConfig, TokenizerTraining, VelocityConfig
+from dar_jax.config import TokenizerLossConfig, TokenizerTraining, TrainConfig, VelocityConfig
+from dar_jax.errors import InputError
 from dar_jax.features.dinov2 import Dinov2, Dinov2Config, preprocess
 from dar_jax.features.vgg_lpips import Lpips
+from dar_jax.models.flow import Path
 from dar_jax.models.quantizer import entropy_loss
 from dar_jax.training import losses
-from dar_jax.training.losses import feature_terms, tokenizer_loss
+from dar_jax.training.losses import feature_terms, flow_weight, tokenizer_loss
 
 IMAGES = jnp.tanh(jax.random.normal(jax.random.key(8), (64, 8, 8, 1)))
 
@@ -38,6 +40,33 @@ def test_terms_weights_and_counts(tiny_tokenizer):
     assert int(metrics["code_counts"].sum()) == 64 * 16
     doubled = TokenizerLossConfig(flow=2.0, codebook=0.0, commitment=0.0)
     assert float(loss_of(model, params, key, doubled)[0]) == pytest.approx(2 * parts[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("last", [None, 0.0])
+def test_flow_power_measures_images(tiny_tokenizer, last):
+    """Power 2 is the error of the image, over the mean of (1 - t')^2; with a final power of 0 the run ends at the paper's."""
+    model, params = tiny_tokenizer()
+    config = TokenizerTraining(loss=TokenizerLossConfig(flow_power=2, final_flow_power=last), train=TrainConfig(steps=11))
+    key, times = jax.random.key(0), jax.random.uniform(jax.random.split(jax.random.key(0))[0], (64,))
+    noise = jax.random.normal(jax.random.split(key)[1], IMAGES.shape)
+    output = model.apply({"params": params}, IMAGES, times, noise)
+    shifted = times / (times + 2 * (1 - times))
+    mean = 4 * (1.5 - 2 * np.log(2))  # of (1 - t')^2, t uniform, by hand
+    weights = flow_weight(config, model)(output.times, jnp.int32(0))
+    np.testing.assert_allclose(weights, (1 - shifted) ** 2 / mean, rtol=0.01)
+    loss = tokenizer_loss(config, model)
+    flow = [float(loss(params, {"image": IMAGES}, key, {}, jnp.int32(step))[1]["flow"]) for step in (0, 10)]
+    of_images = float(jnp.square(output.image - IMAGES).mean()) / mean
+    plain = float(jnp.square(output.velocity - output.target).mean()) / model.config.velocity.data_std**2
+    assert flow[0] == pytest.approx(of_images, rel=0.01)
+    assert flow[1] == pytest.approx(of_images if last is None else plain, rel=0.01)
+
+
+def test_a_weight_of_the_path_and_a_flow_power_exclude_each_other(tiny_tokenizer):
+    model, _ = tiny_tokenizer()
+    model = model.copy(path=Path(weight=jnp.ones_like))
+    with pytest.raises(InputError, match="leave loss.flow_power at 0"):
+        flow_weight(TokenizerTraining(loss=TokenizerLossConfig(flow_power=2)), model)
 
 
 def test_times_and_noise_follow_the_key(tiny_tokenizer):

@@ -14,6 +14,7 @@ from dar_jax.evaluation.metrics import (
     RunningScore,
     code_statistics,
     frechet_distance,
+    pooled_pixels,
     precision_recall,
     ssim,
 )
@@ -177,10 +178,19 @@ def test_ssim():
 
 
 def test_code_statistics():
-    uniform = code_statistics(np.array([5, 0, 5, 5, 5, 0, 0, 0]))
+    uniform = code_statistics(np.array([[5, 0, 5, 5, 5, 0, 0, 0]]))
     assert (uniform.usage, uniform.entropy) == pytest.approx((0.5, 2))
-    skewed = code_statistics(np.array([3, 1]))
+    by_place = code_statistics(np.array([[2, 2, 0, 0], [0, 0, 4, 0]]))  # half a code is known from its place
+    assert (by_place.usage, by_place.entropy, by_place.entropy_at_position) == pytest.approx((0.75, 1.5, 0.5))
+    skewed = code_statistics(np.array([[3, 1]]))
     assert (skewed.usage, skewed.entropy) == pytest.approx((1, 2 - 0.75 * np.log2(3)))
-    assert code_statistics(np.array([0, 7])).entropy == 0
+    assert code_statistics(np.array([[0, 7]])).entropy == 0
     with pytest.raises(InputError, match="no codes"):
-        code_statistics(np.zeros(4, int))
+        code_statistics(np.array([[1, 1], [0, 0]]))
+
+
+def test_pooled_pixels():
+    small = rng().integers(0, 256, (3, 8, 8, 1), np.uint8)
+    np.testing.assert_allclose(pooled_pixels(small), small.reshape(3, -1) / 127.5 - 1)
+    np.testing.assert_allclose(pooled_pixels(np.repeat(np.repeat(small, 4, 1), 4, 2)).mean(1), pooled_pixels(small).mean(1))
+    assert pooled_pixels(np.zeros((2, 28, 28, 3), np.uint8)).shape == (2, 192)

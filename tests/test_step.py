@@ -36,13 +36,13 @@ from dar_jax.training.step import make_train_step
 
 CONFIG = dataclasses.replace(
     stand_in.config,
-    optimizer=OptimizerConfig(1e-3, weight_decay=0.1, ema_decay=0.5),
+    optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, ema_decay=0.5),
     train=TrainConfig(steps=10, batch_size=16),
 )
 
 
 SLOW = dataclasses.replace(
-    CONFIG, optimizer=OptimizerConfig(1e-4, weight_decay=0.1), train=TrainConfig(steps=30, batch_size=16)
+    CONFIG, optimizer=OptimizerConfig(learning_rate=1e-4, weight_decay=0.1), train=TrainConfig(steps=30, batch_size=16)
 )
 SPLITS = [(data, fsdp, 8 // data // fsdp) for data in (1, 2, 4, 8) for fsdp in (1, 2, 4, 8) if 8 % (data * fsdp) == 0]
 
@@ -133,6 +133,13 @@ def test_tokenizer_learns_the_same_on_any_mesh(sizes):
 @pytest.mark.parametrize("sizes", SPLITS, ids=str)
 def test_transformer_learns_the_same_on_any_mesh(sizes):
     require_same_as_on_one_device(transformer, sizes)
+
+
+def test_muon_learns_the_same_on_a_mesh():
+    config = dataclasses.replace(SLOW, optimizer=dataclasses.replace(SLOW.optimizer, name="muon"))
+    (one, expected), (many, found) = (run(*tokenizer(), sizes, config, steps=5) for sizes in ((1, 1, 1), (2, 2, 2)))
+    np.testing.assert_allclose([m["loss"] for m in found], [m["loss"] for m in expected], rtol=1e-5)
+    jax.tree_util.tree_map_with_path(require_close, many[1].opt_state, one[1].opt_state)
 
 
 @pytest.fixture

@@ -121,7 +121,7 @@ def test_evaluate_commands(tiny_run, reference, tmp_path, capsys, monkeypatch):
 
 def test_what_evaluate_tokenizer_measures(tiny_tokenizer, tmp_path):
     from dar_jax.config import DataConfig, TokenizerTraining
-    from dar_jax.evaluation.metrics import ssim
+    from dar_jax.evaluation.metrics import Moments, frechet_distance, pooled_pixels, ssim
     from dar_jax.evaluation.tokenizer import LpipsWeights, evaluate_tokenizer
     from dar_jax.features.vgg_lpips import Lpips
     from dar_jax.inference.reconstruct import reconstruct
@@ -149,6 +149,10 @@ def test_what_evaluate_tokenizer_measures(tiny_tokenizer, tmp_path):
     report = evaluate_tokenizer(trained, Noise(), data, extractor, LpipsWeights(lpips, "random"), batch_size=8, seed=3)
     decoded = reconstruct(trained, Noise.images, np.arange(3, 8)).images
     np.testing.assert_allclose(report["psnr"], psnr(Noise.images, decoded).mean())
+    assert abs(report["psnr"] - report["psnr_without_noise"]) > 1e-3
+    moments = [Moments(x.mean(0), np.cov(x, rowvar=False), 5) for x in map(pooled_pixels, (Noise.images, decoded))]
+    np.testing.assert_allclose(report["pixel_distance"], frechet_distance(*moments).value, rtol=1e-6)
+    assert 0 <= report["bits_per_image"] == 16 * report["entropy_at_position"] <= 16 * np.log2(5)
     np.testing.assert_allclose(report["ssim"], np.mean(ssim(Noise.images, decoded)), rtol=1e-5)
     pair = [np.repeat(x, 3, axis=-1) / 127.5 - 1 for x in (Noise.images, decoded)]
     np.testing.assert_allclose(report["lpips"], np.mean(Lpips().apply({"params": lpips}, *pair)), rtol=1e-4)

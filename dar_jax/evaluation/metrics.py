@@ -237,16 +237,37 @@ def _blur(x: Array) -> Array:
 
 @dataclass(frozen=True)
 class CodeStatistics:
-    """The use of a codebook: share of the codes that occur, and entropy of their frequencies in bits."""
+    """The use of a codebook: share of the codes that occur, and entropies of their frequencies in bits.
+
+    `entropy` is that of all codes together, `entropy_at_position` the mean of those at each position: H(code | position), which
+    says how much of a code is not known from its place alone.
+    """
 
     usage: float
     entropy: float
+    entropy_at_position: float
 
 
 def code_statistics(counts: np.ndarray) -> CodeStatistics:
-    """Args: counts, how often each code occurs, integers [K]. Raises InputError if none does."""
+    """Args: counts, how often each code occurs at each position, integers [T, K]. Raises InputError if one has none."""
     counts = np.asarray(counts, np.float64)
-    if not counts.sum() > 0:
+    if not np.all(counts.sum(axis=1) > 0):
         raise InputError("no codes were counted, so there is nothing to say about their use")
-    entropy = max(0.0, -_p_log_p(counts / counts.sum()) / np.log(2))
-    return CodeStatistics(float(np.mean(counts > 0)), float(entropy))
+
+    def entropy(counts: np.ndarray) -> float:
+        return max(0.0, -_p_log_p(counts / counts.sum()) / np.log(2))
+
+    at_position = np.mean([entropy(row) for row in counts])
+    return CodeStatistics(float(np.mean(counts.any(axis=0))), entropy(counts.sum(axis=0)), float(at_position))
+
+
+def pooled_pixels(images: np.ndarray) -> np.ndarray:
+    """uint8 [N, H, W, C] -> float64 [N, D] in [-1, 1]: the pixels, of larger images averaged to 8 x 8, as plain features.
+
+    Their Fréchet distance needs no network and tells recipes apart on small images; it is not FID.
+    """
+    size = min(8, images.shape[1]), min(8, images.shape[2])
+    if images.shape[1:3] != size:
+        shape = (len(images), *size, images.shape[3])
+        images = jax.image.resize(np.asarray(images, np.float32), shape, "linear", antialias=True)
+    return np.asarray(images, np.float64).reshape(len(images), -1) / 127.5 - 1

@@ -1,9 +1,10 @@
-"""The quality of a tokenizer's reconstructions: PSNR, SSIM, LPIPS, rFID, and the use of its codebook.
+"""The quality of a tokenizer's reconstructions: PSNR, SSIM, LPIPS, Fréchet distances, and what its codes carry.
 
 Shapes: B images, H W pixels, C channels, V codes.
 """
 
 import collections
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -30,14 +31,20 @@ from dar_jax.models.pixels import to_float
 from dar_jax.parallel.batches import over_batches
 from dar_jax.weights.published import resolve
 
-NAMES = {
+FROM_ZERO = 1024  # images decoded from x = 0
+
+NAMES = {  # psnr_without_noise is of the first FROM_ZERO images; bits_per_image is T times the entropy of a code at a position
     "psnr": "PSNR (dB)",
+    "psnr_without_noise": "PSNR from x = 0 (dB)",
     "ssim": "SSIM",
     "lpips": "LPIPS (VGG16)",
     "rfid": "rFID",
     "rsfid": "rsFID",
+    "pixel_distance": "distance of pixels",
     "codebook_usage": "codes in use",
     "codebook_entropy": "entropy of codes (bits)",
+    "entropy_at_position": "at a position (bits)",
+    "bits_per_image": "bits per image, at most",
 }
 
 
@@ -94,7 +101,8 @@ def evaluate_tokenizer(
     if extractor is None:
         left_out["rfid"] = left_out["rsfid"] = "there are no weights of Inception"
     sides = [] if extractor is None else [RunningStatistics(extractor.network, total, 0) for _ in range(2)]
-    counts = np.zeros(config.codebook_size, np.int64)
+    pixels = [metrics.RunningMoments() for _ in range(2)]
+    counts = np.zeros((config.num_tokens, config.codebook_size), np.int64)
 
     def measure_pairs(originals: jax.Array, decoded: jax.Array) -> dict[str, jax.Array]:
         return {name: measure(originals, decoded) for name, measure in measures.items()}
@@ -107,8 +115,10 @@ def evaluate_tokenizer(
         for result, values in over_batches(measure_pairs, pairs, size, trained.mesh):
             for name, value in {"psnr": result.psnr, **values}.items():
                 of_each[name].append(value)
+            for moments, images in zip(pixels, (result.originals, result.images)):
+                moments.add(metrics.pooled_pixels(images))
             if result.codes is not None:
-                counts[:] += np.bincount(result.codes.reshape(-1), minlength=len(counts))
+                np.add.at(counts, (np.arange(counts.shape[0]), result.codes), 1)
             yield from zip(sides, (result.originals, result.images))
 
     if extractor is None:
@@ -118,6 +128,9 @@ def evaluate_tokenizer(
     images = sum(map(len, of_each["psnr"]))
     if images == 0:
         raise InputError(f"none of the {total} images can be read: {source.description}")
+    from_zero = seeds[:FROM_ZERO]
+    for _, result in reconstruct_source(noiseless(trained), source, data, "from x = 0", from_zero, sampling, batch_size):
+        of_each["psnr_without_noise"].append(result.psnr)
 
     report = {name: float(np.mean(np.concatenate(values))) for name, values in of_each.items()}
     if sides and images == 1:
@@ -127,11 +140,17 @@ def evaluate_tokenizer(
         real, fake = (side.result(source.description, shape) for side in sides)
         report["rfid"] = metrics.frechet_distance(real.pool, fake.pool).value
         report["rsfid"] = metrics.frechet_distance(real.spatial, fake.spatial).value
+    if images > 1:
+        report["pixel_distance"] = metrics.frechet_distance(*(moments.result() for moments in pixels)).value
+    else:
+        left_out["pixel_distance"] = "it needs more than one image"
     if config.vq_enable:
         codes = metrics.code_statistics(counts)
         report |= {"codebook_usage": codes.usage, "codebook_entropy": codes.entropy}
+        report |= {"entropy_at_position": codes.entropy_at_position}
+        report |= {"bits_per_image": config.num_tokens * codes.entropy_at_position}
     else:
-        left_out["codebook_usage"] = left_out["codebook_entropy"] = "the tokenizer is continuous"
+        left_out |= dict.fromkeys(("codebook_usage", "codebook_entropy", "bits_per_image"), "the tokenizer is continuous")
     notes = []
     if "rfid" in report and images < FEW:
         notes.append(f"rFID of {images:,} images is biased upwards, about as 1 / N: compare it only at equal numbers")
@@ -160,6 +179,16 @@ def table(report: dict[str, Any]) -> str:
     rows += [(title, text) for title, text in report["weights"].items() if text]
     rows += [("left out", f"{NAMES[name]}: {why}") for name, why in report["left_out"].items()]
     return columns([*rows, *(("note", note) for note in report["notes"])])
+
+
+def _zeros(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.zeros((len(keys), *shape))
+
+
+def noiseless(trained: Trained) -> Trained:
+    """The same networks, denoising from x = 0 instead of noise: nearly the mean of what the noises lead to."""
+    method = dataclasses.replace(trained.networks.method, noise=_zeros)
+    return dataclasses.replace(trained, networks=dataclasses.replace(trained.networks, method=method))
 
 
 _ssim = jax.jit(metrics.ssim)

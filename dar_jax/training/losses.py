@@ -14,6 +14,7 @@ import optax
 from jax import Array
 
 from dar_jax.config import TokenizerLossConfig, TokenizerTraining, TransformerTraining
+from dar_jax.errors import require
 from dar_jax.experiment import LossFn
 from dar_jax.features.dinov2 import Dinov2, Dinov2Config, preprocess
 from dar_jax.features.vgg_lpips import Lpips
@@ -37,6 +38,7 @@ def tokenizer_loss(config: TokenizerTraining, model: Tokenizer, terms: Sequence[
     if config.loss.lpips != 0 or config.loss.repa != 0:
         terms = (feature_terms(config.loss, model.dtype), *terms)
     return_repa = bool(terms) and model.config.velocity.has_repa
+    weight = flow_weight(config, model)
 
     def loss_fn(params: Params, batch: dict[str, Array], key: Array, frozen: dict, step: Array) -> tuple[Array, Metrics]:
         images = batch["image"]
@@ -44,7 +46,7 @@ def tokenizer_loss(config: TokenizerTraining, model: Tokenizer, terms: Sequence[
         times = model.path.draw(time_key, (len(images),))
         noise = jax.random.normal(noise_key, images.shape)
         output = model.apply({"params": params}, images, times, noise, return_repa)
-        values = tokenizer_terms(model, params, output, config.loss)
+        values = tokenizer_terms(model, params, output, config.loss, weight and weight(output.times, step))
         for term in terms:
             values |= term(params, images, output, frozen, step)
         loss = sum(values.values())
@@ -56,14 +58,40 @@ def tokenizer_loss(config: TokenizerTraining, model: Tokenizer, terms: Sequence[
     return loss_fn
 
 
-def tokenizer_terms(model: Tokenizer, params: Params, output: TokenizerOutput, config: TokenizerLossConfig) -> Metrics:
+def flow_weight(config: TokenizerTraining, model: Tokenizer) -> Callable[[Array, Array], Array] | None:
+    """(t' [B], step) -> the weight [B] of each image's flow loss, None where all count alike.
+
+    It is (1 - t')^p over its mean, with p from `loss.flow_power` to `loss.final_flow_power` over the run. On the straight path
+    the error of the image is (1 - t') times that of the velocity: p = 2 measures images. Raises InputError where the path has a
+    weight of its own.
+    """
+    first, last, path = config.loss.flow_power, config.loss.final_flow_power, model.path
+    last = first if last is None else last
+    if path.weight is not None:
+        require(first == last == 0, "the path of this tokenizer weighs times itself; leave loss.flow_power at 0")
+        return lambda times, step: path.weight(times)
+    if first == last == 0:
+        return None
+    drawn = path.shift(path.draw(jax.random.key(0), (2**14,)), config.model.velocity.time_shift)
+
+    def weight(times: Array, step: Array) -> Array:
+        power = first + (last - first) * step / max(1, config.train.steps - 1)
+        return (1 - times) ** power / jnp.mean((1 - drawn) ** power)
+
+    return weight
+
+
+def tokenizer_terms(
+    model: Tokenizer, params: Params, output: TokenizerOutput, config: TokenizerLossConfig, weight: Array | None = None
+) -> Metrics:
     """The weighted terms of flow matching and of the quantizer, given one pass of the tokenizer.
 
-    The quantizer's terms are averaged over the tokens up to the last one of the group drawn for each image.
+    The quantizer's terms are averaged over the tokens up to the last one of the group drawn for each image. weight: of each
+    image's flow loss [B].
     """
     error = jnp.square(output.velocity - output.target)
-    if model.path.weight is not None:
-        error = over_batch(model.path.weight(output.times), error) * error
+    if weight is not None:
+        error = over_batch(weight, error) * error
     terms = {"flow": config.flow * error.mean() / model.config.velocity.data_std**2}
     used = jnp.arange(output.quantized.values.shape[1]) < output.tokens_used[:, None]  # [B, T]
     own = model.apply({"params": params}, output.quantized, config, method="quantizer_losses")

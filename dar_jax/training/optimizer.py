@@ -1,4 +1,4 @@
-"""AdamW, clipping and the learning-rate schedule."""
+"""AdamW, Muon, clipping and the learning-rate schedule."""
 
 import re
 from typing import Any
@@ -6,12 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers
 
 from dar_jax import parallel
 from dar_jax.config import OptimizerConfig
 from dar_jax.training.state import Params
 
 DECAYED = re.compile(r"(^|/)(kernel|output|codebook|\w+_table)$")
+KERNEL = re.compile(r"(^|/)blocks/(?P<two_axes_in>.*attention/out/)?.*kernel$")
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -41,15 +43,39 @@ def decay_mask(params: Params) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: bool(DECAYED.search(parallel.path_name(path))), params)
 
 
+def matrix_axes(params: Params) -> Any:
+    """Which axes of each parameter are a matrix for Muon, None where AdamW is meant: a tree like `params`.
+
+    These are the kernels of blocks [L, in ..., out ...], one matrix a layer. Into the attention's output lead two axes, heads
+    and what each has; all others have one. Muon is not for embeddings, tables, the codebook, and first and last layers.
+    """
+
+    def axes(path: tuple, leaf: Any) -> MuonDimensionNumbers | None:
+        kernel = KERNEL.search(parallel.path_name(path))
+        if kernel is None:
+            return None
+        first_out = 3 if kernel["two_axes_in"] else 2
+        return MuonDimensionNumbers(tuple(range(1, first_out)), tuple(range(first_out, leaf.ndim)))
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW (eps 1e-8), for a run of `steps` steps: the default of `Experiment.optimizer`."""
+    """Clipping by the global norm, then `config.name`, for a run of `steps` steps: the default of `Experiment.optimizer`.
+
+    Muon (Jordan et al. 2024) orthogonalises the momentum of matrices (beta 0.95, five Newton-Schulz iterations); its steps have
+    the size of AdamW's (arXiv 2502.16982), which has the rest, so that one learning rate and one weight decay serve both.
+    """
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
-    adamw = optax.adamw(
-        learning_rate(config, steps),
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=1e-8,
-        weight_decay=config.weight_decay,
-        mask=decay_mask,
+    rate, decay = learning_rate(config, steps), config.weight_decay
+    if config.name == "adamw":
+        adamw = optax.adamw(rate, b1=config.beta1, b2=config.beta2, eps=1e-8, weight_decay=decay, mask=decay_mask)
+        return optax.chain(clip, adamw)
+    muon = optax.contrib.muon(
+        -1.0,  # the sign of a gradient, for what follows
+        adam_b1=config.beta1,
+        adam_b2=config.beta2,
+        muon_weight_dimension_numbers=matrix_axes,
+        consistent_rms=0.2,
     )
-    return optax.chain(clip, adamw)
+    return optax.chain(clip, muon, optax.add_decayed_weights(decay, decay_mask), optax.scale_by_learning_rate(rate))

@@ -108,12 +108,18 @@ def write_report(path: Path | None, rows: list[dict[str, Any]], command: str, **
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """The columns are those of the longest row; a row's "note" takes the place of what it lacks, "measured" is left out."""
-    names = [name for name in max(rows, key=len) if name != "measured"]
-    cells = [names] + [[_cell(row.get(name, row.get("note", ""))) for name in names] for row in rows]
+    """Prints `cells_of(rows)` in columns."""
+    cells = cells_of(rows)
     widths = [max(map(len, column)) for column in zip(*cells)]
     for line in cells:
         print("  ".join(text.rjust(width) for text, width in zip(line, widths)))
+
+
+def cells_of(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """The names of the columns, which are those of the longest row, and each row as text. A "note" takes the place of what a
+    row lacks, "measured" is left out."""
+    names = [name for name in max(rows, key=len) if name != "measured"]
+    return [names] + [[_cell(row.get(name, row.get("note", ""))) for name in names] for row in rows]
 
 
 def _cell(value: Any) -> str:

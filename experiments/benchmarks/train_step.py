@@ -1,8 +1,8 @@
 """How fast a training step is here: time, images and tokens a second, MFU and memory, for each of the paper's models.
 
 Command:  python experiments/benchmarks/train_step.py --json train_step.json
-Options:  --models tokenizer,B,L --batch-sizes 64,256 --remats none,dots --dtype bfloat16 --mesh.fsdp -1
-          --peak-flops 989e12
+Options:  --models tokenizer,B,L --batch-sizes 64,256 --remats none,dots --dtype bfloat16 --optimizer muon
+          --mesh.fsdp -1 --peak-flops 989e12
 Beside the PyTorch release, in one run, each of the two alone on the machine in its turn:
           python experiments/benchmarks/train_step.py --release D-AR --release-python D-AR/venv/bin/python \\
               --models B --batch-sizes 8 --dtype float32
@@ -58,6 +58,7 @@ class Options:
     batch_sizes: Ints[int] = (64, 256)  # of all devices together
     remats: Words = ("none", "dots")  # what the backward pass computes again: none, dots or full
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of matrix products
+    optimizer: Literal["adamw", "muon"] = "adamw"
     mesh: MeshConfig = field(default_factory=MeshConfig)
     steps: int = 10  # in a row
     repeats: int = 3  # rows, of which the fastest counts
@@ -107,7 +108,8 @@ def experiment_of(options: Options, model: str, batch: int, remat: str) -> Exper
     experiment = load_experiment(EXPERIMENTS / ("imagenet256_tokenizer.py" if tokenizer else "imagenet256_ar.py:l"))
     config = experiment.config
     train = dataclasses.replace(config.train, batch_size=batch, accumulate=1, remat=remat, dtype=options.dtype)
-    changes = {"train": train, "mesh": options.mesh}
+    optimizer = dataclasses.replace(config.optimizer, name=options.optimizer)
+    changes = {"train": train, "mesh": options.mesh, "optimizer": optimizer}
     if not tokenizer:
         changes |= {
             "model": TransformerConfig(**TRANSFORMER_SIZES[model]),
