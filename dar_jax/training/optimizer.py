@@ -64,7 +64,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     """Clipping by the global norm, then `config.name`, for a run of `steps` steps: the default of `Experiment.optimizer`.
 
     Muon (Jordan et al. 2024) orthogonalises the momentum of matrices (beta 0.95, five Newton-Schulz iterations); its steps have
-    the size of AdamW's (arXiv 2502.16982), which has the rest, so that one learning rate and one weight decay serve both.
+    the size of AdamW's (arXiv 2502.16982), which has the rest, here with Nesterov's momentum as optax has it, so that one
+    learning rate and one weight decay serve both.
     """
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     rate, decay = learning_rate(config, steps), config.weight_decay

@@ -2,7 +2,7 @@
 
 Command:  python experiments/benchmarks/recipes.py experiments/digits_tokenizer.py --workdir runs/recipes --json recipes.json \
               --arms "adamw=--optimizer.learning-rate 8e-3" "muon=--optimizer.name muon --optimizer.learning-rate 8e-3"
-Options:  --common "--train.steps 800"  (for all arms)  --seeds 0,1,2  --num-images 10000
+Options:  --common="--train.steps 800"  (for all arms)  --seeds 0,1,2  --num-images 10000
           An arm is NAME=OPTIONS of `dar-jax train`, or NAME=FILE OPTIONS for another experiment file.
 Result:   a table, mean +- standard deviation over the seeds, and JSON with every run. Finished runs are not trained again.
 

@@ -3,14 +3,14 @@
 Command:  python experiments/benchmarks/variants.py runs/digits --others experiments/variants/speculative.py \
               experiments/variants/any_block.py=runs/any_block --json variants.json
 Options:  --num 2000 --batch-sizes 1,8,64 --guidance 2,2 --repeats 3
-          FILE[:NAME] samples from the base's run with another method, FILE[:NAME]=RUN from a run of its own
+          FILE[:NAME] samples from the base's run with another method, FILE[:NAME]=RUN or =RUN from another run
 Result:   a table, and the same as JSON. All rows have the same labels and seeds, and the base's tokenizer.
 
 passes: of the transformer, the mean over the samples (and the most that one takes); same: share of tokens equal to the base's;
 bits: of a held-out token, unguided, with the tokens' own factorisation; divergence: mean of log2 q(z) - log2 p(z) in bits an
 image over the samples z, q being the distribution that they are drawn from and p the base's, both guided (0: exact);
-accuracy: share of samples that a support-vector classifier reads as their class; diversity: the mean distance of two samples
-of a class over that of two real images; distance: Fréchet distance to all real images in pixels of [0, 1].
+accuracy: share of samples read as their class; diversity: the mean distance of two samples of a class over that of two real
+images; distance: Fréchet distance to the training images. Who reads, and of what the distance is, stands in `reader.py`.
 """
 
 import dataclasses
@@ -24,28 +24,28 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from common import best, machine_name, print_table, run, write_report
+from reader import Reader, make_reader
 
 from dar_jax.cli.options import Ints
 from dar_jax.config import SamplingConfig
-from dar_jax.evaluation.metrics import Moments, frechet_distance
 from dar_jax.experiment import load_experiment
 from dar_jax.inference.reconstruct import encode
 from dar_jax.inference.samples import sample
 from dar_jax.inference.trained import Trained, load_sampler
 from dar_jax.models.transformer import score
-from dar_jax.quickstart import classifier, digits
 from dar_jax.sampling.logits import filter_logits, guide
 from dar_jax.sampling.settings import make_settings
 
 
 @dataclass(frozen=True)
 class Options:
-    """Compare ways of finding the digits' tokens with one by one."""
+    """Compare ways of finding tokens with one by one."""
 
-    run: tyro.conf.Positional[Path]  # the base: a transformer's run on the digits
-    others: tuple[str, ...] = ()  # FILE[:NAME] or FILE[:NAME]=RUN
+    run: tyro.conf.Positional[Path]  # the base: a transformer's run
+    others: tuple[str, ...] = ()  # FILE[:NAME], FILE[:NAME]=RUN or =RUN
     guidance: tuple[float, float] = (2.0, 2.0)
     num: int = 2000  # samples
+    held_out: int = 1000  # images at most, for their bits
     batch_sizes: Ints[int] = (1, 8, 64)
     repeats: int = 3  # timed runs, of which the fastest counts
     json: Path | None = None  # also write everything to this file
@@ -55,37 +55,39 @@ def main(options: Options) -> None:
     command = " ".join(["python", *sys.argv])
     print(f"{machine_name()}, {date.today()}\n{command}\n")
     base = load_sampler(options.run)
+    reader = make_reader(base.info.tokenizer.config.data, options.run)
     rows, tokens = [], None
     for name in ("", *options.others):
         file, _, run = name.partition("=")
         trained = load_sampler(run or options.run, load_experiment(file) if file else None)
-        row, tokens = row_of(options, base, trained, tokens)
-        rows.append({"method": Path(file).stem + file.partition(".py")[2] if file else "one by one", **row})
+        row, tokens = row_of(options, reader, base, trained, tokens)
+        method = Path(file).stem + file.partition(".py")[2] if file else Path(run).name or "one by one"
+        rows.append({"method": method, **row})
     print_table(rows)
     write_report(options.json, rows, command, machine=machine_name())
 
 
-def row_of(options: Options, base: Trained, trained: Trained, expected: np.ndarray | None) -> tuple[dict, np.ndarray]:
+def row_of(
+    options: Options, reader: Reader, base: Trained, trained: Trained, expected: np.ndarray | None
+) -> tuple[dict, np.ndarray]:
     """The figures of one method, and the base's tokens, which are the first method's."""
     sampling = dataclasses.replace(trained.info.config.sampling, guidance=options.guidance)
-    labels, seeds = np.arange(options.num) % 10, np.arange(options.num)
+    labels, seeds = np.arange(options.num) % len(base.class_names), np.arange(options.num)
     drawn = list(sample(trained, labels, seeds, sampling, batch_size=100))
     tokens, images = (np.concatenate([getattr(batch, name) for batch in drawn]) for name in ("tokens", "images"))
     expected = tokens if expected is None else expected
     calls = np.concatenate([batch.calls for batch in drawn])
-    real, real_labels = (np.concatenate(parts) for parts in zip(*map(digits, ("train", "test"))))
-    held_out, held_out_labels = digits("test")
-    codes = encode(base, held_out, 100)
+    codes = encode(base, reader.held_out[: options.held_out], 100)
     exact = np.array_equal(tokens, expected)
     divergence = 0.0 if exact else np.mean(log2_of(trained, labels, tokens, sampling) - log2_of(base, labels, tokens, sampling))
     row = {
         "passes": f"{calls.mean():.1f} ({calls.max()})",
         "same": f"{np.mean(tokens == expected):.2%}",
-        "bits": round(float(bits_of(trained, held_out_labels, codes).mean()), 3),
+        "bits": round(float(bits_of(trained, reader.held_out_labels[: options.held_out], codes).mean()), 3),
         "divergence": round(float(divergence), 2),
-        "accuracy": f"{np.mean(classifier(*digits('train'))(images) == labels):.1%}",
-        "diversity": round(spread(images, labels) / spread(real, real_labels), 3),
-        "distance": round(frechet_distance(pixels(images), pixels(real)).value, 3),
+        "accuracy": f"{reader.accuracy(images, labels):.1%}",
+        "diversity": round(reader.diversity(images, labels), 3),
+        "distance": round(reader.distance(images, reader.images), 3),
     }
     for size in options.batch_sizes:
         once = lambda size=size: [batch.images for batch in sample(trained, labels[:size], seeds[:size], sampling, size)]  # noqa: E731
@@ -114,24 +116,6 @@ def log2_of(trained: Trained, labels: np.ndarray, tokens: np.ndarray, sampling: 
 
     with jax.set_mesh(trained.mesh):
         return np.asarray(log_probability(jnp.asarray(labels, jnp.int32), jnp.asarray(tokens)))
-
-
-def pixels(images: np.ndarray) -> Moments:
-    flat = images.reshape(len(images), -1) / 255
-    return Moments(flat.mean(axis=0), np.cov(flat, rowvar=False), len(flat))
-
-
-def spread(images: np.ndarray, labels: np.ndarray) -> float:
-    """The mean distance of two images of the same class."""
-    flat = images.reshape(len(images), -1) / 255
-    return float(
-        np.mean(
-            [
-                np.sqrt(((a[:, None] - a[None]) ** 2).sum(-1)).sum() / (len(a) * (len(a) - 1))
-                for a in (flat[labels == label] for label in np.unique(labels))
-            ]
-        )
-    )
 
 
 if __name__ == "__main__":
