@@ -28,6 +28,7 @@ from dar_jax.config import (
 from dar_jax.console import columns
 from dar_jax.data.sources import open_source
 from dar_jax.errors import InputError
+from dar_jax.evaluation.metrics import frechet_distance, moments, pooled_pixels
 from dar_jax.experiment import Experiment
 from dar_jax.files import write_json
 from dar_jax.inference import pictures
@@ -146,15 +147,33 @@ def _evaluate(workdir: Path) -> dict[str, float]:
     previews = np.stack([*model.stream(classes, np.arange(len(classes)))])  # [G, N, H, W, C]
     _draw(workdir, previews, model.class_names)
 
-    classify = classifier(images, labels)
+    classify, samples = classifier(images, labels), previews[-1]
+    bits = model.score(held_out, held_out_labels)  # [N, T]
     return {
         "reconstruction_psnr": float(result.psnr.mean()),
-        "codebook_usage": codebook_usage(model.encode(images), model.trained.config.codebook_size),
-        "bits_per_token": float(model.score(held_out, held_out_labels).mean()),
-        "class_accuracy": float(np.mean(classify(previews[-1]) == classes)),
+        "reconstruction_distance": _distance(result.images, held_out),
         "reconstruction_accuracy": float(np.mean(classify(result.images) == held_out_labels)),
+        "codebook_usage": codebook_usage(model.encode(images), model.trained.config.codebook_size),
+        "bits_per_token": float(bits.mean()),
+        "bits_per_image": float(bits.sum(axis=1).mean()),
+        "class_accuracy": float(np.mean(classify(samples) == classes)),
+        "sample_distance": _distance(samples, images),
+        "variety": spread(samples, classes) / spread(images, labels),
         "real_accuracy": float(np.mean(classify(held_out) == held_out_labels)),
     }
+
+
+def _distance(images: np.ndarray, others: np.ndarray) -> float:
+    """Fréchet distance of two sets of images in their pixels."""
+    return frechet_distance(*(moments(pooled_pixels(x)) for x in (images, others))).value
+
+
+def spread(images: np.ndarray, labels: np.ndarray) -> float:
+    """The mean distance of two of the first 200 images of a class, in pixels of [-1, 1]: how much variety there is."""
+    from scipy.spatial.distance import pdist
+
+    of_class = (pooled_pixels(images[labels == label][:200]) for label in np.unique(labels))
+    return float(np.mean([pdist(pixels).mean() for pixels in of_class]))
 
 
 def _draw(workdir: Path, previews: np.ndarray, names: tuple[str, ...]) -> None:
@@ -170,9 +189,13 @@ def summary(report: dict[str, Any]) -> str:
     """The report in lines for people."""
     lines = [
         ("reconstruction_psnr", "{:.2f} dB", "of held-out digits, encoded and decoded"),
+        ("reconstruction_distance", "{:.3f}", "Fréchet distance of them to the originals, in pixels"),
         ("codebook_usage", "{:.1%}", "of the codes occur in the training digits"),
         ("bits_per_token", "{:.2f}", "that the transformer needs for the codes of held-out digits"),
+        ("bits_per_image", "{:.1f}", "for all codes of one"),
         ("class_accuracy", "{:.1%}", "of the samples are read as the requested class by a support-vector classifier"),
+        ("sample_distance", "{:.3f}", "Fréchet distance of the samples to the training digits, in pixels"),
+        ("variety", "{:.1%}", "mean distance of two samples of a class, by that of two real digits"),
         ("reconstruction_accuracy", "{:.1%}", "of held-out digits are read correctly after encoding and decoding"),
         ("real_accuracy", "{:.1%}", "of held-out digits are read correctly by the same classifier"),
         ("seconds", "{:.0f}", "in all"),

@@ -71,6 +71,13 @@ class RunningMoments:
         return Moments(self._mean, self._scatter / (self.count - 1), self.count)
 
 
+def moments(features: np.ndarray) -> Moments:
+    """The moments of features [N, D]. Raises InputError for fewer than two."""
+    running = RunningMoments()
+    running.add(features)
+    return running.result()
+
+
 @dataclass(frozen=True)
 class FrechetDistance:
     """`value` is the squared distance, which is what is called FID. `ranks` are those of the two covariances.

@@ -19,9 +19,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dar_jax.config import DataConfig
 from dar_jax.data.sources import held_out, open_source
-from dar_jax.evaluation.metrics import Moments, frechet_distance, pooled_pixels
+from dar_jax.evaluation.metrics import frechet_distance, moments, pooled_pixels
 from dar_jax.files import replacing
-from dar_jax.quickstart import classifier
+from dar_jax.quickstart import classifier, spread
 
 HIDDEN = 64
 EPOCHS, BATCH = 5, 128
@@ -49,23 +49,6 @@ class Reader:
     def diversity(self, images: np.ndarray, labels: np.ndarray) -> float:
         """The mean distance of two images of a class, in pixels, over that of two real ones."""
         return spread(images, labels) / spread(self.images, self.labels)
-
-
-def moments(features: np.ndarray) -> Moments:
-    return Moments(features.mean(axis=0), np.cov(features, rowvar=False), len(features))
-
-
-def spread(images: np.ndarray, labels: np.ndarray, most: int = 200) -> float:
-    """The mean distance of two of the first `most` images of the same class, in pixels."""
-    flat = images.reshape(len(images), -1) / 255
-
-    def of_class(rows: np.ndarray) -> float:
-        squares = np.sum(rows**2, axis=1)
-        distances = np.sqrt(np.maximum(squares[:, None] + squares[None] - 2 * rows @ rows.T, 0))
-        np.fill_diagonal(distances, 0)
-        return distances.sum() / (len(rows) * (len(rows) - 1))
-
-    return float(np.mean([of_class(flat[labels == label][:most]) for label in np.unique(labels)]))
 
 
 def read_all(data: DataConfig) -> tuple[np.ndarray, np.ndarray]:
