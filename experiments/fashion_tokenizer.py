@@ -22,7 +22,7 @@ experiment = Experiment(
         model=TokenizerConfig(
             image_size=28,
             channels=1,
-            encoder_patch_size=4,
+            encoder_patch_size=7,
             encoder_layers=2,
             encoder_width=128,
             decoder_layers=1,
@@ -34,11 +34,11 @@ experiment = Experiment(
             codebook_size=512,
             init_std=None,
             gate_init=1.0,
-            velocity=VelocityConfig(width=128, layers=4, head_size=32, patch_size=4, repa_layer=None),
+            velocity=VelocityConfig(width=128, layers=4, head_size=32, patch_size=7, repa_layer=None),
         ),
         loss=TokenizerLossConfig(entropy=0.02, flow_power=2.0),
         data=DataConfig(source="idx", dataset="fashion-mnist", image_size=28, channels=1, crop="none", flip=True),
-        optimizer=OptimizerConfig(name="muon", learning_rate=4e-3, schedule="cosine", warmup_steps=100, ema_decay=0.99),
-        train=TrainConfig(steps=3000, batch_size=64, checkpoint_every=500, sample_every=1000),
+        optimizer=OptimizerConfig(name="muon", learning_rate=5e-3, schedule="cosine", warmup_steps=100, ema_decay=0.99),
+        train=TrainConfig(steps=2500, batch_size=64, checkpoint_every=500, sample_every=1000),
     )
 )
