@@ -12,9 +12,9 @@ Result:   tables, and the same as JSON. All rows of a table have the same labels
 
 accuracy, diversity, distance: as in variants.py. map error: mean absolute difference of the map of a sample and that of the
 image whose map was given, pixels in [0, 1]; edges F1: of edge pixels, with one pixel of tolerance; among: the mean distance of
-two samples of one map over that of two real images of a class. found: share of images, or of pools of images, with a p-value of
-0.001 or less; kept: share of codes that come back after decoding and encoding, and of colours. psnr, usage, distance of
-reconstructions: of held-out images; bits given place: the mean entropy of a code whose position is known.
+two samples of one map over that of two real images of a class. A watermark is found where the p-value of an image, or of a pool
+of images, is 0.001 or less; kept: share of codes, or of their colours, that come back after decoding and encoding. psnr, usage,
+distance of reconstructions: of held-out images; bits given place: the mean entropy of a code whose position is known.
 """
 
 import dataclasses
@@ -30,19 +30,18 @@ import tyro
 from common import machine_name, print_table, run, write_report
 from PIL import Image
 from scipy.stats import binom
-from variants import bits_of, log2_of, pixels, spread
+from reader import Reader, make_reader
+from variants import bits_of, log2_of
 
-from dar_jax.evaluation.metrics import frechet_distance
 from dar_jax.experiment import Experiment, load_experiment
 from dar_jax.inference.reconstruct import codebook_usage, encode, reconstruct
 from dar_jax.inference.samples import sample
 from dar_jax.inference.trained import Trained, load_sampler
 from dar_jax.models.pixels import to_float
-from dar_jax.quickstart import classifier, digits
+from dar_jax.quickstart import spread
 
 VARIANTS = Path(__file__).parents[1] / "variants"
-BATCH = 100
-SEEDS_OF_A_MAP = 4
+BATCH, SEEDS_OF_A_MAP = 100, 4
 
 
 def variant(name: str) -> tuple[Experiment, object]:
@@ -59,16 +58,15 @@ def draw(trained: Trained, labels: np.ndarray, seeds: np.ndarray, guidance: floa
     return tuple(np.concatenate([getattr(batch, name) for batch in drawn]) for name in ("tokens", "images", "calls"))
 
 
-def real() -> tuple[np.ndarray, np.ndarray]:
-    return tuple(np.concatenate(parts) for parts in zip(*map(digits, ("train", "test"))))
+def reader_of(run: str | Path) -> Reader:
+    return make_reader(load_sampler(run).info.tokenizer.config.data, Path(run))
 
 
-def quality(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    known, known_labels = real()
+def quality(reader: Reader, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     return {
-        "accuracy %": 100 * float(np.mean(classifier(*digits("train"))(images) == labels)),
-        "diversity": spread(images, labels) / spread(known, known_labels),
-        "distance": frechet_distance(pixels(images), pixels(known)).value,
+        "accuracy %": 100 * reader.accuracy(images, labels),
+        "diversity": reader.diversity(images, labels),
+        "distance": reader.distance(images, reader.images),
     }
 
 
@@ -90,12 +88,12 @@ def report(rows: Sequence[dict], json: Path | None) -> None:
 
 def choice(run: tyro.conf.Positional[Path], /, num: int = 2000, json: Path | None = None) -> None:
     """Best of several beginnings without guidance, beside the base with and without."""
-    labels, seeds, rows = np.arange(num) % 10, np.arange(num), []
+    labels, seeds, rows, reader = np.arange(num) % 10, np.arange(num), [], reader_of(run)
     names = ("two", "experiment", "eight", "later", "likelihood", "typical", "preview", "preview_later")
     for name, guidance in (*((None, scale) for scale in (1, 1.25, 1.5, 2)), *((name, 1) for name in names)):
         trained = load_sampler(run, name and variant(f"early_choice:{name}")[0])
         _, images, calls = draw(trained, labels, seeds, guidance)
-        rows.append({"method": name or f"base, guidance {guidance}", "passes": float(calls.mean()), **quality(images, labels)})
+        rows.append({"method": name or f"base, guidance {guidance}", "passes": float(calls.mean()), **quality(reader, images, labels)})
     report(rows, json)
 
 
@@ -124,7 +122,7 @@ def watermark(
     run: tyro.conf.Positional[Path], /, num: int = 2000, nulls: int = 10_000, guidance: float = 2, json: Path | None = None
 ) -> None:
     """False positives over `nulls` images of the base, and how often marked images are found."""
-    base, (_, module) = load_sampler(run), variant("watermark")
+    base, (_, module), reader = load_sampler(run), variant("watermark"), reader_of(run)
     clusters = np.asarray(module.clusters_of(base.networks, base.params))
     size, length = len(clusters), base.config.num_tokens
     positions, count = np.arange(length), size // module.CODES
@@ -174,7 +172,7 @@ def watermark(
         green = np.asarray(module.colours(module.KEY, positions, count))[:, clusters]  # [T, V]
         sampling = dataclasses.replace(base.info.config.sampling, guidance=(guidance, guidance))
         logs = [log2_of(base, labels, tokens, sampling, bias=each * green) for each in (bias, 0.0)]
-        row = {"bias": bias, "divergence": float(np.mean(logs[0] - logs[1])), **quality(images, labels)}
+        row = {"bias": bias, "divergence": float(np.mean(logs[0] - logs[1])), **quality(reader, images, labels)}
         codes = {"tokens": tokens}
         codes |= {attack: encode(trained, attacked(images, change), BATCH) for attack, change in ATTACKS.items()}
         same_colour = greens(tokens, module.KEY) == greens(codes["decoded"], module.KEY)
@@ -192,16 +190,18 @@ def control(
     others: tyro.conf.Positional[tuple[str, ...]],
     /,
     guidance: float = 2,
+    maps_given: int = 297,
     json: Path | None = None,
 ) -> None:
     """How well maps of held-out images are kept, under their own label and another, beside what the base can do."""
-    references, own = (np.repeat(part, SEEDS_OF_A_MAP, axis=0) for part in digits("test"))
-    seeds, (_, module) = np.arange(len(own)), variant("control")
+    reader, (_, module) = reader_of(run.split(",")[0]), variant("control")
+    held_out = reader.held_out[:maps_given], reader.held_out_labels[:maps_given]
+    references, own = (np.repeat(part, SEEDS_OF_A_MAP, axis=0) for part in held_out)
+    seeds, cell = np.arange(len(own)), references.shape[1] // 4
     wrong = (own + 1 + seeds % 9) % 10
-    known, known_labels = real()
 
     def maps(images: np.ndarray, kind: str) -> np.ndarray:
-        return np.asarray(module.MAPS[kind](to_float(jnp.asarray(images)), 2))
+        return np.asarray(module.MAPS[kind](to_float(jnp.asarray(images)), cell))
 
     def kept(images: np.ndarray) -> dict[str, float]:
         near = lambda edges: jax.lax.reduce_window(edges, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")  # noqa: E731
@@ -215,13 +215,13 @@ def control(
         row = {}
         for label, labels in (("own", own), ("other", wrong)):
             _, images, _ = draw(trained, labels, seeds, guidance, **given)
-            row |= {f"{label}: {name}": value for name, value in (kept(images) | quality(images, labels)).items()}
-            row[f"{label}: among"] = spread(images, seeds // SEEDS_OF_A_MAP) / spread(known, known_labels)
+            row |= {f"{label}: {name}": value for name, value in (kept(images) | quality(reader, images, labels)).items()}
+            row[f"{label}: among"] = spread(images, seeds // SEEDS_OF_A_MAP) / spread(reader.images, reader.labels)
         return row
 
     codes = encode(load_sampler(run.split(",")[0]), references, BATCH)
     rows = [{"method": "base, no map", **over_runs(run, None, lambda trained: figures(trained, {}))}]
-    for length in (4, 8):
+    for length in (codes.shape[1] // 4, codes.shape[1] // 2):
         given = {"prefix": codes[:, :length]}
         rows.append({"method": f"base, first {length} codes", **over_runs(run, None, lambda trained: figures(trained, given))})  # noqa: B023
     for other in others:
@@ -235,22 +235,23 @@ def codes(
     runs: tyro.conf.Positional[tuple[str, ...]], /, num: int = 2000, guidance: float = 2, json: Path | None = None
 ) -> None:
     """Tokenizers and the transformers over them: RUN,RUN of the base, FILE:NAME=RUN,RUN of variants."""
-    labels, seeds, (held_out, held_out_labels) = np.arange(num) % 10, np.arange(num), digits("test")
+    labels, seeds, reader = np.arange(num) % 10, np.arange(num), reader_of(runs[0].rpartition("=")[2].split(",")[0])
+    held_out, held_out_labels = reader.held_out[:1000], reader.held_out_labels[:1000]
 
     def figures(trained: Trained) -> dict[str, float]:
         again = reconstruct(trained, held_out, np.arange(len(held_out)), batch_size=BATCH)
-        train_codes = encode(trained, digits("train")[0], BATCH)
+        train_codes = encode(trained, reader.images[:5000], BATCH)
         each = np.stack([np.bincount(column, minlength=trained.config.codebook_size) for column in train_codes.T])
         shares = each / each.sum(axis=1, keepdims=True)
         _, images, _ = draw(trained, labels, seeds, guidance)
         return {
             "psnr": float(again.psnr.mean()),
-            "reconstructions read %": 100 * float(np.mean(classifier(*digits("train"))(again.images) == held_out_labels)),
-            "distance of reconstructions": frechet_distance(pixels(again.images), pixels(held_out)).value,
+            "reconstructions read %": 100 * reader.accuracy(again.images, held_out_labels),
+            "distance of reconstructions": reader.distance(again.images, held_out),
             "usage %": 100 * codebook_usage(train_codes, trained.config.codebook_size),
             "bits given place": float(-np.sum(shares * np.log2(np.maximum(shares, 1e-12)), axis=1).mean()),
             "bits a token": float(bits_of(trained, held_out_labels, again.codes).mean()),
-            **quality(images, labels),
+            **quality(reader, images, labels),
         }
 
     rows = []
