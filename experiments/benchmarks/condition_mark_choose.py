@@ -29,8 +29,8 @@ import numpy as np
 import tyro
 from common import machine_name, print_table, run, write_report
 from PIL import Image
-from scipy.stats import binom
 from reader import Reader, make_reader
+from scipy.stats import binom
 from variants import bits_of, log2_of
 
 from dar_jax.experiment import Experiment, load_experiment
@@ -89,11 +89,15 @@ def report(rows: Sequence[dict], json: Path | None) -> None:
 def choice(run: tyro.conf.Positional[Path], /, num: int = 2000, json: Path | None = None) -> None:
     """Best of several beginnings without guidance, beside the base with and without."""
     labels, seeds, rows, reader = np.arange(num) % 10, np.arange(num), [], reader_of(run)
-    names = ("two", "experiment", "eight", "later", "likelihood", "typical", "preview", "preview_later")
+    names = ["two", "experiment", "eight", "later", "likelihood", "typical"]
+    if load_sampler(run).info.tokenizer.config.data.source == "digits":
+        names += ["preview", "preview_later"]  # which read digits
     for name, guidance in (*((None, scale) for scale in (1, 1.25, 1.5, 2)), *((name, 1) for name in names)):
         trained = load_sampler(run, name and variant(f"early_choice:{name}")[0])
         _, images, calls = draw(trained, labels, seeds, guidance)
-        rows.append({"method": name or f"base, guidance {guidance}", "passes": float(calls.mean()), **quality(reader, images, labels)})
+        rows.append(
+            {"method": name or f"base, guidance {guidance}", "passes": float(calls.mean()), **quality(reader, images, labels)}
+        )
     report(rows, json)
 
 
