@@ -54,6 +54,7 @@ class Sample(Sampling):
     prefix_length: Optional[Length] = None  # so many tokens of the prefix image (or of the prefix tokens)
     start_image: Optional[str] = None  # start from this image with noise instead of from noise alone
     start_step: Optional[FirstStep] = None  # the denoising step to start from it at, 1 or more
+    condition_image: Optional[str] = None  # an image for the condition of the run's experiment, a map of control for instance
     resolution: OfRun[Pixels] = None  # pixels along a side while denoising, if more than trained with
     output_resolution: OfRun[Pixels] = None  # resize what is denoised down to this
     decoder_mesh: Optional[Mesh] = None  # as many for denoising alone, while --mesh, the others, predict the next group
@@ -75,7 +76,8 @@ class Sample(Sampling):
             start_image=self.start_image,
             resolution=self.resolution,
             output_resolution=self.output_resolution,
-            **({"method": self.replaced.method} if self.replaced else {}),
+            condition_image=self.condition_image,
+            **({"method": self.replaced.method, "condition": self.replaced.condition} if self.replaced else {}),
         )
         check_writable(self.out, folder=True)
         trained = self.load_sampler(*self.meshes(info.config.mesh))

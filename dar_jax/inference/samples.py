@@ -9,7 +9,7 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from dar_jax.models.pixels import to_float, to_uint8
 from dar_jax.parallel.batches import over_batches, row_slices, split_rows
 from dar_jax.sampling.predict import token_by_token
 from dar_jax.sampling.sampler import generate, stream
-from dar_jax.sampling.settings import Method, Settings, make_settings
+from dar_jax.sampling.settings import Method, Settings, label_of, make_settings
 from dar_jax.training.checkpoint import Info
 
 log = logging.getLogger("dar_jax.inference")
@@ -60,6 +60,7 @@ def sample(
     image: np.ndarray | None = None,
     previews: bool = False,
     batches: Sequence[slice] | None = None,
+    condition_image: np.ndarray | None = None,
 ) -> Iterator[SampleBatch]:
     """Draws N samples. Each depends on its own label and seed only, not on the batch it is drawn in.
 
@@ -71,6 +72,7 @@ def sample(
       image: uint8 [R, R, C] to start all of them from at `sampling.start_step`.
       previews: yield every batch after each of its groups, as soon as that one ends, and not only in the end.
       batches: which samples to draw together, up to `batch_size` each; None: all in their order.
+      condition_image: uint8 [H, W, C] or [N, H, W, C], the "image" of all or of each for an experiment's `condition`.
     """
     settings = sampling
     if isinstance(sampling, SamplingConfig):
@@ -81,9 +83,13 @@ def sample(
         prefix = np.broadcast_to(np.asarray(prefix, np.int32), (total, np.shape(prefix)[-1]))
     if image is not None:
         image = np.broadcast_to(to_float(image), (total, *image.shape))
+    if condition_image is not None:
+        condition_image = np.broadcast_to(condition_image, (total, *condition_image.shape[-3:]))
 
-    def draw(labels: jax.Array, seeds: jax.Array, prefix: jax.Array | None, image: jax.Array | None) -> Any:
-        condition = networks.condition({"label": labels})
+    def draw(
+        labels: jax.Array, seeds: jax.Array, prefix: jax.Array | None, image: jax.Array | None, shown: jax.Array | None
+    ) -> Any:
+        condition = networks.condition({"label": labels} if shown is None else {"label": labels, "image": shown})
         arguments = {"prefix": prefix, "image": image}
         if previews:
             steps = stream(networks, params, settings, condition, seeds, **arguments)
@@ -92,7 +98,7 @@ def sample(
         return samples.tokens, samples.images, samples.calls
 
     slices = row_slices(0, total, size) if batches is None else batches
-    arrays = split_rows(slices, np.asarray(labels, np.int32), np.asarray(seeds, np.uint32), prefix, image)
+    arrays = split_rows(slices, np.asarray(labels, np.int32), np.asarray(seeds, np.uint32), prefix, image, condition_image)
     passes = np.zeros(total, np.int32)
     for rows, (tokens, images, calls) in over_batches(draw, arrays, size, trained.mesh):
         passes[rows] = calls
@@ -114,6 +120,7 @@ class Request:
     reference: np.ndarray | None  # an image uint8 [H, W, C], of whose tokens
     prefix_length: int  # so many are taken
     image: np.ndarray | None  # uint8 [R, R, C] to start from
+    condition_image: np.ndarray | None  # uint8 [H, W, C], for the experiment's `condition`
 
 
 def make_request(
@@ -128,6 +135,8 @@ def make_request(
     resolution: int | None = None,
     output_resolution: int | None = None,
     method: Method = Method(),  # noqa: B008 (frozen)
+    condition_image: str | None = None,
+    condition: Callable[[Mapping[str, Any]], Any] = label_of,
 ) -> Request:
     """Checks everything that can be wrong with a request before any weights are read.
 
@@ -136,7 +145,8 @@ def make_request(
       labels: names or numbers of classes. One label goes with many seeds, one seed with many labels, equally many pair up.
       prefix_image, prefix_tokens: source of the first `prefix_length` tokens (default: all of `prefix_tokens`).
       start_image: to start from at `sampling.start_step`.
-      method: the experiment's parts of sampling, which the settings have to fit.
+      method, condition: the experiment's parts, which the settings have to fit.
+      condition_image: what `condition` gets as "image".
       resolution, output_resolution: pixels are denoised at the one and resized to the other (default: the tokenizer's).
 
     Raises InputError in one line where labels, seeds, settings, tokens or images do not fit.
@@ -151,6 +161,8 @@ def make_request(
         )
     if prefix_image is not None and prefix_tokens is not None:
         raise InputError("a prefix comes from an image or from tokens, not from both")
+    if condition_image is not None and condition is label_of:
+        raise InputError("a condition image needs an experiment whose condition has more than the label")
     available = len(prefix_tokens) if prefix_tokens is not None else model.num_tokens
     if prefix_length is None:
         if prefix_image is not None:
@@ -162,7 +174,9 @@ def make_request(
         raise InputError(f"the prefix length is {prefix_length}, it should be 0 .. {min(available, model.num_tokens)}")
     if wrong := [token for token in prefix_tokens or () if not 0 <= token < model.vocab_size]:
         raise InputError(f"the prefix token {wrong[0]} is out of range, tokens are 0 .. {model.vocab_size - 1}")
-    reference = None if prefix_image is None else open_image(prefix_image, tokenizer, tokenizer.image_size)
+    reference, shown = (
+        None if path is None else open_image(path, tokenizer, tokenizer.image_size) for path in (prefix_image, condition_image)
+    )
     return Request(
         labels=numbers,
         seeds=seeds,
@@ -172,6 +186,7 @@ def make_request(
         reference=reference,
         prefix_length=prefix_length,
         image=None if start_image is None else open_image(start_image, tokenizer, tokenizer.resolution),
+        condition_image=shown,
     )
 
 
@@ -239,6 +254,7 @@ def write_samples(
         prefix=prefix if request.prefix_length else None,
         image=request.image,
         previews=previews or animate,
+        condition_image=request.condition_image,
     )
 
     def write(name: str, image: np.ndarray) -> None:

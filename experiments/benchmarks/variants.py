@@ -101,15 +101,18 @@ def bits_of(trained: Trained, labels: np.ndarray, codes: np.ndarray) -> np.ndarr
         return np.asarray(score(trained.networks.transformer, trained.params["transformer"], labels.astype(np.int32), codes)[0])
 
 
-def log2_of(trained: Trained, labels: np.ndarray, tokens: np.ndarray, sampling: SamplingConfig) -> np.ndarray:
-    """log2 of the guided probability of images' tokens [N, T] under the factorisation of a model: [N]."""
+def log2_of(
+    trained: Trained, labels: np.ndarray, tokens: np.ndarray, sampling: SamplingConfig, bias: np.ndarray | float = 0
+) -> np.ndarray:
+    """log2 of the guided probability of images' tokens [N, T] under the factorisation of a model, with a bias [T, V] added to
+    the logits: [N]."""
     model, params = trained.networks.transformer, {"params": trained.params["transformer"]}
     settings = make_settings(sampling, trained.config, trained.networks.method)
 
     @jax.jit
     def log_probability(labels, tokens):
         logits, null = (model.apply(params, condition, tokens) for condition in (labels, model.null(labels)))
-        logits = guide(logits, null, settings.scales[:, None]) / settings.temperature
+        logits = (guide(logits, null, settings.scales[:, None]) + bias) / settings.temperature
         logits = filter_logits(logits.reshape(-1, logits.shape[-1]), settings.top_k, settings.top_p)
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens.reshape(-1, 1), axis=-1)
         return chosen.reshape(tokens.shape).sum(axis=1) / jnp.log(2.0)

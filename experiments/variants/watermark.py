@@ -1,0 +1,150 @@
+"""Whose image is this? A keyed half of the codes is favoured in every draw; or, without any change, the seed's own noise tells.
+
+Source:   Lexical Bias Watermarking (arXiv 2506.01011), with colours of whole clusters of codes (arXiv 2508.06656), so that a
+          code that comes back as a similar one keeps its colour; the noise is the Gumbel watermark known from text.
+Command:  WATERMARK_KEY=7 dar-jax sample runs/digits --experiment experiments/variants/watermark.py --labels 3 --seeds 1,2
+          WATERMARK_KEY=7 python experiments/variants/watermark.py runs/digits samples/*_seed*.png       (by the key)
+          python experiments/variants/watermark.py runs/digits samples/*_seed*.png --seeds 1,2           (by the noise of seeds)
+          (any transformer's run will do; nothing is trained. :weak, :strong: a bias of 1 or 4 in place of 2)
+Differs:  in the draw of a token (`Method.draw`); the detector needs the tokenizer alone.
+Time:     that of the base.
+Result:   not measured yet.
+
+A colour belongs to key, position and cluster of codes and is a fair coin: over keys, the greens of an image that they had no
+part in are binomial; of several images, each coin is worth as many greens as it was tossed for. The code drawn from a seed at a
+position has large noise there; without a link -log(1 - u) of its rank u is exponential, the sum over n codes Gamma(n, 1).
+
+What it cannot do: stop anyone who wants to remove it (decoding with another tokenizer is enough), survive what changes most
+codes, name a person (the noise names a seed), or prove that an image is real. One small image says little.
+"""
+
+import dataclasses
+import functools
+import os
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from scipy.stats import gamma
+
+from dar_jax.cli.options import Ints
+from dar_jax.errors import InputError
+from dar_jax.experiment import Experiment
+from dar_jax.inference.reconstruct import encode, open_image
+from dar_jax.inference.trained import load_tokenizer
+from dar_jax.models.quantizer import normalize, similarity
+from dar_jax.quickstart import DIGITS, TRANSFORMER
+from dar_jax.sampling.logits import draw_token, token_keys
+from dar_jax.sampling.predict import Predictor, token_by_token
+from dar_jax.sampling.sampler import lookup_codes
+from dar_jax.sampling.settings import Method, Settings
+
+KEY, CODES = int(os.environ.get("WATERMARK_KEY", "2025")), 8  # codes of a cluster, on average
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def clusters_of(networks, params):
+    """The cluster of every code, by ten rounds of k-means on the values that they are decoded from: int [V]."""
+    size = networks.tokenizer.config.codebook_size
+    rows, count = normalize(lookup_codes(networks, params, jnp.arange(size))), size // CODES
+    centres = rows[:count]
+    for _ in range(10):
+        nearest = jnp.argmax(similarity(rows, centres), axis=-1)
+        centres = normalize(jax.ops.segment_sum(rows, nearest, count))
+    return nearest
+
+
+def colours(key, positions, count):
+    """Which of `count` clusters are green at these positions [n]: bool [n, count]."""
+    keys = jax.vmap(lambda position: jax.random.fold_in(jax.random.key(key), position))(positions)
+    return jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (count,)))(keys)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["scales", "temperature", "top_k", "top_p", "clusters"],
+    meta_fields=["guided", "solver", "num_steps", "start_step", "num_groups"],
+)
+@dataclasses.dataclass(frozen=True)
+class Marked(Settings):
+    clusters: jax.Array
+
+
+def group(networks, params, settings, state, group):
+    """As of `token_by_token`, with the clusters among the settings, where the draw finds them."""
+    clusters = clusters_of(networks, {"tokenizer": params.decoder.rest})
+    own = Marked(**vars(settings), clusters=clusters if params.decoder_mesh is None else np.asarray(clusters))
+    return token_by_token.group(networks, params, own, state, group)
+
+
+def draw(bias, logits, keys, position, tokens, settings):
+    green = colours(KEY, jnp.broadcast_to(position, keys.shape), logits.shape[1] // CODES)
+    green = jnp.take_along_axis(green, jnp.broadcast_to(settings.clusters, logits.shape), axis=1)
+    return draw_token(logits + bias * green, keys, position, tokens, settings)
+
+
+def p_value(codes, clusters, key=KEY):
+    """The probability that a key chosen at random finds as many greens as this one in the codes [N, T] of some images."""
+    count, positions = len(clusters) // CODES, np.arange(codes.shape[1])
+    coins, tossed = np.unique(positions * count + np.asarray(clusters)[codes], return_counts=True)
+    green = np.asarray(colours(key, positions, count)).reshape(-1)[coins]
+    chances = np.ones(1)  # of each number of greens
+    for worth in tossed:
+        chances = (np.pad(chances, (worth, 0)) + np.pad(chances, (0, worth))) / 2
+    return chances[tossed[green].sum() :].sum()
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def surprise(codes, seeds, size):
+    """-log(1 - u) of each code [N, T] for the noise of these seeds [N]: exponential where they had no part in it."""
+
+    keys = jnp.repeat(jax.vmap(jax.random.key)(seeds), codes.shape[1])
+    keys = token_keys(keys, jnp.tile(jnp.arange(codes.shape[1]), len(codes)))
+    noise = jax.vmap(lambda key, code: jax.random.gumbel(key, (size,))[code])(keys, codes.reshape(-1))
+    return -jnp.log(-jnp.expm1(-jnp.exp(-noise))).reshape(codes.shape)
+
+
+def seed_p_value(codes, seeds, size):
+    """For each of the images' codes [N, T], the probability that the noise of a random seed is as large as that of its own."""
+    return gamma.sf(np.asarray(surprise(codes, seeds, size), np.float64).sum(axis=1), codes.shape[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """p-values of images, for the key WATERMARK_KEY or for the noise of seeds."""
+
+    run: tyro.conf.Positional[str]
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    seeds: Ints[int] = ()
+    first: int | None = None  # so many first codes count; of decoded images these are the ones that survive
+
+
+def detect(options):
+    trained = load_tokenizer(options.run)
+    images = [open_image(file, trained.config, trained.config.image_size) for file in options.images]
+    size, codes = trained.config.codebook_size, encode(trained, np.stack(images))
+    codes, clusters = codes[:, : options.first], clusters_of(trained.networks, trained.params)
+    for file, row in zip(options.images, codes):
+        tries = [seed_p_value(row[None], np.array([seed], np.uint32), size)[0] for seed in options.seeds]
+        p = min(1, len(tries) * min(tries)) if tries else p_value(row[None], clusters)
+        print(f"{file}: p = {p:.2g}")
+    if not options.seeds:
+        print(f"all {len(codes)} together: p = {p_value(codes, clusters):.2g}")
+
+
+def marked(bias):
+    method = Method(draw=functools.partial(draw, bias), predict=Predictor(token_by_token.begin, group))
+    return Experiment(dataclasses.replace(TRANSFORMER, name="watermark", data=DIGITS), method=method)
+
+
+experiment, weak, strong = marked(2.0), marked(1.0), marked(4.0)
+
+if __name__ == "__main__":
+    try:
+        detect(tyro.cli(Options))
+    except InputError as error:
+        print(f"watermark.py: {error}", file=sys.stderr)
+        sys.exit(2)
