@@ -43,7 +43,7 @@ WIDTHS = ["--model.encoder-width", "16", "--model.decoder-width", "16", "--model
 TINY_TOKENIZER = [*VELOCITY, *WIDTHS, "--model.encoder-layers", "1", "--model.decoder-layers", "1"]
 DIGITS = ["--data.source", "digits", "--data.image-size", "8", "--data.channels", "1", "--data.flip", "False"]
 OWN = {  # settings that make a large recipe small, or show more
-    "fsq": ["--optimizer.name", "muon", "--loss.flow-power", "2"],
+    "binary_tokenizer": ["--optimizer.name", "muon", "--loss.flow-power", "2"],
     "gan": [*DIGITS, "--model.image-size", "8", "--model.channels", "1", "--model.num-tokens", "16", "--model.num-groups", "4"]
     + ["--model.codebook-size", "64", "--fork.width", "16", "--fork.halvings", "1", "--fork.start-step", "1"],
 }
@@ -554,11 +554,20 @@ def test_cosine_path_is_consistent():
 
 
 def test_a_fork_trained_by_muon_resumes_bit_equal(trained, tmp_path):
-    resumed = shutil.copytree(trained("fsq"), tmp_path / "resumed")
+    resumed = shutil.copytree(trained("binary_tokenizer"), tmp_path / "resumed")
     shutil.rmtree(resumed / "checkpoints" / "3")
-    run("train", path_of("fsq"), "--workdir", resumed, *SHORT, *TINY_TOKENIZER, *OWN["fsq"], "--resume")
+    run(
+        "train",
+        path_of("binary_tokenizer"),
+        "--workdir",
+        resumed,
+        *SHORT,
+        *TINY_TOKENIZER,
+        *OWN["binary_tokenizer"],
+        "--resume",
+    )
     for part in ("params", "opt_state"):
-        states = [checkpoint.load_part(checkpoint.inspect(folder), part) for folder in (trained("fsq"), resumed)]
+        states = [checkpoint.load_part(checkpoint.inspect(folder), part) for folder in (trained("binary_tokenizer"), resumed)]
         jax.tree.map(np.testing.assert_array_equal, *states)
 
 
