@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import runpy
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -254,10 +255,14 @@ def test_report_on_a_gaussian(report):
     np.testing.assert_allclose(*(np.cov(each, rowvar=False) for each in drawn), atol=0.06)
 
 
-def test_scripts(report, tiny_run, tmp_path, capsys):
-    module_of("steps").main(str(tiny_run), evaluations=(2, 3), images=8, noises=1)
+def test_scripts(report, trained, tmp_path, capsys, monkeypatch):
+    steps, noise = module_of("steps"), module_of("noise")
+    for module in (steps, noise):
+        monkeypatch.setattr(module, "load_tokenizer", lambda run: trained)
+    monkeypatch.setitem(report["main"].__globals__, "load", lambda run: SimpleNamespace(trained=trained))
+    steps.main("run", evaluations=(2, 3), images=4, noises=1)
     assert "5 allocations tried" in capsys.readouterr().out
-    module_of("noise").main(str(tiny_run), candidates=2, images=8, out=tmp_path / "noise.npy")
+    noise.main("run", candidates=2, images=4, out=tmp_path / "noise.npy")
     assert np.load(tmp_path / "noise.npy").shape == (8, 8, 1) and "best of 2" in capsys.readouterr().out
-    report["main"](str(tiny_run), tmp_path, images=8)
+    report["main"]("run", tmp_path, images=4)
     assert {"report.json", "groups.png", "times.png"} <= {path.name for path in tmp_path.iterdir()}
