@@ -168,6 +168,16 @@ TRANSFORMER_SIZES: dict[str, dict[str, int]] = {
 }
 
 
+# Times of denoising steps before the shift, by name: few near the noise, where the tokens alone say what the image is.
+LATE_STEPS: dict[str, tuple[float, ...]] = {
+    "late3": (0, 5 / 8, 7 / 8),
+    "late5": (0, 3 / 8, 5 / 8, 3 / 4, 7 / 8),
+    "late6": (0, 3 / 8, 5 / 8, 3 / 4, 55 / 64, 61 / 64),
+    "late8": (0, 1 / 4, 1 / 2, 5 / 8, 23 / 32, 25 / 32, 55 / 64, 61 / 64),
+}
+Steps = Literal["uniform", "late3", "late5", "late6", "late8"]
+
+
 @dataclass(frozen=True)
 class SamplingConfig:
     """How tokens are drawn and denoised (paper section 3.4). The defaults are the paper's for size L."""
@@ -178,7 +188,8 @@ class SamplingConfig:
     top_k: TopK = 0  # 0: off
     top_p: Share = 1.0  # 1: off
     solver: Literal["adams2", "euler"] = "adams2"
-    num_denoising_steps: DenoisingSteps | None = None  # None: the tokenizer's
+    steps: Steps = "uniform"  # times of the denoising steps: i / S, as in the paper, or of `LATE_STEPS`
+    num_denoising_steps: DenoisingSteps | None = None  # S of uniform steps; None: the tokenizer's
     num_groups: Tokens | None = None  # stop after so many groups (a preview); None: all
     start_step: Annotated[int, Range(0, 999)] = 0  # start from a given image at this denoising step (0: from noise)
 

@@ -28,7 +28,7 @@ from dar_jax.config import (
 from dar_jax.console import columns
 from dar_jax.data.sources import open_source
 from dar_jax.errors import InputError
-from dar_jax.evaluation.metrics import frechet_distance, moments, pooled_pixels
+from dar_jax.evaluation.metrics import pixel_distance, pooled_pixels
 from dar_jax.experiment import Experiment
 from dar_jax.files import write_json
 from dar_jax.inference import pictures
@@ -151,21 +151,16 @@ def _evaluate(workdir: Path) -> dict[str, float]:
     bits = model.score(held_out, held_out_labels)  # [N, T]
     return {
         "reconstruction_psnr": float(result.psnr.mean()),
-        "reconstruction_distance": _distance(result.images, held_out),
+        "reconstruction_distance": pixel_distance(result.images, held_out),
         "reconstruction_accuracy": float(np.mean(classify(result.images) == held_out_labels)),
         "codebook_usage": codebook_usage(model.encode(images), model.trained.config.codebook_size),
         "bits_per_token": float(bits.mean()),
         "bits_per_image": float(bits.sum(axis=1).mean()),
         "class_accuracy": float(np.mean(classify(samples) == classes)),
-        "sample_distance": _distance(samples, images),
+        "sample_distance": pixel_distance(samples, images),
         "variety": spread(samples, classes) / spread(images, labels),
         "real_accuracy": float(np.mean(classify(held_out) == held_out_labels)),
     }
-
-
-def _distance(images: np.ndarray, others: np.ndarray) -> float:
-    """Fréchet distance of two sets of images in their pixels."""
-    return frechet_distance(*(moments(pooled_pixels(x)) for x in (images, others))).value
 
 
 def spread(images: np.ndarray, labels: np.ndarray) -> float:

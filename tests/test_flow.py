@@ -9,7 +9,7 @@ import pytest
 
 from dar_jax.config import TokenizerConfig
 from dar_jax.models import flow
-from dar_jax.sampling.solvers import BY_NAME, Velocity
+from dar_jax.sampling.solvers import Velocity, by_name
 
 PAPER = TokenizerConfig()
 
@@ -73,9 +73,9 @@ def test_solver_converges_with_its_order(solver, order):
     def error(steps: int) -> float:
         with jax.enable_x64(True):
             x = jnp.ones((1, 1), jnp.float64)
-            carry = BY_NAME[solver].init(x)
+            carry = by_name(solver).init(x)
             for i in range(steps):
-                x, _, carry = BY_NAME[solver].step(Velocity(lambda x, t: -x), x, carry, i / steps, (i + 1) / steps, None)
+                x, _, carry = by_name(solver).step(Velocity(lambda x, t: -x), x, carry, i / steps, (i + 1) / steps, None)
             return abs(float(x[0, 0]) - np.exp(-1))
 
     assert error(64) / error(128) == pytest.approx(2**order, rel=0.05)

@@ -33,7 +33,8 @@ ROOT = Path(__file__).parent.parent
 FORKS = ROOT / "tests" / "forks"
 VARIANTS = ROOT / "experiments" / "variants"
 TRANSFORMERS = ["group_parallel", "heun", "heun:early", "inpainting", "speculative", "control", "watermark", "text"]
-TRANSFORMERS += ["any_block", "edges", "early_choice", "early_control"]
+TRANSFORMERS += ["any_block", "edges", "early_choice", "early_control", "steps", "solvers", "stochastic", "noise"]
+REPORTS = ["decoder_report"]  # measures a run, see test_variants_flow.py
 TOKENIZERS = ["binary_tokenizer", "cosine_path", "unrolled", "gan", "series"]
 
 SHORT = ["--train.steps", "3", "--train.batch-size", "8", "--train.sample-every", "0", "--train.checkpoint-every", "1"]
@@ -98,7 +99,7 @@ def module_of(name):
 
 def test_every_file_is_tested():
     files = {path.stem for folder in (FORKS, VARIANTS) for path in folder.glob("*.py")}
-    assert files == {name.split(":")[0] for name in TRANSFORMERS + TOKENIZERS}
+    assert files == {name.split(":")[0] for name in TRANSFORMERS + TOKENIZERS + REPORTS}
     for path in FORKS.glob("*.py"):
         assert len(path.read_text().splitlines()) <= 60
 

@@ -162,7 +162,7 @@ def test_wider_conditioning_waits_for_its_tokens(make_networks):
     """With more tokens a step than a group has, a step runs once the last of them exists."""
     networks = make_networks(queries_per_step=6)
     config = networks[0].tokenizer.config
-    np.testing.assert_array_equal(schedule(networks[0], 4).ready, [0, 0, 1, 2, 4])
+    np.testing.assert_array_equal(schedule(networks[0].tokenizer, (0, 0.25, 0.5, 0.75)).ready, [0, 0, 1, 2, 4])
     whole = sample(networks)
     decoded = decode(*networks, make_settings(SAMPLING, config), lookup_codes(*networks, whole.tokens), SEEDS)
     np.testing.assert_allclose(decoded.images, whole.images, atol=2e-5)
@@ -218,7 +218,7 @@ def test_start_from_an_image(networks):
     last = dataclasses.replace(SAMPLING, start_step=3)
     started = sample(networks, last, image=image)
     config, (_, params) = modules.tokenizer.config, networks
-    times = schedule(modules, 4).times
+    times = schedule(modules.tokenizer, (0, 0.25, 0.5, 0.75)).times
     x = flow.interpolate(noise_of(SEEDS, modules.tokenizer), config.velocity.data_std * image, times[3])
     apply = functools.partial(modules.tokenizer.apply, {"params": params["tokenizer"]})
     condition = apply(lookup_codes(*networks, started.tokens), method="condition")

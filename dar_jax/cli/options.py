@@ -22,6 +22,7 @@ from dar_jax.config import (
     SamplingConfig,
     Seed,
     Share,
+    Steps,
     Temperature,
     TokenizerConfig,
     Tokens,
@@ -170,7 +171,16 @@ class Denoising:
     """How images are denoised; what is not given is as the checkpoint's run has it."""
 
     solver: OfRun[Literal["adams2", "euler"]] = None  # of the denoising steps
-    num_denoising_steps: OfRun[DenoisingSteps] = None  # steps from noise to image
+    steps: OfRun[Steps] = None  # when they are: uniform as in the paper, or 3, 5, 6 or 8 late ones
+    num_denoising_steps: OfRun[DenoisingSteps] = None  # how many uniform steps
+
+    def denoising(self, of_run: SamplingConfig) -> SamplingConfig:
+        """The run's settings with those given, of which `steps` and `num_denoising_steps` replace each other."""
+        names = ("solver", "steps", "num_denoising_steps")
+        options = given({name: getattr(self, name) for name in names})
+        if "steps" in options or "num_denoising_steps" in options:
+            of_run = dataclasses.replace(of_run, steps="uniform", num_denoising_steps=None)
+        return dataclasses.replace(of_run, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,10 +190,9 @@ class Decoding(Denoising, OnCheckpoint):
     seed: Seed = 0  # image i is denoised from the noise of seed + i
 
     def sampling(self, info: Any) -> SamplingConfig:
-        """The solver and the steps given, else those of the run. Raises InputError where they do not fit the tokenizer."""
-        of_run = SamplingConfig() if info.is_tokenizer else info.config.sampling
-        steps = self.num_denoising_steps or of_run.num_denoising_steps
-        sampling = SamplingConfig(solver=self.solver or of_run.solver, num_denoising_steps=steps)
+        """The run's settings with the solver and the steps given. Raises InputError where they do not fit the tokenizer."""
+        of_run = self.denoising(SamplingConfig() if info.is_tokenizer else info.config.sampling)
+        sampling = SamplingConfig(solver=of_run.solver, steps=of_run.steps, num_denoising_steps=of_run.num_denoising_steps)
         self.check_sampling(sampling, info.tokenizer.config.model)
         return sampling
 
@@ -205,7 +214,7 @@ class Sampling(Denoising, OnTransformer):
             raise InputError(f"guidance is one scale or two, of the first and the last token, not {len(self.guidance)}")
         options = {field.name: getattr(self, field.name, None) for field in dataclasses.fields(of_run)}
         options |= {"num_groups": self.groups, "guidance": self.guidance and (self.guidance[0], self.guidance[-1])}
-        return dataclasses.replace(of_run, **given(options))
+        return self.denoising(dataclasses.replace(of_run, **given(options)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +244,14 @@ def fail(what: object, code: int) -> int:
         hosts.leave(f"{hosts.name()}: {line}", code)
     print(f"dar-jax: {line}", file=sys.stderr)
     return code
+
+
+def script(main: Callable[..., None]) -> None:
+    """Calls the main function of a file with its arguments from the command line; what is wrong is one line, exit code 2."""
+    try:
+        tyro.cli(tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(main))
+    except InputError as error:
+        sys.exit(fail(error, 2))
 
 
 def many_hosts() -> Any:

@@ -102,6 +102,21 @@ def frechet_distance(a: Moments, b: Moments) -> FrechetDistance:
     return FrechetDistance(max(float(value), 0.0), (len(a.root), len(b.root)))
 
 
+def energy_distance(images: np.ndarray, others: np.ndarray) -> float:
+    """2 E|a - b| - E|a - a'| - E|b - b'| of N images [N, ...] and N others: 0 on average for samples of one distribution.
+
+    Image i of one set may belong to image i of the other, such as two decodings of the same: such pairs are left out. Takes
+    memory of N x N numbers.
+    """
+    a, b = (each.reshape(len(each), -1).astype(np.float64) for each in (images, others))
+
+    def apart(x: np.ndarray, y: np.ndarray) -> float:
+        squares = np.square(x).sum(1)[:, None] + np.square(y).sum(1) - 2 * x @ y.T
+        return float(np.sqrt(np.maximum(squares, 0))[~np.eye(len(x), dtype=bool)].mean())
+
+    return 2 * apart(a, b) - apart(a, a) - apart(b, b)
+
+
 @dataclass(frozen=True)
 class Score:
     """An inception score: mean and standard deviation over the splits."""
@@ -278,3 +293,8 @@ def pooled_pixels(images: np.ndarray) -> np.ndarray:
         shape = (len(images), *size, images.shape[3])
         images = jax.image.resize(np.asarray(images, np.float32), shape, "linear", antialias=True)
     return np.asarray(images, np.float64).reshape(len(images), -1) / 127.5 - 1
+
+
+def pixel_distance(images: np.ndarray, others: np.ndarray) -> float:
+    """Fréchet distance of two sets of images uint8 [N, H, W, C] in their `pooled_pixels`."""
+    return frechet_distance(*(moments(pooled_pixels(each)) for each in (images, others))).value

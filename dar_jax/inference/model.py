@@ -64,15 +64,18 @@ class Model:
             raise InputError(f"images are {images.dtype} {list(images.shape)}, the tokenizer takes {shape}")
         return encode(self.trained, images, self.batch_size)
 
-    def decode(self, codes: np.ndarray, seeds: Sequence[int] | None = None) -> np.ndarray:
-        """Images uint8 [N, H, W, C] of codes int32 [N, T], denoised from the noise of these seeds (default: 0 .. N - 1)."""
+    def decode(self, codes: np.ndarray, seeds: Sequence[int] | None = None, **settings: Any) -> np.ndarray:
+        """Images uint8 [N, H, W, C] of codes int32 [N, T], denoised from the noise of these seeds (default: 0 .. N - 1).
+
+        settings: fields of `SamplingConfig` that differ from the defaults, such as `steps="late3"`.
+        """
         codes, trained = self._codes(codes), self.trained
         numbers = np.asarray(np.arange(len(codes)) if seeds is None else seeds, np.uint32)
-        settings = make_settings(SamplingConfig(), trained.config, trained.networks.method)
+        chosen = make_settings(_with(SamplingConfig(), settings), trained.config, trained.networks.method)
 
         def images(codes: jax.Array, seeds: jax.Array) -> jax.Array:
             values = lookup_codes(trained.networks, trained.params, codes)
-            return decode(trained.networks, trained.sampler_params, settings, values, seeds).images
+            return decode(trained.networks, trained.sampler_params, chosen, values, seeds).images
 
         return to_uint8(self._over_rows(images, codes, numbers))
 
@@ -99,10 +102,8 @@ class Model:
         assert info is not None and isinstance(info.config, TransformerTraining)
         base = info.config.sampling
         prefix = settings.pop("prefix", None)
-        if unknown := sorted(set(settings) - {field.name for field in dataclasses.fields(base)}):
-            raise InputError(f"there is no setting {unknown[0]!r}; settings are {', '.join(vars(base))}")
+        sampling = _with(base, settings)
         numbers, each = pair([self._number(label) for label in labels], seeds)
-        sampling = dataclasses.replace(base, **settings)
         batches = sample(self.trained, numbers, each, sampling, min(self.batch_size, len(numbers)), prefix, previews=previews)
         finished: dict[int, list[np.ndarray]] = {}  # by group, the images of the batches so far
         for batch in batches:
@@ -126,6 +127,12 @@ class Model:
         if codes.min() < 0 or codes.max() >= config.codebook_size:
             raise InputError(f"codes are {codes.min()} .. {codes.max()}, the tokenizer has 0 .. {config.codebook_size - 1}")
         return codes
+
+
+def _with(base: SamplingConfig, settings: dict[str, Any]) -> SamplingConfig:
+    if unknown := sorted(set(settings) - {field.name for field in dataclasses.fields(base)}):
+        raise InputError(f"there is no setting {unknown[0]!r}; settings are {', '.join(vars(base))}")
+    return dataclasses.replace(base, **settings)
 
 
 def load(

@@ -19,7 +19,7 @@ from dar_jax.config import DataConfig, SamplingConfig, TokenizerConfig
 from dar_jax.console import Progress
 from dar_jax.data.images import ImageError, read_image, size_of_image
 from dar_jax.data.pipeline import epoch
-from dar_jax.data.sources import FolderSource, Source, open_source
+from dar_jax.data.sources import FolderSource, Source, held_out, open_source
 from dar_jax.data.transforms import center_crop
 from dar_jax.errors import InputError
 from dar_jax.files import write_json
@@ -29,7 +29,7 @@ from dar_jax.models.pixels import psnr, to_float, to_uint8
 from dar_jax.models.quantizer import Quantized
 from dar_jax.parallel.batches import over_batches, row_slices, split_rows
 from dar_jax.sampling.sampler import decode
-from dar_jax.sampling.settings import Networks, make_settings
+from dar_jax.sampling.settings import Networks, Settings, make_settings
 
 SHOWN = 32  # pairs in the grid of a folder
 
@@ -43,15 +43,30 @@ class Reconstructed(NamedTuple):
     codes: np.ndarray | None
 
 
+def images_of(trained: Trained, count: int, training: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """The first held-out images, or those of the training, of the tokenizer's data: at most `count` uint8 [N, H, W, C],
+    centre-cropped, and their classes int32 [N]. Raises InputError where the data cannot be opened."""
+    of_run = trained.info.tokenizer.config.data
+    data = dataclasses.replace(of_run if training else held_out(of_run), crop="none" if of_run.crop == "none" else "center")
+    source = open_source(data)
+    count = min(count, len(source))
+    batch = next(epoch(source, data, batch_size=count, stop=count))
+    return batch["image"][batch["valid"]], batch["label"][batch["valid"]]
+
+
 def reconstruct(
-    trained: Trained, images: np.ndarray, seeds: np.ndarray, sampling: SamplingConfig | None = None, batch_size: int = 64
+    trained: Trained,
+    images: np.ndarray,
+    seeds: np.ndarray,
+    sampling: SamplingConfig | Settings | None = None,
+    batch_size: int = 64,
 ) -> Reconstructed:
     """Encodes and decodes images.
 
     Args:
       images: uint8 [N, H, W, C] of the tokenizer's image size, which is also that of the result.
       seeds: [N] integers, of the noise that each image is denoised from.
-      sampling: its solver and number of steps count; None: the defaults.
+      sampling: its solver and steps count, or settings of `make_settings`; None: the defaults.
       batch_size: images at a time, rounded up to fit the devices; fewer are padded, so that one compilation serves.
     """
     size = trained.full_batch(batch_size)
@@ -91,13 +106,15 @@ def reconstruct_source(
 
 
 def _reconstruct(
-    trained: Trained, batches: Iterable[tuple[Any, tuple]], sampling: SamplingConfig | None, size: int
+    trained: Trained, batches: Iterable[tuple[Any, tuple]], sampling: SamplingConfig | Settings | None, size: int
 ) -> Iterator[tuple[Any, Reconstructed]]:
     """Reconstructs batches (tag, (images, seeds)) of up to `size` rows; yields (tag, result)."""
     prepared = trained.sampler_params  # the resolution changes none of them
     trained = trained.with_tokenizer(at_image_size(trained.config))
     networks, params = trained.networks, trained.params
-    settings = make_settings(sampling or SamplingConfig(), trained.config, networks.method)
+    settings = sampling
+    if not isinstance(settings, Settings):
+        settings = make_settings(settings or SamplingConfig(), trained.config, networks.method)
 
     def run(images: jax.Array, seeds: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         quantized = quantize(networks, params, images)

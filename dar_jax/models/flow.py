@@ -75,6 +75,15 @@ def uniform_times(num_steps: int, config: TokenizerConfig) -> np.ndarray:
     return np.arange(num_steps, dtype=np.float32) / np.float32(num_steps)
 
 
+class Step(NamedTuple):
+    """One denoising step: its number, its first condition token, and the shifted times that it leads from and to."""
+
+    index: np.int32
+    start: np.int32
+    t: np.float32
+    t_next: np.float32
+
+
 class Schedule(NamedTuple):
     """The denoising steps.
 
@@ -86,6 +95,10 @@ class Schedule(NamedTuple):
     starts: np.ndarray
     ready: np.ndarray
 
+    @property
+    def steps(self) -> list[Step]:
+        return [Step(np.int32(i), *values) for i, values in enumerate(zip(self.starts, self.times, self.times[1:]))]
+
 
 def schedule(times: np.ndarray, config: TokenizerConfig, path: Path = Path()) -> Schedule:  # noqa: B008 (frozen)
     """The steps at unshifted `times` [S], rising from 0, each with the tokens of group floor(t G + 1/2).
@@ -96,9 +109,8 @@ def schedule(times: np.ndarray, config: TokenizerConfig, path: Path = Path()) ->
     if t.ndim != 1 or not len(t) or t[0] != 0 or np.any(np.diff(t) <= 0) or not t[-1] < 1:
         raise ValueError(f"times of denoising steps rise from 0 to less than 1, these are {t.tolist()}")
     shifted = np.append(np.asarray(path.shift(t, np.float32(config.velocity.time_shift)), np.float32), np.float32(1))
-    groups = np.floor(t.astype(np.float64) * config.num_groups + 0.5 + 1e-5).astype(
-        np.int64
-    )  # t is rounded, (2i + 1) / 2G is not
+    exact = t.astype(np.float64) * config.num_groups + 0.5
+    groups = np.floor(exact + 1e-5).astype(np.int64)  # t is rounded, (2i + 1) / 2G is not
     starts = np.minimum(groups * config.tokens_per_group, config.num_tokens - config.tokens_per_step).astype(np.int32)
     tokens = np.arange(config.num_groups + 1)[:, None] * config.tokens_per_group
     return Schedule(shifted, starts, np.sum(starts + config.tokens_per_step <= tokens, axis=1).astype(np.int32))

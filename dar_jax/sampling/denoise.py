@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from dar_jax.models import flow
@@ -17,10 +18,10 @@ from dar_jax.models.pixels import resize_bicubic
 from dar_jax.models.tokenizer import Tokenizer
 from dar_jax.parallel.sharding import constrain
 from dar_jax.sampling.prepare import Unstacked
-from dar_jax.sampling.solvers import Velocity
+from dar_jax.sampling.solvers import Solver, Velocity
 
 if TYPE_CHECKING:
-    from dar_jax.sampling.settings import Networks, Settings
+    from dar_jax.sampling.settings import Networks
 
 
 @jax.tree_util.register_dataclass
@@ -38,37 +39,36 @@ class Decoding:
 
 
 @functools.lru_cache
-def schedule(networks: "Networks", num_steps: int) -> flow.Schedule:
-    """The denoising steps of these networks."""
-    model = networks.tokenizer
-    return flow.schedule(networks.method.times(num_steps, model.config), model.config, model.path)
+def schedule(model: Tokenizer, times: tuple[float, ...]) -> flow.Schedule:
+    """The denoising steps at these times before the shift."""
+    return flow.schedule(np.asarray(times), model.config, model.path)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def begin_decoding(
     networks: "Networks",
-    params: Unstacked,
-    settings: "Settings",
+    solver: Solver,
     seeds: Array,
     image: Array | None = None,
     observed: Any = None,
     noise: Array | None = None,
+    t: np.float32 = np.float32(0),  # noqa: B008
 ) -> Decoding:
-    """Before the first denoising step; arguments as of `sampler.begin`. noise [B, R, R, C], in place of the method's."""
+    """Before the first denoising step, which leads from the shifted time t; other arguments as of `sampler.begin`. noise
+    [B, R, R, C], in place of the method's."""
     model, batch = networks.tokenizer, len(seeds)
     keys = jax.vmap(jax.random.key)(seeds)
     x = networks.method.noise(keys, model.noise_shape) if noise is None else noise
     preview = jnp.zeros_like(x)
     if image is not None:
-        start = jnp.float32(schedule(networks, settings.num_steps).times[settings.start_step])
-        x, preview = model.path.at(x, model.config.velocity.data_std * image, start), image
+        x, preview = model.path.at(x, model.config.velocity.data_std * image, t), image
     x = constrain(x, "images")
     caches = model.empty_caches(batch)
     return Decoding(
         caches=jax.tree.map(lambda leaf: constrain(leaf, "cache"), caches),
         condition=constrain(jnp.zeros((batch, model.config.num_tokens, model.config.decoder_width), jnp.float32), "stream"),
         x=x,
-        carry=settings.solver.init(x),
+        carry=solver.init(x),
         preview=constrain(preview, "images"),
         keys=keys,
         observed=observed,
@@ -91,12 +91,11 @@ def condition_values(model: Tokenizer, params: Unstacked, values: Array, decodin
     return dataclasses.replace(decoding, caches=caches, condition=constrain(tokens, "stream"))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def denoise(networks: "Networks", params: Unstacked, settings: "Settings", decoding: Decoding, index: Array) -> Decoding:
-    """Denoising step `index`."""
-    model, method, steps = networks.tokenizer, networks.method, schedule(networks, settings.num_steps)
-    start, times = jnp.asarray(steps.starts)[index], jnp.asarray(steps.times)
-    tokens = jax.lax.dynamic_slice_in_dim(decoding.condition, start, model.config.tokens_per_step, axis=1)
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def denoise(networks: "Networks", params: Unstacked, solver: Solver, decoding: Decoding, step: flow.Step) -> Decoding:
+    """One denoising step; one compilation serves all of them, however many there are and whenever."""
+    model, method = networks.tokenizer, networks.method
+    tokens = jax.lax.dynamic_slice_in_dim(decoding.condition, step.start, model.config.tokens_per_step, axis=1)
 
     def velocity(x: Array, t: Array) -> Array:
         return model.apply({"params": params.rest}, x, jnp.reshape(t, -1), tokens, method="velocity")[0]
@@ -104,10 +103,10 @@ def denoise(networks: "Networks", params: Unstacked, settings: "Settings", decod
     def steered(x: Array, t: Array) -> Array:
         return velocity(x, t) if method.steer is None else method.steer(velocity, x, t, decoding.observed)
 
-    keys = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, 2), index))(decoding.keys)
+    keys = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, 2), step.index))(decoding.keys)
     field = Velocity(steered, model.path.data)
-    step = settings.solver.step(field, decoding.x, decoding.carry, times[index], times[index + 1], keys)
-    x, preview, carry = jax.tree.map(lambda leaf: constrain(leaf, "images"), step)
+    stepped = solver.step(field, decoding.x, decoding.carry, step.t, step.t_next, keys)
+    x, preview, carry = jax.tree.map(lambda leaf: constrain(leaf, "images"), stepped)
     return dataclasses.replace(decoding, x=x, carry=carry, preview=preview / model.config.velocity.data_std)
 
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from dar_jax.models.flow import Step
 from dar_jax.sampling.denoise import Decoding, begin_decoding, condition, condition_values, denoise, finish, schedule
 from dar_jax.sampling.prepare import SamplerParams, prepare
 from dar_jax.sampling.settings import Networks, Settings
@@ -36,14 +37,14 @@ def advance(networks: Networks, params: SamplerParams, settings: Settings, state
         first = group * model.config.tokens_per_group
         decoding = condition(model, params.decoder, tokens, state.decoding, first)
         for step in steps_of_group(networks, settings, group):
-            decoding = denoise(networks, params.decoder, settings, decoding, jnp.int32(step))
+            decoding = denoise(networks, params.decoder, settings.solver, decoding, step)
     return SamplerState(group + 1, prediction, decoding)
 
 
-def steps_of_group(networks: Networks, settings: Settings, group: int) -> range:
+def steps_of_group(networks: Networks, settings: Settings, group: int) -> list[Step]:
     """The denoising steps that the tokens of a group allow: one in the paper's setting, elsewhere several or none."""
-    ready = schedule(networks, settings.num_steps).ready
-    return range(max(ready[group], settings.start_step), ready[group + 1])
+    plan = schedule(networks.tokenizer, settings.times)
+    return plan.steps[max(plan.ready[group], settings.start_step) : plan.ready[group + 1]]
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["prediction", "decoding"], meta_fields=["group"])
@@ -96,7 +97,8 @@ def begin(
     with params.on_decoder():
         noise_seeds = seeds if noise_seeds is None else noise_seeds
         noise_seeds, image, observed = params.to_decoder((noise_seeds, image, observed))
-        decoding = begin_decoding(networks, params.decoder, settings, noise_seeds, image, observed)
+        t = schedule(networks.tokenizer, settings.times).times[settings.start_step]
+        decoding = begin_decoding(networks, settings.solver, noise_seeds, image, observed, t=t)
     return SamplerState(0, prediction, decoding)
 
 
@@ -168,11 +170,13 @@ def decode(
     params, model, shown = _prepared(networks, params), networks.tokenizer, []
     with params.on_decoder():
         values, seeds, image, observed, noise = params.to_decoder((values, seeds, image, observed, noise))
-        decoding = begin_decoding(networks, params.decoder, settings, seeds, image, observed, noise)
+        plan = schedule(model, settings.times)
+        t = plan.times[settings.start_step]
+        decoding = begin_decoding(networks, settings.solver, seeds, image, observed, noise, t)
         decoding = condition_values(model, params.decoder, values, decoding, jnp.int32(0))
-        for step in range(schedule(networks, settings.num_steps).ready[settings.num_groups]):
-            if step >= settings.start_step:
-                decoding = denoise(networks, params.decoder, settings, decoding, jnp.int32(step))
+        for step in plan.steps[: plan.ready[settings.num_groups]]:
+            if step.index >= settings.start_step:
+                decoding = denoise(networks, params.decoder, settings.solver, decoding, step)
             if previews:
                 shown.append(finish(model, decoding.preview))
         tokens = jnp.zeros((len(values), 0), jnp.int32)

@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax.core import FrozenDict
 from jax import Array
 
-from dar_jax.config import SamplingConfig, TokenizerConfig, checked
+from dar_jax.config import LATE_STEPS, SamplingConfig, TokenizerConfig, checked
 from dar_jax.errors import InputError, require
 from dar_jax.models import flow
 from dar_jax.models.tokenizer import Tokenizer
@@ -84,7 +84,7 @@ class Networks:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["scales", "temperature", "top_k", "top_p"],
-    meta_fields=["guided", "solver", "num_steps", "start_step", "num_groups"],
+    meta_fields=["guided", "solver", "times", "start_step", "num_groups"],
 )
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -92,8 +92,8 @@ class Settings:
     first, [B, T] and [B], see `per_sample`.
 
     scales [T] guidance of each token, of which none after the first `guided` exceeds 1, so that these need no unguided row;
-    temperature (None: greedy); top_k, top_p (None: off); solver; num_steps S; start_step, the first denoising step; num_groups,
-    after which sampling stops.
+    temperature (None: greedy); top_k, top_p (None: off); solver; times of the S denoising steps, before the shift; start_step,
+    the first of these steps; num_groups, after which sampling stops.
     """
 
     scales: Array
@@ -102,7 +102,7 @@ class Settings:
     top_k: Array | None
     top_p: Array | None
     solver: Solver
-    num_steps: int
+    times: tuple[float, ...]
     start_step: int
     num_groups: int
 
@@ -123,29 +123,49 @@ def make_settings(config: SamplingConfig, tokenizer: TokenizerConfig, method: Me
     Raises: InputError for values out of range, and for settings that a replaced part of the method makes void.
     """
     checked(SamplingConfig, config)
-    num_steps = config.num_denoising_steps or tokenizer.num_denoising_steps
     num_groups = config.num_groups or tokenizer.num_groups
     require(num_groups <= tokenizer.num_groups, f"num_groups is {num_groups}, it should be 1 .. {tokenizer.num_groups}")
-    require(config.start_step < num_steps, f"start_step is {config.start_step}, it should be 0 .. {num_steps - 1}")
+    times = denoising_times(config, tokenizer, method)
+    require(config.start_step < len(times), f"start_step is {config.start_step}, it should be 0 .. {len(times) - 1}")
     require(
         method.solver is None or config.solver == SamplingConfig.solver,
         f"solver is {config.solver}, but the experiment replaces the solver; leave it at {SamplingConfig.solver}",
     )
-    try:
-        flow.schedule(method.times(num_steps, tokenizer), tokenizer)
-    except ValueError as error:
-        raise InputError(str(error)) from error
     scales = np.asarray(method.guidance(tokenizer.num_tokens, *config.guidance), np.float32)
     if config.cfg_interval >= 0:
         scales = np.where(np.arange(tokenizer.num_tokens) > config.cfg_interval + 1, 1, scales).astype(np.float32)
+    equal_steps = config.steps == "uniform" and method.times is flow.uniform_times
     return Settings(
         scales=jnp.asarray(scales),
         guided=int(np.max(np.nonzero(scales > 1)[0], initial=-1)) + 1,
         temperature=jnp.float32(config.temperature) if config.temperature > 0 else None,
         top_k=jnp.int32(config.top_k) if config.top_k > 0 else None,
         top_p=jnp.float32(config.top_p) if config.top_p < 1 else None,
-        solver=method.solver or solvers.BY_NAME[config.solver],
-        num_steps=num_steps,
+        solver=method.solver or solvers.by_name(config.solver, equal_steps),
+        times=times,
         start_step=config.start_step,
         num_groups=num_groups,
     )
+
+
+def denoising_times(config: SamplingConfig, tokenizer: TokenizerConfig, method: Method) -> tuple[float, ...]:
+    """Times of the denoising steps, before the shift. Raises InputError for steps that do not fit the rest."""
+    count = config.num_denoising_steps
+    if config.steps != "uniform":
+        what = f"steps is {config.steps}"
+        require(count is None, f"{what}, which says how many there are; leave num_denoising_steps away, not {count}")
+        require("times" not in method.replaced, f"{what}, but the experiment replaces the times; leave it at uniform")
+        times = LATE_STEPS[config.steps]
+        last = flow.schedule(np.asarray(times), tokenizer).starts[-1] + tokenizer.tokens_per_step
+        require(
+            last == tokenizer.num_tokens,
+            f"{what}, whose last step is before the last of {tokenizer.num_groups} groups, which would never be decoded",
+        )
+        return times
+    try:
+        times = method.times(count or tokenizer.num_denoising_steps, tokenizer)
+        flow.schedule(times, tokenizer)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    require(count in (None, len(times)), f"num_denoising_steps is {count}, but the experiment takes {len(times)} steps")
+    return tuple(map(float, times))

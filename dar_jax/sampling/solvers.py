@@ -52,10 +52,26 @@ def _adams2_step(velocity: Velocity, x: Array, carry: tuple[Array, Array], t: Ar
     return x + (t_next - t) * combined, velocity.data(x, combined, t), (v, jnp.ones_like(begun))
 
 
-euler = Solver(lambda x: None, _euler_step)
-adams2 = Solver(_adams2_init, _adams2_step)  # two-step Adams-Bashforth with constant-step weights; the first step is Euler's
+def _variable_init(x: Array) -> tuple[Array, Array]:
+    return jnp.zeros_like(x), jnp.full(len(x), jnp.inf)
 
-BY_NAME = {"adams2": adams2, "euler": euler}
+
+def _variable_step(velocity: Velocity, x: Array, carry: tuple[Array, Array], t: Array, t_next: Array, keys: Array):
+    previous, length = carry  # of the step before; a first step has an infinite one before it, so that it is Euler's
+    v = velocity(x, t)
+    combined = v + flow.over_batch((t_next - t) / (2 * length), x) * (v - previous)
+    return x + (t_next - t) * combined, velocity.data(x, combined, t), (v, jnp.full_like(length, t_next - t))
+
+
+euler = Solver(lambda x: None, _euler_step)
+# Two-step Adams-Bashforth; the first step is Euler's.
+adams2 = Solver(_adams2_init, _adams2_step)  # with the weights of equal steps, whatever they are, as in the release
+variable_adams2 = Solver(_variable_init, _variable_step)  # with those of the steps' lengths: of second order for any times
+
+
+def by_name(name: str, equal: bool = True) -> Solver:
+    """The solver that the setting `solver` names; Adams-Bashforth with the weights of `equal` steps or of their lengths."""
+    return {"euler": euler, "adams2": adams2 if equal else variable_adams2}[name]
 
 
 def substeps(solver: Solver, count: int) -> Solver:

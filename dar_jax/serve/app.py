@@ -272,7 +272,7 @@ class Service:
         model = {"id": self.name, "object": "model", "created": self.began, "owned_by": "dar_jax"}
         model |= {"step": info.step, "version": __version__, "checkpoint": str(info.workdir), "size": self.size}
         model |= {"groups": self.engine.num_groups, "tokens": config.num_tokens, "codes": config.codebook_size}
-        model |= {"steps": sampling.num_denoising_steps or config.num_denoising_steps, "most_images": MOST_IMAGES}
+        model |= {"steps": self.engine.num_steps, "most_images": MOST_IMAGES}
         model |= {"sampling": {name: getattr(sampling, name) for name in SETTINGS}}
         return JSONResponse({"object": "list", "data": [model]})
 
@@ -360,8 +360,7 @@ class Service:
         if isinstance(wanted, Edit):
             if image is None:
                 raise InputError("an edit needs an image")
-            steps = run.num_denoising_steps or self.trained.config.num_denoising_steps
-            start_step = max(1, steps // 2) if wanted.start_step is None else wanted.start_step
+            start_step = max(1, self.engine.num_steps // 2) if wanted.start_step is None else wanted.start_step
             start = await self._pixels(image, self.trained.config.resolution)
         elif image is not None:
             if prefix is not None or wanted.prefix_length is None:

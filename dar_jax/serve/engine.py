@@ -28,7 +28,7 @@ from dar_jax.models.pixels import to_float, to_uint8
 from dar_jax.parallel.batches import batch_sharding, full_batch, to_host
 from dar_jax.parallel.sharding import put
 from dar_jax.sampling.sampler import SamplerState, Samples, advance, begin, form, regroup, snapshot
-from dar_jax.sampling.settings import Settings, make_settings, per_sample
+from dar_jax.sampling.settings import Settings, denoising_times, make_settings, per_sample
 
 log = logging.getLogger("dar_jax.serve")
 
@@ -132,6 +132,7 @@ class Engine:
         self.trained, self.max_batch, self.max_waiting = trained, max_batch, max_waiting
         self.status, self.failure = "warming", ""
         self.num_groups = trained.config.num_groups
+        self.num_steps = len(denoising_times(trained.info.config.sampling, trained.config, trained.networks.method))
         # A replaced draw or predictor may not know settings with a batch axis; then only equal ones share a batch.
         self._own_settings = not {"draw", "predict"} & set(trained.networks.method.replaced)
         self._buckets = sorted({full_batch(min(size, max_batch), trained.mesh) for size in BUCKETS})

@@ -213,7 +213,7 @@ def measure(size: str, dtype: str, batch: int, repeats: int, decoder_device: boo
     return found | {
         "predict_bytes": llama.num_tokens * matrices + cache,
         "predict_flops": count_flops(lambda: predict(made, batch)),
-        "decode_bytes": made.settings.num_steps * velocity,
+        "decode_bytes": len(made.settings.times) * velocity,
         "decode_flops": count_flops(lambda: decode_batch(made, batch)),
     }
 
