@@ -61,10 +61,10 @@ TOKENIZER = TokenizerTraining(
         gate_init=1.0,
         velocity=VelocityConfig(width=64, layers=3, head_size=16, patch_size=4, repa_layer=None),
     ),
-    loss=TokenizerLossConfig(entropy=0.02),
+    loss=TokenizerLossConfig(entropy=0.02, flow_power=2.0),
     data=DIGITS,
-    optimizer=OptimizerConfig(learning_rate=4e-3, schedule="cosine", warmup_steps=50, ema_decay=0.99),
-    train=TrainConfig(steps=2500, batch_size=64, checkpoint_every=500),
+    optimizer=OptimizerConfig(name="muon", learning_rate=8e-3, schedule="cosine", warmup_steps=50, ema_decay=0.99),
+    train=TrainConfig(steps=1000, batch_size=64, checkpoint_every=500),
 )
 
 TRANSFORMER = TransformerTraining(
@@ -82,9 +82,11 @@ TRANSFORMER = TransformerTraining(
         mlp_dropout=0.15,
     ),
     data=DataConfig(source="codes", image_size=8, channels=1, crop="center", flip=False),
-    optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=50, weight_decay=0.05, ema_decay=0.99),
-    train=TrainConfig(steps=700, batch_size=64, checkpoint_every=500),
-    sampling=SamplingConfig(guidance=(2.0, 2.0)),
+    optimizer=OptimizerConfig(
+        name="muon", learning_rate=4e-3, schedule="cosine", warmup_steps=50, weight_decay=0.05, ema_decay=0.99
+    ),
+    train=TrainConfig(steps=500, batch_size=64, checkpoint_every=500),
+    sampling=SamplingConfig(guidance=(1.5, 1.5)),
 )
 
 PER_CLASS = 50  # samples that the classifier looks at

@@ -12,6 +12,6 @@ from dar_jax.quickstart import TOKENIZER
 
 experiment = Experiment(
     dataclasses.replace(
-        TOKENIZER, train=dataclasses.replace(TOKENIZER.train, steps=6000, checkpoint_every=1000, sample_every=1000)
+        TOKENIZER, train=dataclasses.replace(TOKENIZER.train, steps=3000, checkpoint_every=1000, sample_every=1000)
     )
 )

@@ -41,6 +41,6 @@ path = Path(
 )
 
 experiment = Experiment(
-    dataclasses.replace(TOKENIZER, name="cosine_path"),
+    dataclasses.replace(TOKENIZER, name="cosine_path", loss=dataclasses.replace(TOKENIZER.loss, flow_power=0.0)),
     model=lambda config, dtype, remat: Tokenizer(config.model, dtype, remat, path=path),
 )
