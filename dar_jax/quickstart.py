@@ -83,9 +83,9 @@ TRANSFORMER = TransformerTraining(
     ),
     data=DataConfig(source="codes", image_size=8, channels=1, crop="center", flip=False),
     optimizer=OptimizerConfig(
-        name="muon", learning_rate=4e-3, schedule="cosine", warmup_steps=50, weight_decay=0.05, ema_decay=0.99
+        name="muon", learning_rate=4e-3, schedule="cosine", warmup_steps=50, weight_decay=0.3, ema_decay=0.99
     ),
-    train=TrainConfig(steps=500, batch_size=64, checkpoint_every=500),
+    train=TrainConfig(steps=700, batch_size=64, checkpoint_every=500),
     sampling=SamplingConfig(guidance=(1.5, 1.5)),
 )
 
