@@ -29,7 +29,7 @@ from dar_jax.parallel.batches import batch_sharding, over_batches, row_slices, s
 from dar_jax.parallel.sharding import put
 from dar_jax.sampling.denoise import schedule
 from dar_jax.sampling.observe import Observed, log_likelihood, project
-from dar_jax.sampling.particles import advance_particles, begin_particles, random_classes
+from dar_jax.sampling.particles import chosen_particle, random_classes
 from dar_jax.sampling.sampler import decode, lookup_codes
 from dar_jax.sampling.settings import Method, make_settings
 from dar_jax.training.checkpoint import Info
@@ -85,7 +85,7 @@ def edit(
     plain = dataclasses.replace(networks, method=dataclasses.replace(method, steer=None))
     settings = make_settings(sampling, trained.config, method)
     counts = particle_counts(particles, settings.num_groups)
-    last_steps = np.maximum(0, schedule(networks, settings.num_steps).ready[1 : settings.num_groups + 1] - 1)
+    last_steps = np.maximum(0, schedule(networks.tokenizer, settings.times).ready[1 : settings.num_groups + 1] - 1)
 
     def draw(images: jax.Array, known: jax.Array, labels: jax.Array, seeds: jax.Array) -> Any:
         observed = Observed(to_float(images), known[..., None].astype(jnp.float32))
@@ -93,9 +93,8 @@ def edit(
         start = to_float(images) if settings.start_step else None
         prefix = quantize(networks, params, images).codes[:, :prefix_length] if prefix_length else None
         conditions = networks.condition({"label": labels.reshape(-1)})
-        state = begin_particles(plain, prepared, settings, conditions, np.asarray(seeds), counts[0], prefix, start)
-        for count in [*counts[1:], 1]:
-            state = advance_particles(plain, prepared, settings, state, likelihood, count)
+        arguments = plain, prepared, settings, conditions, np.asarray(seeds), counts, likelihood
+        state = chosen_particle(*arguments, prefix, start)
         values = lookup_codes(networks, params, state.tokens)
         previews = decode(steered, prepared, settings, values, seeds, start, observed, previews=True).previews[last_steps]
         origins = put(state.origins, batch_sharding(trained.mesh))

@@ -8,7 +8,7 @@ Shapes: B samples, K particles of each, which are rows i K .. (i + 1) K - 1 of t
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -49,6 +49,24 @@ class Particles:
     def tokens(self) -> Array:
         """int32 [B K, T], final as far as the groups have come."""
         return self.state.prediction.tokens
+
+
+def chosen_particle(
+    networks: Networks,
+    params: SamplerParams,
+    settings: Settings,
+    condition: Any,
+    seeds: np.ndarray,
+    counts: Sequence[int],
+    likelihood: Likelihood,
+    prefix: Array | None = None,
+    image: Array | None = None,
+) -> Particles:
+    """One particle of each sample after all groups, with `counts` of them in each group. Arguments as of `begin_particles`."""
+    particles = begin_particles(networks, params, settings, condition, seeds, counts[0], prefix, image)
+    for count in [*counts[1:], 1]:
+        particles = advance_particles(networks, params, settings, particles, likelihood, count)
+    return particles
 
 
 def begin_particles(
