@@ -3,6 +3,7 @@ thing."""
 
 import dataclasses
 import re
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -34,8 +35,10 @@ FORKS = ROOT / "tests" / "forks"
 VARIANTS = ROOT / "experiments" / "variants"
 TRANSFORMERS = ["group_parallel", "heun", "heun:early", "inpainting", "speculative", "control", "watermark", "text"]
 TRANSFORMERS += ["any_block", "edges", "early_choice", "early_control", "steps", "solvers", "stochastic", "noise"]
-REPORTS = ["decoder_report"]  # measures a run, see test_variants_flow.py
+TRANSFORMERS += ["observe"]
+PROGRAMS = ["decoder_report", "particles"]  # which take any run, see test_variants_flow.py and below
 TOKENIZERS = ["binary_tokenizer", "cosine_path", "unrolled", "gan", "series"]
+TOKENIZERS += ["few_steps", "patch_pyramid"]
 
 SHORT = ["--train.steps", "3", "--train.batch-size", "8", "--train.sample-every", "0", "--train.checkpoint-every", "1"]
 TINY_TRANSFORMER = ["--model.layers", "1", "--model.heads", "2", "--model.width", "16", "--model.mlp-multiple", "8"]
@@ -99,7 +102,7 @@ def module_of(name):
 
 def test_every_file_is_tested():
     files = {path.stem for folder in (FORKS, VARIANTS) for path in folder.glob("*.py")}
-    assert files == {name.split(":")[0] for name in TRANSFORMERS + TOKENIZERS + REPORTS}
+    assert files == {name.split(":")[0] for name in TRANSFORMERS + TOKENIZERS + PROGRAMS}
     for path in FORKS.glob("*.py"):
         assert len(path.read_text().splitlines()) <= 60
 
@@ -591,6 +594,25 @@ def test_example_of_the_docs(number, tiny_run, tmp_path):
 def test_gan_teaches_both_sides(trained):
     log = (trained("gan") / "logs" / "metrics.jsonl").read_text()
     assert re.search(r'"discriminator": 0\.\d*[1-9]', log) and re.search(r'"generator": 0\.\d*[1-9]', log)
+
+
+def test_few_steps_keep_the_codes(trained):
+    experiment = load_experiment(path_of("few_steps"))
+    info = checkpoint.inspect(trained("few_steps"))
+    experiment = experiment.with_config(info.config)
+    before, after = experiment.init_params(experiment.build_model()), checkpoint.load_part(info, "params")
+    for name, tuned in (("encoder", False), ("quantizer", False), ("token_decoder", True), ("velocity", True)):
+        same = jax.tree.map(np.array_equal, before[name], after[name])
+        assert all(jax.tree.leaves(same)) != tuned
+
+
+def test_particles_of_anything(tiny_run, tmp_path, capsys):
+    module = runpy.run_path(path_of("particles"))
+    for observe in ("profiles", "reader"):
+        options = module["Options"](run=tiny_run, out=tmp_path, observe=observe, num=3, particles=(1, 16))
+        module["main"](options)
+        errors = [float(line.split()[6].rstrip(",")) for line in capsys.readouterr().out.splitlines()]
+        assert (tmp_path / f"{observe}.png").exists() and (observe == "reader" or errors[1] < errors[0])
 
 
 def test_unrolled_term_is_in_the_loss(trained):

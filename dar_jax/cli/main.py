@@ -31,7 +31,7 @@ from dar_jax.cli.pack import Pack
 from dar_jax.cli.release import Export, Import
 from dar_jax.cli.serve import Serve
 from dar_jax.cli.train import Plan, Quickstart, Train
-from dar_jax.cli.use import Generate, Info, Reconstruct, Sample, Tokenize
+from dar_jax.cli.use import Edit, Generate, Info, Reconstruct, Sample, Tokenize
 from dar_jax.config import Range, checked
 from dar_jax.console import PrintableMessages, columns, escape_unknown_characters
 from dar_jax.errors import InputError
@@ -43,6 +43,7 @@ COMMANDS = {
     "quickstart": Quickstart,
     "train": Train,
     "sample": Sample,
+    "edit": Edit,
     "serve": Serve,
     "generate": Generate,
     "reconstruct": Reconstruct,

@@ -60,6 +60,7 @@ Number = Annotated[int, Range(1, 10**7)]  # of images or samples
 Token = Annotated[int, Range(0, 2**24 - 1)]
 Length = Annotated[int, Range(0, 16384)]  # of a prefix
 FirstStep = Annotated[int, Range(1, 999)]
+Particles = Annotated[int, Range(1, 4096)]
 Tries = Annotated[int, Range(0, 100)]
 Figure = Annotated[float, Range(1e-3, 1e9)]  # of a chip
 Mesh = Ints[Devices]

@@ -17,6 +17,7 @@ from dar_jax.cli.options import (
     OfRun,
     OnData,
     Optional,
+    Particles,
     Place,
     Sampling,
     Settings,
@@ -100,6 +101,54 @@ class Sample(Sampling):
             )
         mesh = make_mesh(self.mesh, devices[:-count]) if self.mesh else run_mesh(of_run, devices[:-count])
         return mesh, make_mesh(self.decoder_mesh, devices[-count:])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit(Sampling):
+    """Draw a part of an image anew, or enlarge an image.
+
+    The white part of the mask, an image of the same size, is drawn anew; the rest stays as it is, pixel by pixel. Of many
+    samples (--particles) those stay, after every group of tokens, whose previews agree best with what is known. Writes
+    NAME_label3_seed11.png for each seed, and grid.png. Without a label, the image decides which class it is.
+
+    Example: dar-jax edit runs/digits --image seven.png --mask mask.png --label 3 --seeds 1,2,3 --out edited
+
+    Example of an enlargement: dar-jax edit runs/digits --image small.png --enlarge 4 --out edited
+    """
+
+    image: str  # the image; its middle square is scaled to the model's size
+    out: str  # the folder to write to
+    mask: Optional[str] = None  # an image of the same size: white is drawn anew, black stays
+    enlarge: Optional[Pixels] = None  # in place of a mask: scale the image to so many pixels, then enlarge it
+    label: Optional[str] = None  # the class, by name or number
+    seeds: Ints[Seed] = (0,)  # integers from 0 on, each for a result of its own
+    particles: Ints[Particles] = (16,)  # samples that compete for each result, one number or one for each group of tokens
+    prefix_length: Length = 0  # keep so many first tokens of the image, and with them its layout
+    start_step: Optional[FirstStep] = None  # start from the old content with noise, at this denoising step, 1 or more
+    previews: Flag = False  # also write groups.png, every result after every group
+    batch_size: Batch = 64  # particles at a time
+
+    def run(self) -> None:
+        from dar_jax.inference.edit import make_edit, write_edits
+        from dar_jax.inference.trained import inspect_transformer
+        from dar_jax.sampling.settings import Method
+
+        info = inspect_transformer(self.checkpoint)
+        request = make_edit(
+            info,
+            self.image,
+            self.mask,
+            self.enlarge,
+            self.label,
+            self.seeds,
+            self.sampling(info.config.sampling),
+            self.particles,
+            self.prefix_length,
+            self.replaced.method if self.replaced else Method(),
+        )
+        check_writable(self.out, folder=True)
+        written = write_edits(self.load_sampler(), request, self.out, self.batch_size, self.previews)
+        show("\n".join(map(str, written)))
 
 
 @dataclass(frozen=True, kw_only=True)

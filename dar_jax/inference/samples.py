@@ -236,8 +236,7 @@ def write_samples(
     """
     trained, out = trained.with_tokenizer(request.tokenizer), Path(out)
     names, total = trained.class_names, len(request.labels)
-    run = re.sub(r"[^\w.-]+", "_", trained.info.config.name)[:NAME_LENGTH]
-    stems = [f"{run}_label{label}_seed{seed}" for label, seed in zip(request.labels, request.seeds)]
+    stems = [file_stem(trained, label, seed) for label, seed in zip(request.labels, request.seeds)]
     captions = [f"{names[label]} #{seed}" for label, seed in zip(request.labels, request.seeds)]
     num_groups = request.sampling.num_groups or trained.config.num_groups
     prefix = request.prefix
@@ -279,6 +278,12 @@ def write_samples(
         pictures.save_animation(out / "denoising.webp", [pictures.sheet(frame, captions) for frame in images])
         written.append(out / "denoising.webp")
     return written
+
+
+def file_stem(trained: Trained, label: int, seed: int) -> str:
+    """The name of a sample's file, without its suffix."""
+    run = re.sub(r"[^\w.-]+", "_", trained.info.config.name)[:NAME_LENGTH]
+    return f"{run}_label{label}_seed{seed}"
 
 
 def _at_resolution(config: TokenizerConfig, resolution: int | None, output: int | None) -> TokenizerConfig:

@@ -97,14 +97,16 @@ def denoise(networks: "Networks", params: Unstacked, solver: Solver, decoding: D
     model, method = networks.tokenizer, networks.method
     tokens = jax.lax.dynamic_slice_in_dim(decoding.condition, step.start, model.config.tokens_per_step, axis=1)
 
-    def velocity(x: Array, t: Array) -> Array:
+    def network(x: Array, t: Array) -> Array:
         return model.apply({"params": params.rest}, x, jnp.reshape(t, -1), tokens, method="velocity")[0]
+
+    velocity = Velocity(network, model.path.data, model.config.velocity.data_std)
 
     def steered(x: Array, t: Array) -> Array:
         return velocity(x, t) if method.steer is None else method.steer(velocity, x, t, decoding.observed)
 
     keys = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, 2), step.index))(decoding.keys)
-    field = Velocity(steered, model.path.data)
+    field = dataclasses.replace(velocity, function=steered)
     stepped = solver.step(field, decoding.x, decoding.carry, step.t, step.t_next, keys)
     x, preview, carry = jax.tree.map(lambda leaf: constrain(leaf, "images"), stepped)
     return dataclasses.replace(decoding, x=x, carry=carry, preview=preview / model.config.velocity.data_std)

@@ -15,10 +15,12 @@ from dar_jax.models import flow
 
 @dataclass(frozen=True)
 class Velocity:
-    """velocity(x, t') with the condition tokens of the step at hand; `data(x, velocity, t')` is the data that it points to."""
+    """velocity(x, t') with the condition tokens of the step at hand; `data(x, velocity, t')` is the data that it points to,
+    which are `scale` times images in [-1, 1]."""
 
     function: Callable[[Array, Array], Array]
     data: Callable[[Array, Array, Array], Array] = flow.jump
+    scale: float = 1.0
 
     def __call__(self, x: Array, t: Array) -> Array:
         return self.function(x, t)
