@@ -13,8 +13,8 @@ Result:   tables, and the same as JSON. All rows of a table have the same labels
 accuracy, diversity, distance: as in variants.py. map error: mean absolute difference of the map of a sample and that of the
 image whose map was given, pixels in [0, 1]; edges F1: of edge pixels, with one pixel of tolerance; among: the mean distance of
 two samples of one map over that of two real images of a class. A watermark is found where the p-value of an image, or of a pool
-of images, is 0.001 or less; kept: share of codes, or of their colours, that come back after decoding and encoding. psnr, usage,
-distance of reconstructions: of held-out images; bits given place: the mean entropy of a code whose position is known.
+of images, is 0.001 or less; kept: share of codes, or of their colours, that come back after decoding and encoding. bits: of a
+code of held-out images.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from scipy.stats import binom
 from variants import bits_of, log2_of
 
 from dar_jax.experiment import Experiment, load_experiment
-from dar_jax.inference.reconstruct import codebook_usage, encode, reconstruct
+from dar_jax.inference.reconstruct import encode
 from dar_jax.inference.samples import sample
 from dar_jax.inference.trained import Trained, load_sampler
 from dar_jax.models.pixels import to_float
@@ -238,25 +238,14 @@ def control(
 def codes(
     runs: tyro.conf.Positional[tuple[str, ...]], /, num: int = 2000, guidance: float = 2, json: Path | None = None
 ) -> None:
-    """Tokenizers and the transformers over them: RUN,RUN of the base, FILE:NAME=RUN,RUN of variants."""
+    """Transformers over tokenizers that `recipes.py` compares: RUN,RUN of the base, FILE:NAME=RUN,RUN of variants."""
     labels, seeds, reader = np.arange(num) % 10, np.arange(num), reader_of(runs[0].rpartition("=")[2].split(",")[0])
     held_out, held_out_labels = reader.held_out[:1000], reader.held_out_labels[:1000]
 
     def figures(trained: Trained) -> dict[str, float]:
-        again = reconstruct(trained, held_out, np.arange(len(held_out)), batch_size=BATCH)
-        train_codes = encode(trained, reader.images[:5000], BATCH)
-        each = np.stack([np.bincount(column, minlength=trained.config.codebook_size) for column in train_codes.T])
-        shares = each / each.sum(axis=1, keepdims=True)
         _, images, _ = draw(trained, labels, seeds, guidance)
-        return {
-            "psnr": float(again.psnr.mean()),
-            "reconstructions read %": 100 * reader.accuracy(again.images, held_out_labels),
-            "distance of reconstructions": reader.distance(again.images, held_out),
-            "usage %": 100 * codebook_usage(train_codes, trained.config.codebook_size),
-            "bits given place": float(-np.sum(shares * np.log2(np.maximum(shares, 1e-12)), axis=1).mean()),
-            "bits a token": float(bits_of(trained, held_out_labels, again.codes).mean()),
-            **quality(reader, images, labels),
-        }
+        bits = bits_of(trained, held_out_labels, encode(trained, held_out, BATCH)).mean()
+        return {"bits": float(bits), **quality(reader, images, labels)}
 
     rows = []
     for each in runs:
