@@ -5,7 +5,7 @@ Command:  dar-jax train experiments/cifar10_ar.py --workdir runs/cifar10_ar --to
 Then:     dar-jax sample runs/cifar10_ar --labels cat,dog,ship --seeds 1,2,3 --out samples
 Time:     an estimate, not measured: about 20 minutes on an A100, from 20 GFLOP for each of 5 million images at 30 % of
           its bfloat16 peak; both stages together stay below an hour.
-Result:   not measured at this size; the README has a shortened run of a smaller one on a CPU.
+Result:   not measured at this size; docs/results.md has a shortened run of a smaller one on a CPU.
 """
 
 from dar_jax.config import DataConfig, OptimizerConfig, SamplingConfig, TrainConfig, TransformerConfig, TransformerTraining
@@ -16,7 +16,7 @@ experiment = Experiment(
         name="cifar10_ar",
         model=TransformerConfig(layers=12, heads=8, width=512, num_tokens=64, vocab_size=4096, num_classes=10),
         data=DataConfig(source="cifar10", image_size=32, crop="ten_crop", ten_crop_scale=1.1, flip=False),
-        optimizer=OptimizerConfig(learning_rate=6e-4, schedule="cosine", warmup_steps=500, weight_decay=0.05),
+        optimizer=OptimizerConfig(name="muon", learning_rate=1e-3, schedule="cosine", warmup_steps=500, weight_decay=0.05),
         train=TrainConfig(steps=20_000, batch_size=256, checkpoint_every=2500, sample_every=2500),
         sampling=SamplingConfig(guidance=(1.1, 4.0)),
     )
