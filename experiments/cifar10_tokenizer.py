@@ -6,8 +6,8 @@ Time:     an estimate, not measured: about 25 minutes on an A100, from 21 GFLOP 
           of its bfloat16 peak.
 Result:   not measured at this size; docs/results.md has a shortened run of a smaller one on a CPU.
 
-Muon and the loss in units of the image, which ends as the paper's, are what helped on the digits (docs/results.md); the learning
-rate is an estimate. Where the weights of LPIPS are at hand, add --loss.lpips 0.5.
+Muon and the loss in units of the image, which ends as the paper's, are what helped on the digits (docs/results.md); the
+learning rate is an estimate. Where the weights of LPIPS are at hand, add --loss.lpips 0.5.
 """
 
 from dar_jax.config import (
