@@ -115,7 +115,7 @@ def by_preview(judge):
     def score(networks, params, settings, state, groups, seeds):
         require(params.decoder_mesh is None, "previews are judged where tokens are predicted; leave out --decoder-mesh")
         networks = dataclasses.replace(networks, method=dataclasses.replace(networks.method, predict=already_drawn))
-        now = SamplerState(0, state, begin_decoding(networks, params.decoder, settings, seeds))
+        now = SamplerState(0, state, begin_decoding(networks, settings.solver, seeds))
         for _ in range(groups):
             now = advance(networks, params, settings, now)
         return judge(now.decoding.preview, state.condition)

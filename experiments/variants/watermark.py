@@ -63,20 +63,21 @@ def colours(key, positions, count):
     return jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (count,)))(keys)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["scales", "temperature", "top_k", "top_p", "clusters"],
-    meta_fields=["guided", "solver", "num_steps", "start_step", "num_groups"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Marked(Settings):
+class Marked:
+    """The settings, and the clusters, which the draw finds beside them."""
+
+    settings: Settings
     clusters: jax.Array
+
+    def __getattr__(self, name):
+        return getattr(self.settings, name)
 
 
 def group(networks, params, settings, state, group):
-    """As of `token_by_token`, with the clusters among the settings, where the draw finds them."""
     clusters = clusters_of(networks, {"tokenizer": params.decoder.rest})
-    own = Marked(**vars(settings), clusters=clusters if params.decoder_mesh is None else np.asarray(clusters))
+    own = Marked(settings, clusters if params.decoder_mesh is None else np.asarray(clusters))
     return token_by_token.group(networks, params, own, state, group)
 
 
