@@ -85,6 +85,12 @@ def test_order_for_unequal_steps(solver, order):
     assert order_of(chosen) == pytest.approx(order, abs=0.25)
 
 
+def test_equal_steps_have_the_weights_of_the_release():
+    noise = jax.random.normal(jax.random.key(0), (20, 3))
+    results = [solve(solver, even(8), noise) for solver in (solvers.adams2, solvers.variable_adams2)]
+    np.testing.assert_allclose(*results, atol=1e-5)
+
+
 def test_evodiff_is_no_worse_than_euler():
     noise = jax.random.normal(jax.random.key(0), (20, 3))
     errors = [
