@@ -28,7 +28,7 @@ from dar_jax.inference import pictures
 from dar_jax.inference.edit import edit
 from dar_jax.inference.trained import Trained, load_sampler
 from dar_jax.models.pixels import psnr, to_float, to_uint8
-from dar_jax.sampling.observe import pool
+from dar_jax.sampling.observe import pool, steered
 
 OBSERVE = Path(__file__).parents[1] / "variants" / "observe.py"
 
@@ -109,8 +109,7 @@ def methods(options: Options, trained: Trained, task: Task, labels: np.ndarray) 
     sampling = trained.info.config.sampling
 
     def with_steer(steer):
-        method = dataclasses.replace(trained.networks.method, steer=steer)
-        return dataclasses.replace(trained, networks=dataclasses.replace(trained.networks, method=method))
+        return dataclasses.replace(trained, networks=steered(trained.networks, steer))
 
     def encoded(trained, count):
         return lambda number: rounds(trained, task.images, task.known, seeds(number), count, options.rows)[-1]
