@@ -37,7 +37,8 @@ def test_gradient_guidance_draws_from_the_posterior():
         return mean + (t * variance - (1 - t)) / q * (x - t * mean)
 
     steer = variant("observe").guidance(variance, noise)
-    np.testing.assert_array_equal(steer(Velocity(velocity), jnp.ones((1, 4, 4, 1)), 0.5, None), velocity(1.0, 0.5))
+    x = jnp.ones((1, 4, 4, 1))
+    np.testing.assert_array_equal(steer(Velocity(velocity), x, 0.5, None), velocity(x, 0.5))
 
     @jax.jit
     def drawn(x):

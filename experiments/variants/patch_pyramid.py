@@ -139,6 +139,7 @@ def halves(end, shift, power):
     return Path(draw=draw, weight=weight)
 
 
-config = dataclasses.replace(TOKENIZER, name="patch_pyramid", fork={"coarse_groups": 2, "flow_power": 0.0})
+loss = dataclasses.replace(TOKENIZER.loss, flow_power=0.0)  # the path weighs times
+config = dataclasses.replace(TOKENIZER, name="patch_pyramid", loss=loss, fork={"coarse_groups": 2, "flow_power": 2.0})
 rules = ((r"coarse_in/kernel", P(None, "fsdp")), (r"coarse_out/kernel", P("fsdp", None)), (r"stage", P()))
 experiment = Experiment(config, model=model, rules=rules)
