@@ -37,7 +37,8 @@ def test_gradient_guidance_draws_from_the_posterior():
         return mean + (t * variance - (1 - t)) / q * (x - t * mean)
 
     steer = variant("observe").guidance(variance, noise)
-    np.testing.assert_array_equal(steer(Velocity(velocity), jnp.ones((1, 4, 4, 1)), 0.5, None), velocity(1.0, 0.5))
+    x = jnp.ones((1, 4, 4, 1))
+    np.testing.assert_array_equal(steer(Velocity(velocity), x, 0.5, None), velocity(x, 0.5))
 
     @jax.jit
     def drawn(x):
@@ -123,11 +124,11 @@ def test_a_coarse_patch_stands_in_the_middle_of_its_fine_ones():
 def test_halves_of_a_batch_have_the_times_of_their_stage():
     module, network = pyramid()
     end = module.boundary(network.config, 2)
-    path = module.halves(end, 2.0)
-    times = path.draw(jax.random.key(0), (1000,))
-    assert end == 0.375 and times[:500].max() < end <= times[500:].min()
-    weights = path.weight(flow.shift_time(times, 2.0))
-    np.testing.assert_allclose(weights, np.repeat([0.75, 1.25], 500))
+    times = module.halves(end, 2.0, 0.0).draw(jax.random.key(0), (4000,))
+    assert end == 0.375 and times[:2000].max() < end <= times[2000:].min()
+    shifted = flow.shift_time(times, 2.0)
+    np.testing.assert_allclose(module.halves(end, 2.0, 0.0).weight(shifted), np.repeat([0.75, 1.25], 2000))
+    assert abs(module.halves(end, 2.0, 2.0).weight(shifted).mean() - 1) < 0.02
 
 
 def test_operations_at_the_size_of_the_paper():

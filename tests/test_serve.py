@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -24,6 +25,7 @@ from serving import Served, wait_for
 
 from dar_jax.cli.serve import Serve
 from dar_jax.errors import InputError
+from dar_jax.inference.edit import edit
 from dar_jax.inference.samples import sample
 from dar_jax.serve import app as app_module
 from dar_jax.serve.app import Mailbox, make_app, shown_groups
@@ -68,6 +70,26 @@ def refused(answer, status, word):
     error = answer.json()["error"]
     assert word in error["message"] and "\n" not in error["message"] and {"type", "param", "code"} < set(error)
     return True
+
+
+def test_an_edit_with_a_mask_is_that_of_the_command(client, trained):
+    """Its tokens and image, streamed group by group with the known half in every preview, beside other samples."""
+    picture = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
+    shades = np.tile(np.repeat([0, 255], 4), (8, 1)).astype(np.uint8)
+    images, known = np.repeat(picture[None, ..., None], 2, axis=0), np.repeat(shades[None] == 0, 2, axis=0)
+    config = trained.info.config.sampling
+    (drawn,) = edit(trained, images, known, [3, 3], [5, 6], config, (4,))
+    body = {"image": png(picture), "mask": png(shades), "particles": 4, "n": 2}
+    with ThreadPoolExecutor(1) as other:
+        beside = other.submit(client.post, GENERATIONS, json={"prompt": "7", "seed": 1})
+        told = stream(client, EDITS, **body)
+        assert beside.result().status_code == 200
+    assert len(told) == 8
+    for event in told:
+        np.testing.assert_array_equal(pixels(event["b64_json"])[:, :4], picture[:, :4])
+    for event in (event for event in told if event["type"] == "image_edit.completed"):
+        assert event["tokens"] == drawn.tokens[event["index"]].tolist()
+        assert np.abs(pixels(event["b64_json"]).astype(int) - drawn.images[event["index"], ..., 0]).max() <= 1
 
 
 def test_an_image_is_that_of_the_command(client, trained):
@@ -202,7 +224,12 @@ def test_wrong_edits(client):
     assert refused(client.post(EDITS, json={"prompt": "3"}), 400, "needs an image")
     image = png(np.zeros((8, 8), np.uint8))
     assert refused(client.post(EDITS, json={"prompt": "3", "image": image, "start_step": 4}), 400, "start_step is 4")
-    assert refused(client.post(EDITS, json={"prompt": "3", "image": image, "mask": image}), 400, "'mask'")
+    for mask, word in (
+        (png(np.zeros((8, 8), np.uint8)), "no white part"),
+        (png(np.zeros((8, 9), np.uint8)), "is 9 x 8 pixels"),
+    ):
+        assert refused(client.post(EDITS, json={"prompt": "3", "image": image, "mask": mask}), 400, word)
+    assert refused(client.post(EDITS, json={"prompt": "3", "image": image, "particles": 4}), 400, "with a mask")
     assert refused(client.post(TOKENS, json={}), 400, "an image is needed")
     assert refused(client.get(GENERATIONS), 405, "method") and refused(client.get("/v1/engines"), 404, "no such page")
     assert refused(client.get("/../../etc/passwd"), 404, "no such page")

@@ -1,6 +1,9 @@
 """The page of `dar-jax serve` in Debian's Chromium, under its own content security policy."""
 
+import base64
+import io
 import json
+import os
 import shutil
 
 import numpy as np
@@ -130,6 +133,37 @@ def test_picture(page, tmp_path):
     card.get_by_role("button", name="start", exact=True).click()
     card.locator(".branch .main").click()
     expect(page.locator(".card.done")).to_have_count(13, timeout=SECONDS)
+
+
+def test_edit(page):
+    """A brush marks what is drawn anew; the rest of the picture stays, pixel by pixel, and the child stands beside it."""
+    card = page.locator(".card").first
+    before = pictures(card)[3]
+    card.get_by_role("button", name="edit", exact=True).click()
+    draw = card.locator(".branch .main")
+    expect(draw).to_be_disabled()
+    box = card.locator(".paint").bounding_box()
+    x = box["x"] + 0.75 * box["width"]
+    page.locator(".branch input[type=range]").fill("4")
+    page.mouse.move(x, box["y"] + 5)
+    page.mouse.down()
+    page.mouse.move(x, box["y"] + box["height"] - 5, steps=20)
+    page.mouse.up()
+    card.locator(".branch input[type=number]").nth(1).fill("4")
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/edit.png")
+    draw.click()
+    expect(page.locator(".card.done")).to_have_count(11, timeout=SECONDS)
+    child = page.locator(".family.many .card").nth(1)
+    expect(child).to_contain_text("a part drawn anew")
+    sources = before, pictures(child)[3]
+    old, new = (np.asarray(Image.open(io.BytesIO(base64.b64decode(each.partition(",")[2])))) for each in sources)
+    np.testing.assert_array_equal(new[:, :4], old[:, :4])
+    assert (new != old).any()
+    assert copied(page, child, "a command").startswith("dar-jax edit ")
+    assert '"mask":"' in copied(page, child, "curl")
+    if folder:
+        page.screenshot(path=f"{folder}/edited.png")
 
 
 def test_stop_and_search(page):

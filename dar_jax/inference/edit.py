@@ -3,7 +3,6 @@
 Shapes: N images, n of them in a batch, K particles of each, H W pixels, C channels, T tokens, G groups.
 """
 
-import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from dar_jax.models.pixels import to_float, to_uint8
 from dar_jax.parallel.batches import batch_sharding, over_batches, row_slices, split_rows
 from dar_jax.parallel.sharding import put
 from dar_jax.sampling.denoise import schedule
-from dar_jax.sampling.observe import Observed, log_likelihood, project
+from dar_jax.sampling.observe import Observed, log_likelihood, project, steered
 from dar_jax.sampling.particles import chosen_particle, random_classes
 from dar_jax.sampling.sampler import decode, lookup_codes
 from dar_jax.sampling.settings import Method, make_settings
@@ -81,8 +80,7 @@ def edit(
     prepared = trained.sampler_params  # the resolution changes none of them
     trained = trained.with_tokenizer(at_image_size(trained.config))
     networks, params, method = trained.networks, trained.params, trained.networks.method
-    steered = dataclasses.replace(networks, method=dataclasses.replace(method, steer=method.steer or project))
-    plain = dataclasses.replace(networks, method=dataclasses.replace(method, steer=None))
+    plain, observing = steered(networks, None), steered(networks, method.steer or project)
     settings = make_settings(sampling, trained.config, method)
     counts = particle_counts(particles, settings.num_groups)
     last_steps = np.maximum(0, schedule(networks.tokenizer, settings.times).ready[1 : settings.num_groups + 1] - 1)
@@ -96,7 +94,7 @@ def edit(
         arguments = plain, prepared, settings, conditions, np.asarray(seeds), counts, likelihood
         state = chosen_particle(*arguments, prefix, start)
         values = lookup_codes(networks, params, state.tokens)
-        previews = decode(steered, prepared, settings, values, seeds, start, observed, previews=True).previews[last_steps]
+        previews = decode(observing, prepared, settings, values, seeds, start, observed, previews=True).previews[last_steps]
         origins = put(state.origins, batch_sharding(trained.mesh))
         return previews.swapaxes(0, 1), state.tokens, jnp.take_along_axis(labels, origins, axis=1)[:, 0]
 
@@ -166,19 +164,25 @@ def make_edit(
         raise InputError("an enlargement has neither a prefix length nor a start step, which are for images at full size")
     if prefix_length > config.num_tokens:
         raise InputError(f"the prefix length is {prefix_length}, it should be 0 .. {config.num_tokens}")
-    pixels, known = _open_enlarged(image, enlarge, config) if mask is None else open_masked(image, mask, config)
+    if enlarge is not None:
+        pixels, known = _open_enlarged(image, enlarge, config)
+    else:
+        pixels, known = open_masked(image, mask, config, config.image_size)
     number = None if label is None else class_number(label, info.class_names)
     return EditRequest(pixels, known, number, tuple(seeds), sampling, tuple(particles), prefix_length)
 
 
-def open_masked(image: Any, mask: Any, config: TokenizerConfig, names: tuple[Any, Any] | None = None) -> tuple[Any, Any]:
-    """An image and its mask, paths or open files, centre-cropped: uint8 [H, W, C], and bool [H, W], True where it is known.
+def open_masked(
+    image: Any, mask: Any, config: TokenizerConfig, size: int, names: tuple[Any, Any] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """An image and its mask, paths or open files, centre-cropped: uint8 [size, size, C], and bool [size, size], True where a
+    pixel is known.
 
     Args: names, of both in errors; None: the paths.
 
     Raises InputError where either cannot be read, they are not of one size, or the mask leaves all or nothing.
     """
-    size, (image_name, mask_name) = config.image_size, names or (image, mask)
+    image_name, mask_name = names or (image, mask)
     pixels, shades = read_image(image, config.channels, size, image_name), read_image(mask, 1, size, mask_name)
     check_size(image_name, pixels.shape[1::-1], config)
     if pixels.shape[:2] != shades.shape[:2]:

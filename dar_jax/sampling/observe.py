@@ -6,13 +6,17 @@ C channels.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from dar_jax.sampling.solvers import Velocity
+
+if TYPE_CHECKING:
+    from dar_jax.sampling.settings import Networks
 
 LEAST_TIME = 1e-4  # left until the data, where a solver evaluates the velocity at the data themselves
 LEAST_ERROR = 1e-5  # mean square of an image that agrees perfectly, below what rounding to uint8 leaves
@@ -67,6 +71,11 @@ def log_likelihood(images: Array, observed: Observed) -> Array:
     count = jnp.maximum(1, mask.sum(axis=(2, 3, 4)) * images.shape[-1])
     square = jnp.square(mask * (small - values)).sum(axis=(2, 3, 4))
     return -count / 2 * jnp.log(square / count + LEAST_ERROR)
+
+
+def steered(networks: "Networks", steer: Callable[..., Array] | None) -> "Networks":
+    """The networks with this `Method.steer`."""
+    return dataclasses.replace(networks, method=dataclasses.replace(networks.method, steer=steer))
 
 
 def repeated(tree: Any, count: int) -> Any:

@@ -46,6 +46,11 @@ class Particles:
     origins: np.ndarray
 
     @property
+    def group(self) -> int:
+        """How many groups there are."""
+        return self.state.group
+
+    @property
     def tokens(self) -> Array:
         """int32 [B K, T], final as far as the groups have come."""
         return self.state.prediction.tokens
@@ -78,6 +83,7 @@ def begin_particles(
     count: int,
     prefix: Array | None = None,
     image: Array | None = None,
+    noise_seeds: np.ndarray | None = None,
 ) -> Particles:
     """The state before the first group.
 
@@ -85,13 +91,13 @@ def begin_particles(
       condition: of every particle, a tree with [B K, ...] first.
       seeds: uint32 [B] on the host. The first particle of a sample is the sample that `sampler.begin` would draw; all particles
         are denoised from the noise of their sample's seed.
-      prefix, image: of every sample, as of `sampler.begin`.
+      prefix, image, noise_seeds: of every sample, as of `sampler.begin`.
     """
     seeds = np.asarray(seeds, np.uint32)
     own = np.array(_seeds(seeds, 0, count))
     own[:, 0] = seeds
-    given = repeated({"prefix": prefix, "image": image}, count)
-    state = begin(networks, params, settings, condition, own.reshape(-1), noise_seeds=np.repeat(seeds, count), **given)
+    given = {"prefix": prefix, "image": image, "noise_seeds": seeds if noise_seeds is None else noise_seeds}
+    state = begin(networks, params, settings, condition, own.reshape(-1), **repeated(given, count))
     even = np.full(own.shape, 1 / count)
     return Particles(state, seeds, own, even, np.zeros(own.shape), np.tile(np.arange(count), (len(seeds), 1)))
 

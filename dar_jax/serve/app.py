@@ -45,6 +45,7 @@ from dar_jax.serve.bodies import (
     read_base64,
     read_form,
     read_json,
+    read_masked,
     read_pixels,
 )
 from dar_jax.serve.engine import Closed, Engine, Failure, Full, Preview, Request, Sample
@@ -59,6 +60,7 @@ REQUEST_SECONDS = 600  # for a whole request
 SILENT_SECONDS = 15  # of a stream, before a comment says that it is alive
 BACKLOG = 2 << 20  # bytes of images that wait for the reader of a stream
 SMALL = 1 << 14  # bytes of an image that is encoded at once, which takes less than handing it to a thread
+PARTICLES = 16  # of an edit with a mask, unless it says otherwise
 CODERS = 4  # images being read at a time
 
 HTTP_MESSAGES = {404: "there is no such page", 405: "this page does not take this method"}
@@ -284,10 +286,10 @@ class Service:
         return await self._draw(request, Generation, "prefix_image")
 
     async def edits(self, request: HttpRequest) -> Response:
-        return await self._draw(request, Edit, "image")
+        return await self._draw(request, Edit, "image", "mask")
 
     async def tokens(self, request: HttpRequest) -> Response:
-        _, image = await self._read(request, OnlyImage, "image")
+        _, (image,) = await self._read(request, OnlyImage, "image")
         if image is None:
             raise InputError("an image is needed, as base64")
         pixels = await self._pixels(image, self.trained.config.image_size)
@@ -295,9 +297,9 @@ class Service:
         shown = await asyncio.to_thread(encode_image, pixels, "png")
         return JSONResponse({"object": "image.tokens", "tokens": tokens, "b64_json": shown, "output_format": "png"})
 
-    async def _draw(self, request: HttpRequest, kind: type[Generation], image_name: str) -> Response:
-        wanted, image = await self._read(request, kind, image_name)
-        samples = await self._samples(wanted, image)
+    async def _draw(self, request: HttpRequest, kind: type[Generation], *names: str) -> Response:
+        wanted, images = await self._read(request, kind, *names)
+        samples = await self._samples(wanted, *images)
         last = samples[0].num_groups
         box = Mailbox(lambda preview: preview.group in shown_groups(last, wanted.partial_images) and wanted.stream)
         drawing = self.engine.submit(samples, box.hear)
@@ -350,16 +352,25 @@ class Service:
         body = {"index": event.index, "group": event.group, "groups": sample.num_groups, "tokens": event.tokens.tolist()}
         return {"b64_json": picture, "output_format": wanted.output_format, **body, **about}
 
-    async def _samples(self, wanted: Generation, image: bytes | None) -> list[Sample]:
+    async def _samples(self, wanted: Generation, image: bytes | None, mask: bytes | None = None) -> list[Sample]:
         if wanted.model not in (None, self.name):
             raise Refused(404, f"there is no model {wanted.model!r}, this server has {self.name!r}")
         if wanted.size not in ("auto", self.size):
             raise InputError(f"size is {wanted.size!r}, this model's images are {self.size}")
         label = class_number(wanted.prompt, self.trained.class_names)
         run, prefix, start, start_step = self.trained.info.config.sampling, wanted.prefix_tokens, None, 0
+        masked = {}
         if isinstance(wanted, Edit):
             if image is None:
                 raise InputError("an edit needs an image")
+            if mask is None and wanted.particles is not None:
+                raise InputError("particles are for an edit with a mask")
+        if mask is not None:
+            start_step = wanted.start_step or 0
+            async with self.coders:
+                start, known = await asyncio.to_thread(read_masked, image, mask, self.trained.config)
+            masked = {"known": known, "particles": wanted.particles or PARTICLES}
+        elif isinstance(wanted, Edit):
             start_step = max(1, self.engine.num_steps // 2) if wanted.start_step is None else wanted.start_step
             start = await self._pixels(image, self.trained.config.resolution)
         elif image is not None:
@@ -376,7 +387,7 @@ class Service:
         given = {name: value for name, value in given.items() if value is not None}
         sampling = dataclasses.replace(run, **given)
         first = secrets.randbelow(2**32 - MOST_IMAGES) if wanted.seed is None else wanted.seed
-        draw = lambda seed: self.engine.sample(label, seed, sampling, wanted.noise_seed, prefix, start)  # noqa: E731
+        draw = lambda seed: self.engine.sample(label, seed, sampling, wanted.noise_seed, prefix, start, **masked)  # noqa: E731
         return [draw(first + number) for number in range(wanted.n)]
 
     async def _encode(self, pixels: np.ndarray) -> list[int]:
@@ -387,23 +398,24 @@ class Service:
         async with self.coders:
             return await asyncio.to_thread(read_pixels, image, side, self.trained.config)
 
-    async def _read(self, request: HttpRequest, kind: type, image_name: str) -> tuple[Any, bytes | None]:
-        """The fields of a body and its image. Raises Refused and InputError."""
+    async def _read(self, request: HttpRequest, kind: type, *names: str) -> tuple[Any, list[bytes | None]]:
+        """The fields of a body, and its images of these names. Raises Refused and InputError."""
         body = await self._body(request)
         if request.headers.get("content-type", "").startswith("multipart/form-data"):
             fields = await read_form(request.headers, body)
         else:
             fields = await asyncio.to_thread(read_json, body)
-        image = fields.pop(image_name, None)
-        if isinstance(image, str):
-            image = await asyncio.to_thread(read_base64, image)
-        if image is not None and not isinstance(image, bytes):
-            raise InputError(f"{image_name} should be an image, as base64")
+        images = [fields.pop(name, None) for name in names]
+        for place, (name, image) in enumerate(zip(names, images)):
+            if isinstance(image, str):
+                images[place] = await asyncio.to_thread(read_base64, image)
+            elif image is not None and not isinstance(image, bytes):
+                raise InputError(f"{name} should be an image, as base64")
         if isinstance(fields.get("prompt"), int):
             fields["prompt"] = str(fields["prompt"])
         if isinstance(fields.get("guidance"), (int, float)):
             fields["guidance"] = [fields["guidance"]] * 2
-        return checked(kind, fields), image
+        return checked(kind, fields), images
 
     async def _body(self, request: HttpRequest) -> bytes:
         closing = {"connection": "close"}  # whoever goes on sending

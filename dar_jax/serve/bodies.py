@@ -22,9 +22,11 @@ from dar_jax.config import Guidance, Range, Seed, Share, Temperature, TokenizerC
 from dar_jax.data.images import ImageError, read_image, size_of_image
 from dar_jax.data.transforms import center_crop
 from dar_jax.errors import InputError
+from dar_jax.inference.edit import open_masked
 from dar_jax.inference.reconstruct import check_size
 
 MOST_IMAGES = 16  # of a request
+MOST_PARTICLES = 64
 MOST_PIXELS = 1 << 24  # of an image that is sent, 4096 x 4096
 
 
@@ -53,9 +55,12 @@ class Generation:
 
 @dataclass(frozen=True)
 class Edit(Generation):
-    """The body of /v1/images/edits: drawn from an image with noise, instead of noise alone."""
+    """The body of /v1/images/edits, without image and mask: a part is drawn anew, or without a mask, all of it from the image
+    with noise."""
 
-    start_step: Annotated[int, Range(1, 999)] | None = None  # the later, the more of the image stays; None: half of the steps
+    start_step: Annotated[int, Range(1, 999)] | None = None  # the later, the more of the image stays; None: half of the steps,
+    # but with a mask, from noise alone
+    particles: Annotated[int, Range(1, MOST_PARTICLES)] | None = None  # with a mask, samples that compete; None: 16
 
 
 @dataclass(frozen=True)
@@ -76,13 +81,25 @@ def encode_image(pixels: np.ndarray, kind: str, about: str | None = None) -> str
 
 def read_pixels(image: bytes, side: int, config: TokenizerConfig) -> np.ndarray:
     """An image file, centre-cropped: uint8 [side, side, C]. Raises InputError."""
+    check_pixels(image)
+    pixels = read_image(io.BytesIO(image), config.channels, side, "of the request")
+    check_size("the image", pixels.shape[1::-1], config)
+    return center_crop(pixels, side)
+
+
+def read_masked(image: bytes, mask: bytes, config: TokenizerConfig) -> tuple[np.ndarray, np.ndarray]:
+    """An image file and its mask, see `open_masked`. Raises InputError."""
+    for file in (image, mask):
+        check_pixels(file)
+    return open_masked(io.BytesIO(image), io.BytesIO(mask), config, config.resolution, ("of the request",) * 2)
+
+
+def check_pixels(image: bytes) -> None:
+    """Raises InputError for an image file of too many pixels."""
     with contextlib.suppress(ImageError):  # then reading says it better
         width, height = size_of_image(io.BytesIO(image))
         if width * height > MOST_PIXELS:
             raise InputError(f"the image has {width} x {height} pixels, {MOST_PIXELS:,} are the most")
-    pixels = read_image(io.BytesIO(image), config.channels, side, "of the request")
-    check_size("the image", pixels.shape[1::-1], config)
-    return center_crop(pixels, side)
 
 
 def read_base64(text: str) -> bytes:

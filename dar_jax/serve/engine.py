@@ -2,7 +2,8 @@
 
 One thread owns the devices. Samples that are after the same group, and whose settings have the same form, are advanced
 together as a cohort of 1, 4 or 16 rows (so that few programs are compiled). New samples run first until they have caught up
-with a cohort, then join it; a cohort is overtaken at most as often as there are groups. No web here: `Engine.submit` takes
+with a cohort, then join it; a cohort is overtaken at most as often as there are groups. An image of which a part is drawn anew
+is a cohort of its own, whose rows are its particles (`sampling.particles`). No web here: `Engine.submit` takes
 samples from any thread and calls back with their previews.
 
 Shapes: B rows, T tokens, G groups, R pixels along a side while denoising, H W pixels of an image, C channels.
@@ -10,6 +11,7 @@ Shapes: B rows, T tokens, G groups, R pixels along a side while denoising, H W p
 
 import collections
 import dataclasses
+import functools
 import itertools
 import logging
 import threading
@@ -27,7 +29,19 @@ from dar_jax.inference.trained import Trained
 from dar_jax.models.pixels import to_float, to_uint8
 from dar_jax.parallel.batches import batch_sharding, full_batch, to_host
 from dar_jax.parallel.sharding import put
-from dar_jax.sampling.sampler import SamplerState, Samples, advance, begin, form, regroup, snapshot
+from dar_jax.sampling.observe import Observed, log_likelihood, project, steered
+from dar_jax.sampling.particles import Particles, advance_particles, begin_particles
+from dar_jax.sampling.sampler import (
+    SamplerState,
+    Samples,
+    advance,
+    begin,
+    decode,
+    form,
+    lookup_codes,
+    regroup,
+    snapshot,
+)
 from dar_jax.sampling.settings import Settings, denoising_times, make_settings, per_sample
 
 log = logging.getLogger("dar_jax.serve")
@@ -46,7 +60,8 @@ class Closed(Exception):
 
 @dataclass(frozen=True)
 class Sample:
-    """One image to draw; made and checked by `Engine.sample`. prefix int32 [k], start uint8 [R, R, C] or None."""
+    """One image to draw; made and checked by `Engine.sample`. prefix int32 [k], image uint8 [R, R, C], known bool [R, R], or
+    None."""
 
     label: int
     seed: int
@@ -54,7 +69,9 @@ class Sample:
     settings: Settings  # NumPy arrays
     num_groups: int
     prefix: np.ndarray | None
-    start: np.ndarray | None
+    image: np.ndarray | None  # with `known` the pixels that stay, and from a start step on, where to start from
+    known: np.ndarray | None
+    particles: int  # rows, 1 where nothing is known
 
 
 @dataclass(frozen=True)
@@ -104,7 +121,7 @@ class _Cohort:
 
     rows: list[_Row | None]
     settings: Settings
-    state: SamplerState
+    state: SamplerState | Particles  # particles where the only row is an image of which a part is known
 
     @property
     def live(self) -> list[_Row]:
@@ -154,11 +171,14 @@ class Engine:
         sampling: SamplingConfig,
         noise_seed: int | None = None,
         prefix: Sequence[int] | None = None,
-        start: np.ndarray | None = None,
+        image: np.ndarray | None = None,
+        known: np.ndarray | None = None,
+        particles: int = 16,
     ) -> Sample:
         """Checks what a sample is to be, see `sampler.begin`; the noise is that of `seed` unless it has a seed of its own.
 
-        Args: prefix, the first tokens; start, an image uint8 [R, R, C] to start from at `sampling.start_step`, 1 or later.
+        Args: prefix, the first tokens; image, uint8 [R, R, C] to start from at `sampling.start_step`, 1 or later; known, bool
+        [R, R], True where a pixel of the image stays, see `inference.edit.edit`, with so many particles.
 
         Raises InputError in one line.
         """
@@ -168,7 +188,7 @@ class Engine:
             if not 0 <= number < 2**32:
                 raise InputError(f"{name} is {number}, it should be between 0 and {2**32 - 1}")
         settings = make_settings(sampling, config, networks.method)
-        if (start is None) != (sampling.start_step == 0):
+        if known is None and (image is None) != (sampling.start_step == 0):
             raise InputError(f"start_step is {sampling.start_step}: an image to start from needs a step from 1 on")
         if prefix is not None:
             vocabulary = networks.transformer.config.vocab_size
@@ -179,7 +199,9 @@ class Engine:
             prefix = np.asarray(prefix, np.int32) if len(prefix) else None
         last, guided = settings.num_groups, config.num_tokens if settings.guided else 0
         settings = dataclasses.replace(settings, guided=guided, num_groups=self.num_groups)
-        return Sample(label, seed, noise_seed, jax.tree.map(np.asarray, settings), last, prefix, start)
+        particles = 1 if known is None else full_batch(particles, self.trained.mesh)
+        settings = jax.tree.map(np.asarray, settings)
+        return Sample(label, seed, noise_seed, settings, last, prefix, image, known, particles)
 
     def submit(self, samples: Sequence[Sample], listener: Callable[[Preview | Failure], None]) -> Request:
         """Draws these samples as soon as there is room.
@@ -318,6 +340,9 @@ class Engine:
             self._guarded(rows, lambda rows=rows: self._cohorts.append(self._begin(rows)))
         by_form: dict[Any, _Cohort] = {}
         for cohort in self._cohorts:
+            if isinstance(cohort.state, Particles):
+                by_form[id(cohort)] = cohort
+                continue
             key = form(cohort.state), self._settings_form(cohort.live[0].sample)
             by_form[key] = self._together([by_form[key], cohort]) if key in by_form else cohort
         self._cohorts = list(by_form.values())
@@ -334,7 +359,8 @@ class Engine:
         return chosen
 
     def _kind(self, sample: Sample) -> tuple[Any, ...]:
-        return self._settings_form(sample), sample.start is None, sample.prefix is None
+        alone = None if sample.known is None else id(sample)
+        return self._settings_form(sample), sample.image is None, sample.prefix is None, alone
 
     def _settings_form(self, sample: Sample) -> tuple[Any, ...]:
         values = () if self._own_settings else tuple(leaf.tobytes() for leaf in jax.tree.leaves(sample.settings))
@@ -345,14 +371,16 @@ class Engine:
 
     def _begin(self, rows: list[_Row]) -> _Cohort:
         networks, params, mesh = self.trained.networks, self.trained.sampler_params, self.trained.mesh
+        if rows[0].sample.known is not None:
+            return self._begin_edit(rows[0])
         size = self._size(len(rows))
         samples = [row.sample for row in rows + rows[-1:] * (size - len(rows))]
         column = lambda name, dtype: np.array([getattr(sample, name) for sample in samples], dtype)  # noqa: E731
         condition = networks.condition({"label": column("label", np.int32)})
         batch = jax.tree.map(np.asarray, condition), column("seed", np.uint32)
         given = {"noise_seeds": column("noise_seed", np.uint32)}
-        if samples[0].start is not None:
-            given["image"] = to_float(np.stack([sample.start for sample in samples]))
+        if samples[0].image is not None:
+            given["image"] = to_float(np.stack([sample.image for sample in samples]))
         if samples[0].prefix is not None:
             given["prefix"] = np.zeros((size, self.trained.config.num_tokens), np.int32)
             for tokens, sample in zip(given["prefix"], samples):
@@ -362,6 +390,17 @@ class Engine:
             given["num_given"] = np.array([len(sample.prefix) for sample in samples], np.int32)
         settings = self._settings(samples)
         return _Cohort(rows + [None] * (size - len(rows)), settings, begin(networks, params, settings, *batch, **given))
+
+    def _begin_edit(self, row: _Row) -> _Cohort:
+        networks, sample = self.trained.networks, row.sample
+        labels = networks.condition({"label": np.full(sample.particles, sample.label, np.int32)})
+        conditions = put(jax.tree.map(np.asarray, labels), batch_sharding(self.trained.mesh))
+        seeds = np.array([sample.seed], np.uint32), sample.particles
+        prefix = None if sample.prefix is None else sample.prefix[None]
+        image = to_float(sample.image)[None] if sample.settings.start_step else None
+        given = {"prefix": prefix, "image": image, "noise_seeds": np.array([sample.noise_seed], np.uint32)}
+        start = begin_particles(networks, self.trained.sampler_params, sample.settings, conditions, *seeds, **given)
+        return _Cohort([row], sample.settings, start)
 
     def _settings(self, samples: Sequence[Sample]) -> Settings:
         if not self._own_settings:
@@ -400,8 +439,30 @@ class Engine:
 
     def _advance(self, cohort: _Cohort) -> Samples:
         networks, params = self.trained.networks, self.trained.sampler_params
+        if isinstance(cohort.state, Particles):
+            return self._advance_edit(cohort)
         cohort.state = advance(networks, params, cohort.settings, cohort.state)
         return snapshot(networks, params, cohort.state)
+
+    def _advance_edit(self, cohort: _Cohort) -> Samples:
+        """One group of all particles; the tokens so far and the preview of the best one, or, in the end, of the one drawn."""
+        trained, sample, settings = self.trained, cohort.live[0].sample, cohort.settings
+        observed = Observed(to_float(sample.image)[None], np.float32(sample.known)[None, ..., None])
+        last = cohort.state.group == self.num_groups - 1
+        arguments = trained.networks, trained.sampler_params, settings, cohort.state
+        fit = functools.partial(log_likelihood, observed=observed)
+        cohort.state = advance_particles(*arguments, fit, 1 if last else sample.particles)
+        shown = snapshot(trained.networks, trained.sampler_params, cohort.state.state)
+        best = np.argmax(cohort.state.weights[0])
+        shown = jax.tree.map(lambda leaf: leaf[best : best + 1], shown)
+        if not last:
+            return shown
+        start = observed.values if settings.start_step else None
+        values = lookup_codes(trained.networks, trained.params, cohort.state.tokens)
+        noise = np.array([sample.noise_seed], np.uint32)
+        networks = steered(trained.networks, trained.networks.method.steer or project)
+        drawn = decode(networks, trained.sampler_params, settings, values, noise, start, observed)
+        return dataclasses.replace(shown, images=drawn.images)
 
     def _read(self, rows: list[_Row | None], group: int, samples: Samples) -> None:
         """Waits for the devices and gives everybody their previews."""
@@ -411,6 +472,8 @@ class Engine:
         for row, tokens, image in zip(rows, *(arrays or ((), ()))):
             if row is None or row.request.cancelled:
                 continue
+            if row.sample.known is not None and row.sample.image.shape == image.shape:
+                image = np.where(row.sample.known[..., None], row.sample.image, image)
             if group == row.sample.num_groups:
                 row.request.left -= 1
             if not row.request.left:

@@ -25,7 +25,7 @@ from dar_jax.inference.reconstruct import quantize
 from dar_jax.models.pixels import to_float, to_uint8
 from dar_jax.parallel.batches import over_batches, row_slices, split_rows
 from dar_jax.quickstart import DIGITS, TRANSFORMER
-from dar_jax.sampling.observe import Observed, pool, project
+from dar_jax.sampling.observe import Observed, pool, project, steered
 from dar_jax.sampling.sampler import decode
 from dar_jax.sampling.settings import Method, make_settings
 
@@ -59,9 +59,8 @@ def rounds(trained, images, known, seeds, count=3, batch_size=64):
 
     Args: images and known as of `inference.edit.edit`; what is not known begins as it is in the images.
     """
-    method = dataclasses.replace(trained.networks.method, steer=trained.networks.method.steer or project)
-    networks = dataclasses.replace(trained.networks, method=method)
-    settings = make_settings(SamplingConfig(), trained.config, method)
+    networks = steered(trained.networks, trained.networks.method.steer or project)
+    settings = make_settings(SamplingConfig(), trained.config, networks.method)
 
     def round_of(images, known, seeds, filled):
         observed = Observed(to_float(images), known[..., None].astype(jnp.float32))

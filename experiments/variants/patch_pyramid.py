@@ -4,7 +4,8 @@ Source:   Pyramidal Patchification Flow (PPFlow, ICLR 2026), which keeps the res
           the idea of cheap early stages is E-CAR's (arXiv 2412.14170), predicting the image there is JiT's (arXiv 2511.13720).
 Command:  dar-jax train experiments/variants/patch_pyramid.py --workdir runs/pyramid
           dar-jax reconstruct runs/pyramid --experiment experiments/variants/patch_pyramid.py --images photos --out decoded
-          (setting of its own: --fork.coarse-groups, how many groups have large patches; 0 is the base)
+          (settings of its own: --fork.coarse-groups, how many groups have large patches, 0 is the base; --fork.flow-power,
+          in place of --loss.flow-power)
 Differs:  from the digits' tokenizer of the quickstart in the velocity network and in how times are drawn (`Tokenizer`).
 Time:     TIME
 Result:   RESULT
@@ -114,7 +115,7 @@ def model(config, dtype, remat):
     require(sizes.resolution % (2 * sizes.velocity.patch_size) == 0, "two patches should divide the image")
     if not groups:
         return Tokenizer(sizes, dtype, remat)
-    path = halves(boundary(sizes, groups), sizes.velocity.time_shift)
+    path = halves(boundary(sizes, groups), sizes.velocity.time_shift, config.fork["flow_power"])
     return Tokenizer(sizes, dtype, remat, velocity_network=network(groups), path=path)
 
 
@@ -124,16 +125,21 @@ def network(groups):
 
 
 @functools.cache
-def halves(end, shift):
+def halves(end, shift, power):
     """The path whose times are drawn before `end` for the first half of a batch, and after it for the second."""
+    mean = np.mean((1 - shift_time((np.arange(10_000) + 0.5) / 10_000, shift)) ** power)
 
     def draw(key, shape):
         u = jax.random.uniform(key, shape)
         return jnp.where(jnp.arange(shape[0]) < shape[0] // 2, end * u, end + (1 - end) * u)
 
-    return Path(draw=draw, weight=lambda t: jnp.where(t < shift_time(end, shift), 2 * end, 2 * (1 - end)))
+    def weight(t):  # of equally many coarse and fine images, as of times drawn uniformly; power: as of `loss.flow_power`
+        return jnp.where(t < shift_time(end, shift), 2 * end, 2 * (1 - end)) * (1 - t) ** power / mean
+
+    return Path(draw=draw, weight=weight)
 
 
-config = dataclasses.replace(TOKENIZER, name="patch_pyramid", fork={"coarse_groups": 2})
+loss = dataclasses.replace(TOKENIZER.loss, flow_power=0.0)  # the path weighs times
+config = dataclasses.replace(TOKENIZER, name="patch_pyramid", loss=loss, fork={"coarse_groups": 2, "flow_power": 2.0})
 rules = ((r"coarse_in/kernel", P(None, "fsdp")), (r"coarse_out/kernel", P("fsdp", None)), (r"stage", P()))
 experiment = Experiment(config, model=model, rules=rules)
