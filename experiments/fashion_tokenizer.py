@@ -3,6 +3,8 @@
 Command:  dar-jax train experiments/fashion_tokenizer.py --workdir runs/fashion_tokenizer --data.path DIR
           (DIR: the folder of the four idx files, train-images-idx3-ubyte.gz and so on; Debian's package dataset-fashion-mnist
           has them in /usr/share/datasets/fashion-mnist)
+Time:     an estimate, not measured: about 25 minutes on two idle CPU cores, from 0.55 GFLOP for each of 160,000 images.
+Result:   not measured yet.
 """
 
 from dar_jax.config import (
