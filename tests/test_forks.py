@@ -376,6 +376,9 @@ def test_p_values_of_watermarks_are_exact(opened):
     for level in (0.5, 0.2, 0.05):  # a p-value is as small as this as often as it says
         assert np.mean(found <= level) <= level + 3 * np.sqrt(level * (1 - level) / 400)
     assert np.mean(found <= 0.6) > 0.4
+    natural = watermark.tosses(rng.integers(0, 64, (30, 16)), clusters) / 30
+    found = np.array([watermark.p_value(codes, clusters, key, natural) for key in range(400)])
+    assert np.mean(found <= 0.2) <= 0.2 + 3 * 0.02 and np.mean(found <= 0.6) > 0.4
     one = watermark.p_value(codes[:1], clusters, 3)
     greens = np.asarray(watermark.colours(3, np.arange(16), 8))[np.arange(16), clusters[codes[0]]].sum()
     assert one == pytest.approx(scipy.stats.binom.sf(greens - 1, 16, 0.5))
@@ -394,7 +397,7 @@ def test_detector(tiny_run, tmp_path, monkeypatch, capsys):
     run("sample", tiny_run, "--labels", "3", "--seeds", "1,2", "--out", tmp_path)
     watermark, images = module_of("watermark"), sorted(tmp_path.glob("*_seed*.png"))
     for seeds in ((), (1, 2, 3)):
-        watermark.detect(watermark.Options(str(tiny_run), tuple(images), seeds, first=8))
+        watermark.detect(str(tiny_run), tuple(images), (images[0],), seeds, first=8)
     lines = capsys.readouterr().out.splitlines()[-5:]
     assert len(images) == 2 and all(re.search(r"p = [\d.e-]+$", line) for line in lines) and "together" in lines[2]
 

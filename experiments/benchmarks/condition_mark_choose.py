@@ -19,6 +19,7 @@ code of held-out images.
 
 import dataclasses
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -89,9 +90,9 @@ def report(rows: Sequence[dict], json: Path | None) -> None:
 def choice(run: tyro.conf.Positional[Path], /, num: int = 2000, json: Path | None = None) -> None:
     """Best of several beginnings without guidance, beside the base with and without."""
     labels, seeds, rows, reader = np.arange(num) % 10, np.arange(num), [], reader_of(run)
-    names = ["two", "experiment", "eight", "later", "likelihood", "typical"]
+    names = ["two", "experiment", "eight", "likelihood", "typical"]
     if load_sampler(run).info.tokenizer.config.data.source == "digits":
-        names += ["preview", "preview_later"]  # which read digits
+        names.append("preview")  # which reads digits
     for name, guidance in (*((None, scale) for scale in (1, 1.25, 1.5, 2)), *((name, 1) for name in names)):
         trained = load_sampler(run, name and variant(f"early_choice:{name}")[0])
         _, images, calls = draw(trained, labels, seeds, guidance)
@@ -123,9 +124,15 @@ def attacked(images: np.ndarray, attack: Callable[[Image.Image], Image.Image]) -
 
 
 def watermark(
-    run: tyro.conf.Positional[Path], /, num: int = 2000, nulls: int = 10_000, guidance: float = 2, json: Path | None = None
+    run: tyro.conf.Positional[Path],
+    /,
+    num: int = 500,
+    keys: int = 4,
+    nulls: int = 10_000,
+    guidance: float = 2,
+    json: Path | None = None,
 ) -> None:
-    """False positives over `nulls` images of the base, and how often marked images are found."""
+    """False positives over `nulls` images of the base, and how often `num` images marked with each of some keys are found."""
     base, (_, module), reader = load_sampler(run), variant("watermark"), reader_of(run)
     clusters = np.asarray(module.clusters_of(base.networks, base.params))
     size, length = len(clusters), base.config.num_tokens
@@ -134,23 +141,24 @@ def watermark(
     def greens(codes: np.ndarray, key: int) -> np.ndarray:
         return np.asarray(module.colours(key, positions, count))[positions, clusters[codes]]
 
-    def single(codes: np.ndarray, key: int = module.KEY) -> np.ndarray:  # p-values of each image, as of `module.p_value`
+    def single(codes: np.ndarray, key: int) -> np.ndarray:  # p-values of each image, as of `module.p_value`
         return binom.sf(greens(codes, key).sum(axis=1) - 1, length, 0.5)
 
-    def pools(codes: np.ndarray, images: int, key: int = module.KEY) -> np.ndarray:
-        return np.array([module.p_value(pool, clusters, key) for pool in np.split(codes, len(codes) // images)])
+    def pools(codes: np.ndarray, images: int, natural: np.ndarray, key: int) -> np.ndarray:
+        return np.array([module.p_value(pool, clusters, key, natural) for pool in np.split(codes, len(codes) // images)])
 
     labels, seeds = np.arange(nulls) % 10, np.arange(nulls)
     plain, plain_images, _ = draw(base, labels, seeds, guidance)
-    again = encode(base, plain_images, BATCH)
-    rows = []
-    for what, codes in (("tokens", plain), ("decoded", again)):
-        keys = np.stack([single(codes, key) for key in range(200)])
+    again, rows = encode(base, plain_images, BATCH), []
+    known = {"tokens": plain, "decoded": again}
+    natural = {name: module.tosses(codes[nulls // 2 :], clusters) / (nulls - nulls // 2) for name, codes in known.items()}
+    for what, codes in known.items():
+        each_key = np.stack([single(codes, key) for key in range(200)])
         seen = module.seed_p_value(codes, (seeds + 10**6).astype(np.uint32), size)
-        ten = np.concatenate([pools(codes[:1000], 10, key) for key in range(20)])
+        ten = np.concatenate([pools(codes[:1000], 10, natural[what], key) for key in range(20)])
         for level in (0.05, 0.01, 0.001):
             allowed = binom.sf(binom.isf(level, length, 0.5), length, 0.5)  # by whole numbers of greens
-            each = np.mean(keys <= level, axis=1)
+            each = np.mean(each_key <= level, axis=1)
             row = {
                 "unmarked": what,
                 "level": level,
@@ -170,22 +178,30 @@ def watermark(
     terms = np.asarray(module.surprise(jnp.asarray(again[:num]), jnp.asarray(seeds, jnp.uint32), size)).mean(axis=0)
     print("by position", " ".join(f"{term:.2f}" for term in terms))
     print("codes kept by position", " ".join(f"{share:.2f}" for share in np.mean(again == plain, axis=0)), "\n")
+    sampling = dataclasses.replace(base.info.config.sampling, guidance=(guidance, guidance))
     for name, bias in ((None, 0.0), ("weak", 1.0), ("experiment", 2.0), ("strong", 4.0)):
-        trained = load_sampler(run, name and variant(f"watermark:{name}")[0])
-        tokens, images, _ = draw(trained, labels, seeds, guidance)
-        green = np.asarray(module.colours(module.KEY, positions, count))[:, clusters]  # [T, V]
-        sampling = dataclasses.replace(base.info.config.sampling, guidance=(guidance, guidance))
-        logs = [log2_of(base, labels, tokens, sampling, bias=each * green) for each in (bias, 0.0)]
-        row = {"bias": bias, "divergence": float(np.mean(logs[0] - logs[1])), **quality(reader, images, labels)}
-        codes = {"tokens": tokens}
-        codes |= {attack: encode(trained, attacked(images, change), BATCH) for attack, change in ATTACKS.items()}
-        same_colour = greens(tokens, module.KEY) == greens(codes["decoded"], module.KEY)
-        row |= {"codes kept": float(np.mean(tokens == codes["decoded"])), "colours kept": float(np.mean(same_colour))}
-        for what, found in codes.items():
-            for images_of_a_pool in (1, 10, 50):
-                p = single(found) if images_of_a_pool == 1 else pools(found, images_of_a_pool)
-                row[f"{what}, {images_of_a_pool}"] = float(np.mean(p <= 1e-3))
-        rows.append(row)
+        found, all_images, divergence, kept = {}, [], [], []
+        for key in range(1, keys + 1):
+            os.environ["WATERMARK_KEY"] = str(key)  # which the file reads
+            trained = load_sampler(run, name and variant(f"watermark:{name}")[0])
+            tokens, images, _ = draw(trained, labels, seeds, guidance)
+            green = bias * np.asarray(module.colours(key, positions, count))[:, clusters]  # [T, V]
+            divergence.append(log2_of(base, labels, tokens, sampling, green) - log2_of(base, labels, tokens, sampling))
+            codes = {name: encode(trained, attacked(images, change), BATCH) for name, change in ATTACKS.items()}
+            kept.append([tokens == codes["decoded"], greens(tokens, key) == greens(codes["decoded"], key)])
+            all_images.append(images)
+            for what, each in {"tokens": tokens, **codes}.items():
+                usual = natural["tokens" if what == "tokens" else "decoded"]
+                for pool in (1, 10, 50):
+                    p = single(each, key) if pool == 1 else pools(each, pool, usual, key)
+                    found.setdefault(f"{what}, {pool}", []).append(np.mean(p <= 1e-3))
+        row = {"bias": bias, "divergence": float(np.mean(divergence))}
+        row |= quality(reader, np.concatenate(all_images), np.tile(labels, keys))
+        row |= {
+            "codes kept": float(np.mean([each[0] for each in kept])),
+            "colours kept": float(np.mean([each[1] for each in kept])),
+        }
+        rows.append(row | {name: float(np.mean(shares)) for name, shares in found.items()})
     report([{"": name} | {f"bias {row['bias']:g}": row[name] for row in rows} for name in rows[0] if name != "bias"], json)
 
 

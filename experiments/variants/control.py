@@ -2,17 +2,16 @@
 
 Source:   ControlAR (arXiv 2410.02705) adds a control token to every slot of a Llama.
 Command:  dar-jax train experiments/variants/control.py --tokenizer runs/digits/tokenizer --init-from runs/digits \
-              --workdir runs/control
+              --train.steps 300 --workdir runs/control
           dar-jax sample runs/control --experiment experiments/variants/control.py --condition-image seven.png --labels 3 \
               --seeds 1,2          (:strong has a guidance of 2 by the map; --guidance is that by the label)
 Differs:  from the digits' transformer of the quickstart in condition, model, loss and how tokens are found.
-Time:     not measured yet.
 Result:   not measured yet.
 
-D-AR's tokens have no place in the image, so T queries over the map's patches, as in the tokenizer's encoder, give T control
-tokens, of which the i-th is added to the slot that predicts code i. The layer in between begins at 0: a run starts as the base.
-Logits are l(none) + m (l(map) - l(none)) + s (l(both) - l(map)), with scales m of the map and s of the label. --fork.map is
-`pooled`, means of cells of --fork.cell pixels along a side, or `edges`, 0 and 1, in patches of that size.
+D-AR's tokens have no place in the image: T queries over the map's patches, as in the tokenizer's encoder, give control tokens,
+of which the i-th is added to the slot that predicts code i. A run starts as the base, because the layer in between begins at 0.
+Logits are l(none) + m (l(map) - l(none)) + s (l(both) - l(map)), m for the map and s for the label. --fork.map is `pooled`,
+means of cells of --fork.cell pixels along a side, or `edges`, 0 and 1, in patches of that size.
 """
 
 import dataclasses
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
+from dar_jax.config import OptimizerConfig
 from dar_jax.errors import require
 from dar_jax.experiment import Experiment
 from dar_jax.models.attention import causal_mask
@@ -35,8 +35,7 @@ from dar_jax.sampling.settings import Method
 from dar_jax.training.losses import cross_entropy, drop_condition
 
 
-def condition(batch):
-    """The label, and where the batch has images, these and that they count."""
+def condition(batch):  # the label, and where the batch has images, these and that they count
     images = {"image": to_float(batch["image"]), "given": batch["label"] >= 0} if "image" in batch else {}
     return {"label": batch["label"], **images}
 
@@ -52,6 +51,7 @@ def edges(images, cell):  # -> [B, H, W, 1]: 1 where Sobel's slope is a quarter 
     return (jnp.hypot(rows[:, :, 2:] - rows[:, :, :-2], columns[:, 2:] - columns[:, :-2]) >= 2).astype(jnp.float32)[..., None]
 
 
+OPTIMIZER = OptimizerConfig("muon", 4e-3, schedule="cosine", warmup_steps=50, weight_decay=0.05, ema_decay=0.99)
 MAPS, RULES = {"pooled": pooled, "edges": edges}, ((r"control_in/kernel", P(None, "fsdp")),)
 
 
@@ -89,8 +89,8 @@ class ControlLlama(Llama):
 
 def model(config, dtype, remat):
     kind, cell, size = config.fork["map"], config.fork["cell"], config.data.image_size
-    require(kind in MAPS, f"fork.map is {kind}, it should be {' or '.join(MAPS)}")
-    require(cell > 0 and size % cell == 0, f"fork.cell is {cell}, it should divide the {size} pixels of an image")
+    fits = kind in MAPS and cell > 0 and size % cell == 0
+    require(fits, f"fork.map is {kind}, it should be {' or '.join(MAPS)}; fork.cell is {cell}, it should divide {size} pixels")
     return ControlLlama(config.model, dtype, remat, kind=kind, cell=cell)
 
 
@@ -100,9 +100,8 @@ def loss(config, model):
     def loss_fn(params, batch, key, frozen, step):
         require("image" in batch, "maps are made of images, but the data are stored codes")
         *keys, dropout_key = jax.random.split(key, 4)
-        both, label, given = (functools.partial(drop_condition, model, key=key) for key in keys)
-        kept = both(batch["condition"])
-        kept = {**kept, "label": label(kept)["label"], "given": given(kept)["given"]}
+        kept = drop_condition(model, batch["condition"], keys[0])  # both; and each alone:
+        kept |= {name: drop_condition(model, kept, key)[name] for name, key in zip(("label", "given"), keys[1:])}
         return cross_entropy(model.apply({"params": params}, kept, batch["codes"], dropout_key), batch["codes"])
 
     return loss_fn
@@ -141,8 +140,9 @@ def predict(scale, networks, params, settings, state, group):
     return dataclasses.replace(state, tokens=tokens, caches=caches, calls=state.calls + count)
 
 
-def controlled(scale):  # the guidance by the map
-    config = dataclasses.replace(TRANSFORMER, name="control", data=DIGITS, fork={"map": "pooled", "cell": 2})
+def controlled(scale):  # of the guidance by the map
+    own = {"data": DIGITS, "fork": {"map": "pooled", "cell": 2}, "optimizer": OPTIMIZER}
+    config = dataclasses.replace(TRANSFORMER, name="control", **own)
     method = Method(predict=Predictor(functools.partial(begin, scale), functools.partial(predict, scale)))
     return Experiment(config, model=model, loss=loss, condition=condition, method=method, rules=RULES)
 

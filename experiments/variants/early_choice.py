@@ -146,5 +146,4 @@ def best_of(candidates, groups, score, passes=1):
 
 
 experiment, two, eight = (best_of(count, 1, evidence) for count in (4, 2, 8))
-later, preview_later = best_of(4, 2, evidence), best_of(4, 2, by_preview(read_digit), 0)
 preview, likelihood, typical = best_of(4, 1, by_preview(read_digit), 0), best_of(4, 1, likelihood), best_of(4, 1, typical)

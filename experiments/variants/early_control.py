@@ -2,7 +2,7 @@
 
 Source:   ECM (Efficient Control Modeling, an ICLR 2026 submission), which adds adapters with attention to every block of VAR.
 Command:  dar-jax train experiments/variants/early_control.py --tokenizer runs/digits/tokenizer --init-from runs/digits \
-              --workdir runs/early_control
+              --train.steps 300 --workdir runs/early_control
 Differs:  from control.py in the optimizer, which leaves the base's parameters alone, and in the loss, which is that of the
           first n of G groups (--fork.tokens-per-group), n = 1 + floor(G u^2), u uniform for every batch.
 Time:     not measured yet.
