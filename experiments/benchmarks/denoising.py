@@ -3,6 +3,7 @@
 Command:  python experiments/benchmarks/denoising.py runs/digits --json denoising.json
 Options:  RUNS, of the same recipe with other seeds: means over them, and half of the range
           --rows uniform uniform@8 late3 euler experiments/variants/solvers.py:plain@8      (WAY or FILE[:NAME], @ steps)
+          a number of uniform steps or the name of late ones
           --images 1000 --samples 2000 (0: none) --noises 3 --batch-size 256 --repeats 5
 Result:   a table, and the same as JSON. All rows have the same codes, noise and seeds; `uniform` is the paper's.
 
@@ -59,7 +60,10 @@ def main(options: Options) -> None:
     runs = [measure(options, path) for path in options.runs]
     rows = []
     for way, *figures in zip(options.rows, *runs):
-        rows.append({"way": way} | {name: across([each[name] for each in figures]) for name in figures[0]})
+        row = {"way": way} | {name: across([each[name] for each in figures]) for name in figures[0]}
+        for name in ("PSNR", "distance", "accuracy, %"):
+            row[f"{name} - base's"] = across([each[name] - run[0][name] for each, run in zip(figures, runs)])
+        rows.append(row)
     print_table(rows)
     write_report(options.json, rows, command, machine=machine_name(), runs=dict(zip(options.runs, runs)))
 
@@ -67,7 +71,7 @@ def main(options: Options) -> None:
 def across(values: list[float]) -> str:
     """The mean of a figure over the runs, and half of its range."""
     digits = 0 if np.mean(values) >= 100 else 2 if np.mean(values) >= 5 else 3
-    spread = f" ± {np.ptp(values) / 2:.{digits}f}" if len(values) > 1 else ""
+    spread = f" ± {np.ptp(values) / 2:.{digits}f}" if np.ptp(values) else ""
     return f"{np.mean(values):,.{digits}f}{spread}"
 
 
@@ -109,7 +113,7 @@ def measure(options: Options, path: str) -> list[dict[str, float]]:
 def way_of(way: str, model: Model) -> tuple[Model, dict[str, Any]]:
     """The model with the parts of sampling that a row names, and its settings."""
     name, _, count = way.partition("@")
-    settings: dict[str, Any] = {"num_denoising_steps": int(count)} if count else {}
+    settings: dict[str, Any] = {"num_denoising_steps": int(count)} if count.isdigit() else {"steps": count} if count else {}
     method = load_experiment(name).method if name.partition(":")[0].endswith(".py") else Method()
     networks = dataclasses.replace(model.trained.networks, method=method)
     if name in LATE_STEPS:

@@ -7,7 +7,8 @@ Command:  python experiments/variants/steps.py runs/digits --evaluations 3 4    
           What was worth it belongs to the library: dar-jax sample runs/digits --steps late3
 Differs:  in the times of the denoising steps (`Method.times`).
 Time:     nothing is trained; see docs/variants.md for that of a search.
-Result:   see docs/variants.md.
+Result:   digits, three seeds: late3 (3 evaluations) has 18.71 dB and a distance of 0.586, the base (4) 19.27 dB and 0.625;
+          late6 18.14 dB and 0.549. See docs/variants.md.
 
 An allocation (n_0, .., n_G-1) says how many steps read each group's condition tokens. Group g owns the times within 1/2G of
 g/G; the first group those up to 1/2G, the last one those from (2G - 3)/2G on. n times lie at the centres of n equal parts of

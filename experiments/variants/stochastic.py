@@ -6,7 +6,8 @@ Command:  dar-jax sample runs/digits --experiment experiments/variants/stochasti
           (or :half, :whole, :ancestral_half, :ancestral_whole; --num-denoising-steps 32 brings it near its limit)
 Differs:  in the solver (`Method.solver`).
 Time:     nothing is trained; as long as the base with the same number of steps.
-Result:   see docs/variants.md.
+Result:   digits, three seeds, 8 steps: no gain. SDE 18.88 dB, distance 0.606, `half` 18.42, 0.655; `ancestral_half` 18.99,
+          0.599; Euler 18.97, 0.596. See docs/variants.md.
 
 On the straight path x = t z1 + (1 - t) z0 the score is (t v - x) / (1 - t), the estimate of the noise z0 is x - t v.
 
