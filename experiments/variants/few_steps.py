@@ -68,9 +68,10 @@ def mmd(a, b, degree=3):
 
 
 def features(reader, images):
-    """The last hidden layer and the logits of the classifier, for images [B, H, W, C]: [B, F]."""
+    """The last hidden layer and the logits of the classifier, together of mean square 1: [B, F]."""
     hidden = jax.nn.relu(images.reshape(len(images), -1) @ reader["in"]["kernel"])
-    return jnp.concatenate([hidden, hidden @ reader["out"]["kernel"]], axis=1)
+    both = jnp.concatenate([hidden, hidden @ reader["out"]["kernel"]], axis=1)
+    return both * jax.lax.rsqrt(jnp.square(both).mean(axis=1, keepdims=True) + 1e-6)
 
 
 def frozen(config):
