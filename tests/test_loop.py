@@ -98,7 +98,7 @@ def test_killed_anywhere_a_run_resumes_to_the_same_bits(uninterrupted, tmp_path)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_asked_to_stop_it_saves_and_leaves(tmp_path, number):
-    process = start(tmp_path, seconds=0.01)
+    process = start(tmp_path, seconds=0.03)
     wait_for(lambda: list(tmp_path.glob("checkpoints/3")))
     process.send_signal(number)
     code, out = finish(process)
