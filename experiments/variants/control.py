@@ -6,7 +6,7 @@ Command:  dar-jax train experiments/variants/control.py --tokenizer runs/digits/
           dar-jax sample runs/control --experiment experiments/variants/control.py --condition-image seven.png --labels 3 \
               --seeds 1,2          (:strong has a guidance of 2 by the map; --guidance is that by the label)
 Differs:  from the digits' transformer of the quickstart in condition, model, loss and how tokens are found.
-Result:   not measured yet.
+Result:   in a first training the map was hardly used, for a cause that is gone; not measured since. See docs/variants.md.
 
 D-AR's tokens have no place in the image: T queries over the map's patches, as in the tokenizer's encoder, give control tokens,
 of which the i-th is added to the slot that predicts code i. A run starts as the base, because the layer in between begins at 0.
@@ -70,7 +70,8 @@ class ControlLlama(Llama):
         """What is added to the slot that predicts each code: [B, T, D], 0 without a map."""
         count = len(condition["label"])
         images = condition.get("image", jnp.zeros((count, self.cell, self.cell, 1)))
-        added = self.control_in(self.control_encoder(MAPS[self.kind](images, self.cell)))
+        maps = jnp.pad(MAPS[self.kind](images, self.cell), [(0, 0)] * 3 + [(0, 1)], constant_values=1)
+        added = self.control_in(self.control_encoder(maps))  # which normalises patches: beside a constant, brightness counts
         return jnp.where(condition.get("given", jnp.zeros(count, bool))[:, None, None], added, 0)
 
     def prefix(self, condition):
@@ -94,9 +95,7 @@ def model(config, dtype, remat):
     return ControlLlama(config.model, dtype, remat, kind=kind, cell=cell)
 
 
-def loss(config, model):
-    """Next codes, with label and map dropped together and alone, each with probability `class_dropout`."""
-
+def loss(config, model):  # next codes; label and map are dropped, together and alone, each with probability `class_dropout`
     def loss_fn(params, batch, key, frozen, step):
         require("image" in batch, "maps are made of images, but the data are stored codes")
         *keys, dropout_key = jax.random.split(key, 4)
