@@ -140,7 +140,7 @@ def main(run: str, out: Path, images: int = 300):
         for name in ("codes of a group swapped", "condition of a group swapped", "first groups known"):
             axes.plot([quality[0] for quality in figures.get(name, ())], "o-", label=name)
     with pictures.plot(out / "times.png") as axes:
-        axes.set(xlabel="time before the shift, 0 noise and 1 image", ylim=(3e-4, 10))
+        axes.set(xlabel="time before the shift, 0 noise and 1 image", ylim=(1e-5, 10))
         lines = [*np.array(figures["errors"])[:, 0], figures["errors"][0][1], *figures["gradient"], figures["asymmetry"]]
         names = ["flow loss", "with tokens swapped", "without tokens", "error of the image", "gradient at the codes"]
         axes.semilogy(TIMES, np.transpose(lines), label=[*names, "its spread", "asymmetry of the Jacobian"])
