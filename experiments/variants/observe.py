@@ -5,7 +5,7 @@ Command:  dar-jax edit runs/digits --experiment experiments/variants/observe.py 
           (any transformer's run will do; nothing is trained)
 Differs:  in `Method.steer`, which is `sampling.observe.project` by default.
 Time:     three times that of the denoising steps: the gradient goes once through the network.
-Result:   RESULT
+Result:   level with the projection on the digits, in four steps: 14.02 dB in the unknown half, 14.03. See docs/variants.md.
 
 The projection replaces the known part of the estimate and leaves the rest alone. The gradient moves all of x so that the
 estimate of the known part comes closer; its size is exact where pixels are independent and normally distributed. `rounds`

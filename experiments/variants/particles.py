@@ -16,6 +16,7 @@ on the host will do, `likelihood(previews [B, K, H, W, C]) -> [B, K]`; no gradie
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import tyro
 
@@ -77,7 +78,7 @@ def draw(trained, likelihood_of, wanted, seeds, count, batch_size=1024):
         counts = [count] * settings.num_groups
         arguments = networks, params, settings, condition, np.asarray(seeds), counts
         particles = chosen_particle(*arguments, likelihood_of(np.asarray(wanted)))
-        return snapshot(networks, params, particles.state).images, particles.origins
+        return snapshot(networks, params, particles.state).images, jnp.asarray(particles.origins)
 
     size = trained.full_batch(max(1, batch_size // count))
     batches = split_rows(row_slices(0, len(seeds), size), wanted, classes, seeds)
