@@ -149,7 +149,13 @@ class Llama(nn.Module):
         return self._logits(x)
 
     def extend(
-        self, layers: Sequence[Params], x: Array, caches: Sequence[Cache], position: Array, mask: Array | None = None
+        self,
+        layers: Sequence[Params],
+        x: Array,
+        caches: Sequence[Cache],
+        position: Array,
+        mask: Array | None = None,
+        rotary: Array | None = None,
     ) -> tuple[Array, tuple[Cache, ...]]:
         """Logits after each of n slots, given the caches of the slots before them.
 
@@ -159,13 +165,14 @@ class Llama(nn.Module):
           caches: of each layer (`empty_caches`), filled up to the slot before; what they hold further on is not seen.
           position: the slot of the first input, an int32 scalar or [B], one for each row.
           mask: [1 or B, n, S] bool, which of the caches' S slots each input sees; None: those up to its own.
+          rotary: [n] or [B, n], rotary positions of the inputs; None: their slots.
 
         Returns: [B, n, V] float32 and the caches, filled with these slots.
         """
         count = x.shape[1]
-        slots = jnp.asarray(position)[..., None] + jnp.arange(count)  # [n] or [B, n]
+        rotary = jnp.asarray(position)[..., None] + jnp.arange(count) if rotary is None else rotary
         mask = causal_mask(count, caches[0].keys.shape[2], position) if mask is None else mask
-        shared = (self._rope(slots), mask, position, None)
+        shared = (self._rope(rotary), mask, position, None)
         block = self.block(self.config, self.dtype, parent=None)
         x, caches = run_cached(block, layers, caches, constrain(x, "stream"), *shared)
         return self._logits(x), caches

@@ -80,5 +80,11 @@ def draw_token(logits: Array, keys: Array, position: Array, tokens: Array, setti
     """
     if settings.temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = filter_logits(logits / jnp.expand_dims(settings.temperature, -1), settings.top_k, settings.top_p)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(keys, temper(logits, settings)).astype(jnp.int32)
+
+
+def temper(logits: Array, settings: "Settings") -> Array:
+    """Guided logits [B, V] with the temperature, if there is one, and the filters of the settings."""
+    if settings.temperature is not None:
+        logits = logits / jnp.expand_dims(settings.temperature, -1)
+    return filter_logits(logits, settings.top_k, settings.top_p)

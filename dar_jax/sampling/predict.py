@@ -16,7 +16,7 @@ from jax import Array
 from dar_jax.config import TokenizerConfig
 from dar_jax.models.attention import Cache
 from dar_jax.parallel.sharding import constrain
-from dar_jax.sampling.logits import guide, token_keys
+from dar_jax.sampling.logits import guide, temper, token_keys
 from dar_jax.sampling.prepare import SamplerParams
 
 if TYPE_CHECKING:
@@ -103,15 +103,35 @@ def draw_each(networks: "Networks", settings: "Settings", logits: Array, keys: A
     """
     batch, count = len(keys), logits.shape[1]
     positions = jnp.broadcast_to(positions, (batch, count))
-    if len(logits) > batch:
-        pairs = logits.reshape(batch, 2, count, -1)
-        scales = jnp.broadcast_to(settings.scales, (batch, settings.scales.shape[-1]))
-        logits = guide(pairs[:, 0], pairs[:, 1], jnp.take_along_axis(scales, positions, axis=1)[..., None])
-    if settings.scales.ndim == 2:  # settings of each sample
-        settings = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), settings)
+    logits = guide_each(settings, logits, batch, positions)
     each = token_keys(jnp.repeat(keys, count), positions.reshape(-1))
     rows = logits.reshape(batch * count, -1), each, positions.reshape(-1), jnp.repeat(tokens, count, axis=0)
-    return networks.method.draw(*rows, settings).reshape(batch, count)
+    return networks.method.draw(*rows, _repeated(settings, count)).reshape(batch, count)
+
+
+def guide_each(settings: "Settings", logits: Array, batch: int, positions: Array) -> Array:
+    """The guided logits [B, n, V] of [2B, n, V] in the rows of `with_null`; [B, n, V] are returned as they are.
+
+    positions: [n] or [B, n].
+    """
+    if len(logits) == batch:
+        return logits
+    pairs = logits.reshape(batch, 2, *logits.shape[1:])
+    positions = jnp.broadcast_to(positions, (batch, logits.shape[1]))
+    scales = jnp.broadcast_to(settings.scales, (batch, settings.scales.shape[-1]))
+    return guide(pairs[:, 0], pairs[:, 1], jnp.take_along_axis(scales, positions, axis=1)[..., None])
+
+
+def log_probabilities(settings: "Settings", logits: Array) -> Array:
+    """The logarithms of the probabilities with which `draw_each` draws given guided logits: [B, n, V]. Where it takes the most
+    probable token (no temperature) they are those of temperature 1."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    return jax.nn.log_softmax(temper(rows, _repeated(settings, logits.shape[1]))).reshape(logits.shape)
+
+
+def _repeated(settings: "Settings", count: int) -> "Settings":
+    """Settings of each sample for `count` rows of each; those of all samples as they are."""
+    return jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), settings) if settings.scales.ndim == 2 else settings
 
 
 def with_null(model: Any, condition: Any) -> Any:

@@ -8,7 +8,8 @@ Result:   a table, and the same as JSON. All rows have the same labels and seeds
 
 passes: of the transformer, the mean over the samples (and the most that one takes); same: share of tokens equal to the base's;
 bits: of a held-out token, unguided, with the tokens' own factorisation; divergence: mean of log2 q(z) - log2 p(z) in bits an
-image over the samples z, q being the distribution that they are drawn from and p the base's, both guided (0: exact);
+image over the samples z, q being the distribution that they are drawn from (or a bound, see energy.py) and p the base's, both
+guided (0: exact);
 accuracy: share of samples read as their class; diversity: the mean distance of two samples of a class over that of two real
 images; distance: Fréchet distance to the training images. Who reads, and of what the distance is, stands in `reader.py`.
 """
@@ -33,7 +34,8 @@ from dar_jax.inference.reconstruct import encode
 from dar_jax.inference.samples import sample
 from dar_jax.inference.trained import Trained, load_sampler
 from dar_jax.models.transformer import score
-from dar_jax.sampling.logits import filter_logits, guide
+from dar_jax.sampling.logits import guide
+from dar_jax.sampling.predict import log_probabilities
 from dar_jax.sampling.settings import make_settings
 
 
@@ -79,7 +81,10 @@ def row_of(
     calls = np.concatenate([batch.calls for batch in drawn])
     codes = encode(base, reader.held_out[: options.held_out], 100)
     exact = np.array_equal(tokens, expected)
-    divergence = 0.0 if exact else np.mean(log2_of(trained, labels, tokens, sampling) - log2_of(base, labels, tokens, sampling))
+    divergence = 0.0
+    if not exact:
+        drawn = log2_drawn(trained, labels, seeds, tokens, sampling)
+        divergence = np.mean(drawn - log2_of(base, labels, tokens, sampling))
     row = {
         "passes": f"{calls.mean():.1f} ({calls.max()})",
         "same": f"{np.mean(tokens == expected):.2%}",
@@ -106,19 +111,44 @@ def log2_of(
 ) -> np.ndarray:
     """log2 of the guided probability of images' tokens [N, T] under the factorisation of a model, with a bias [T, V] added to
     the logits: [N]."""
+    return log2_of_each(trained, labels, tokens, sampling, bias).sum(axis=1)
+
+
+def log2_of_each(
+    trained: Trained, labels: np.ndarray, tokens: np.ndarray, sampling: SamplingConfig, bias: np.ndarray | float = 0
+) -> np.ndarray:
+    """As `log2_of`, of each token [N, T]."""
     model, params = trained.networks.transformer, {"params": trained.params["transformer"]}
     settings = make_settings(sampling, trained.config, trained.networks.method)
 
     @jax.jit
     def log_probability(labels, tokens):
         logits, null = (model.apply(params, condition, tokens) for condition in (labels, model.null(labels)))
-        logits = (guide(logits, null, settings.scales[:, None]) + bias) / settings.temperature
-        logits = filter_logits(logits.reshape(-1, logits.shape[-1]), settings.top_k, settings.top_p)
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens.reshape(-1, 1), axis=-1)
-        return chosen.reshape(tokens.shape).sum(axis=1) / jnp.log(2.0)
+        logits = guide(logits, null, settings.scales[:, None]) + bias
+        return jnp.take_along_axis(log_probabilities(settings, logits), tokens[..., None], axis=-1)[..., 0] / jnp.log(2.0)
 
     with jax.set_mesh(trained.mesh):
         return np.asarray(log_probability(jnp.asarray(labels, jnp.int32), jnp.asarray(tokens)))
+
+
+def log2_drawn(
+    trained: Trained, labels: np.ndarray, seeds: np.ndarray, tokens: np.ndarray, sampling: SamplingConfig, size: int = 100
+) -> np.ndarray:
+    """log2 of the probability with which tokens [N, T] were drawn from these seeds: `log_q` [N, T] of a predictor's
+    state, and by the model's own factorisation where that is NaN, or missing: [N]."""
+    method, own, drawn = trained.networks.method, log2_of_each(trained, labels, tokens, sampling), []
+    arguments = trained.networks, trained.sampler_params, make_settings(sampling, trained.config, method)
+    with jax.set_mesh(trained.mesh):
+        for start in range(0, len(seeds), size):
+            rows = slice(start, start + size)
+            condition = trained.networks.condition({"label": jnp.asarray(labels[rows], jnp.int32)})
+            state = method.predict.begin(*arguments, condition, jnp.asarray(seeds[rows], jnp.uint32))
+            if not hasattr(state, "log_q"):
+                return own.sum(axis=1)
+            for group in range(trained.config.num_groups):
+                state = method.predict.group(*arguments, state, group)
+            drawn.append(np.asarray(state.log_q) / np.log(2))
+    return np.where(np.isnan(np.concatenate(drawn)), own, np.concatenate(drawn)).sum(axis=1)
 
 
 if __name__ == "__main__":

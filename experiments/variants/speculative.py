@@ -12,8 +12,9 @@ Result:   9.6 of 16 passes for the digits (guidance 2), the same tokens; 8.6 wit
 A token is the argmax of logits plus noise that belongs to its seed and position. W guesses are scored in one pass, each drawn
 again with its own noise: draws are right up to and including the first that differs from its guess, because only right tokens
 came before it. The other draws are the next guesses (`jacobi`), or another transformer (`small`), with the same noise, makes
-them. Tokens of a reference, given as `prefix` beyond `num_given`, are the first guesses. Windows cross the borders of groups;
-a group waits for the slowest sample of the batch, while the others go on.
+them, or masks behind the window draw those after it (`masks`, with a network that has them, see block_diffusion.py). Tokens of
+a reference, given as `prefix` beyond `num_given`, are the first guesses. Windows cross the borders of groups; a group waits for
+the slowest sample of the batch, while the others go on.
 """
 
 import dataclasses
@@ -22,8 +23,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dar_jax.experiment import Experiment
+from dar_jax.models.attention import causal_mask
 from dar_jax.quickstart import DIGITS, TRANSFORMER
 from dar_jax.sampling.predict import Prediction, Predictor, draw_each, grown, token_by_token
 from dar_jax.sampling.settings import Method
@@ -43,25 +46,34 @@ def drafter(networks, params):
     return small, dataclasses.replace(params, transformer=params.others["draft"])
 
 
-def begin(window, small, networks, params, *arguments):
+def begin(window, small, masks, networks, params, *arguments):
+    room = window + masks
+
     def begin_with_room(networks, params):
         start = token_by_token.begin(networks, params, *arguments)
-        return dataclasses.replace(start, caches=grown(start.caches, start.before + start.tokens.shape[1] + window))
+        return dataclasses.replace(start, caches=grown(start.caches, start.before + start.tokens.shape[1] + room))
 
     base = begin_with_room(networks, params)
     draft = begin_with_room(*drafter(networks, params)) if small else None
     final = jnp.full(len(base.tokens), base.done, jnp.int32)
-    return State(base, draft, jnp.pad(base.tokens, ((0, 0), (0, window))), final, jnp.zeros_like(final))
+    return State(base, draft, jnp.pad(base.tokens, ((0, 0), (0, room))), final, jnp.zeros_like(final))
 
 
-def draw(networks, params, settings, state, caches, tokens, places):
-    """The tokens at consecutive places [B, n] of each row, drawn in one pass given those before: [B, n], and the caches."""
+def draw(networks, params, settings, state, caches, tokens, places, masks=0):
+    """The tokens at consecutive places [B, n] of each row, drawn in one pass given those before: [B, n], and the caches. The
+    last `masks` places are a block, which the others do not see; of the tokens in its slots only the first is known."""
     bound = networks.transformer.bind({"params": params.transformer.rest})
     rows = len(state.last_slot) // len(tokens)  # 2 while guided
     previous = jnp.repeat(jnp.take_along_axis(tokens, jnp.maximum(places - 1, 0), axis=1), rows, axis=0)
     x = jnp.where(jnp.repeat(places, rows, axis=0)[..., None] == 0, state.last_slot, bound.embed(previous))
     slots = state.before + jnp.repeat(places[:, 0], rows)
-    logits, caches = bound.extend(params.transformer.layers, x, caches, slots)
+    count, span, mask = places.shape[1], caches[0].keys.shape[2], None
+    if masks:
+        from_block = np.arange(count) - (count - masks)  # 0 at its first slot
+        x = bound.masked(x, from_block > 0)
+        in_block = (from_block >= 0)[:, None] & (jnp.arange(span) < (slots + count)[:, None, None])
+        mask = causal_mask(count, span, slots) | in_block
+    logits, caches = bound.extend(params.transformer.layers, x, caches, slots, mask)
     tokens_drawn = draw_each(networks, settings, logits, state.keys, places, tokens)
     given = places < state.num_given[:, None]
     return jnp.where(given, jnp.take_along_axis(tokens, places, axis=1), tokens_drawn), caches
@@ -77,8 +89,8 @@ def unguided(state):
     return dataclasses.replace(state, caches=caches, last_slot=state.last_slot[::2])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 6))
-def predict(window, small, networks, params, settings, state, group):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 7))
+def predict(window, small, masks, networks, params, settings, state, group):
     per_group = networks.tokenizer.config.tokens_per_group
     end, total = (group + 1) * per_group, settings.num_groups * per_group
     base, draft = state.base, state.draft
@@ -98,11 +110,11 @@ def predict(window, small, networks, params, settings, state, group):
         caches, draft_caches, tokens, final, calls = carry
         if small:
             tokens, draft_caches = draft_window(tokens, draft_caches, final)
-        places = final[:, None] + jnp.arange(window)
-        guesses = jnp.take_along_axis(tokens, places, axis=1)
-        new, caches = draw(networks, params, settings, base, caches, tokens, places)
-        right = 1 + jnp.cumprod(new == guesses, axis=1)[:, :-1].sum(axis=1)  # the first that differs is right too
-        final_then = jnp.minimum(final + right, tokens.shape[1] - window)
+        places = final[:, None] + jnp.arange(window + masks)
+        new, caches = draw(networks, params, settings, base, caches, tokens, places, masks)
+        same = (new == jnp.take_along_axis(tokens, places, axis=1))[:, : window - 1]
+        right = 1 + jnp.cumprod(same, axis=1).sum(axis=1)  # the first that differs is right too
+        final_then = jnp.minimum(final + right, tokens.shape[1] - window - masks)
         return caches, draft_caches, put(tokens, places, new), final_then, calls + (final < total)
 
     start = (base.caches, draft and draft.caches, state.tokens, state.final, state.calls)
@@ -111,12 +123,14 @@ def predict(window, small, networks, params, settings, state, group):
     return State(dataclasses.replace(base, caches=caches), draft, *rest)
 
 
-def speculation(window, small=False):
-    """How tokens are found with `window` guesses a pass, at most the number of tokens."""
-    return Method(predict=Predictor(functools.partial(begin, window, small), functools.partial(predict, window, small)))
+def speculation(window, small=False, masks=0):
+    """How tokens are found with `window` guesses a pass, at most the number of tokens, and a block of `masks` behind them."""
+    drafts = window, small, masks
+    return Method(predict=Predictor(functools.partial(begin, *drafts), functools.partial(predict, *drafts)))
 
 
 config = dataclasses.replace(TRANSFORMER, name="speculative", data=DIGITS)
 experiment = Experiment(config, method=speculation(8))
 small = Experiment(config, method=speculation(8, small=True), others={"draft": "runs/draft"})
+masks = Experiment(config, method=speculation(8, masks=8))
 draft = Experiment(dataclasses.replace(config, name="draft", model=dataclasses.replace(config.model, layers=1)))
