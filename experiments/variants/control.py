@@ -6,7 +6,7 @@ Command:  dar-jax train experiments/variants/control.py --tokenizer runs/digits/
           dar-jax sample runs/control --experiment experiments/variants/control.py --condition-image seven.png --labels 3 \
               --seeds 1,2          (:strong has a guidance of 2 by the map; --guidance is that by the label)
 Differs:  from the digits' transformer of the quickstart in condition, model, loss and how tokens are found.
-Result:   in a first training the map was hardly used, for a likely cause that is gone; not measured since. See docs/variants.md.
+Result:   in a first training the map was hardly used, for a likely cause that is gone; not measured since (docs/variants.md).
 
 D-AR's tokens have no place in the image: T queries over the map's patches, as in the tokenizer's encoder, give control tokens,
 of which the i-th is added to the slot that predicts code i. A run starts as the base, because the layer in between begins at 0.
