@@ -6,7 +6,7 @@ Command:  python experiments/variants/particles.py runs/digits --observe profile
           (any transformer's run will do; nothing is trained)
 Differs:  from `dar-jax edit`, which has the same particles (`sampling.particles`), in what is known of an image: no pixels.
 Time:     as many samples as there are particles.
-Result:   RESULT
+Result:   from the profiles alone 70 % of 60 digits are read right with 16 particles, 75 % with 64. See docs/variants.md.
 
 `profiles`: the mean of each row and of each column is known, as from two X-ray images, and not the class. `reader`: nothing
 but the class is known, and not to the transformer: a support-vector classifier looks at the previews. Any function of previews

@@ -7,8 +7,8 @@ Command:  dar-jax train experiments/variants/patch_pyramid.py --workdir runs/pyr
           (settings of its own: --fork.coarse-groups, how many groups have large patches, 0 is the base; --fork.flow-power,
           in place of --loss.flow-power)
 Differs:  from the digits' tokenizer of the quickstart in the velocity network and in how times are drawn (`Tokenizer`).
-Time:     TIME
-Result:   RESULT
+Time:     that of the base; a coarse step takes 40 % of the operations of a fine one at this size, 23 % at the paper's.
+Result:   worse on the digits: distance 1.1, the base's 0.63, at equal steps (two seeds). See docs/variants.md.
 
 A coarse step sees a quarter of the pixel tokens. Only the first and the last layer belong to a stage; a vector tells the blocks
 which one it is, and coarse patches are rotated as the centres of their four fine ones, so that positions agree. Coarse steps
