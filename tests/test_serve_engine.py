@@ -240,7 +240,7 @@ def test_what_cannot_be_served(trained, caplog):
         ({"noise_seed": 2**32}, "noise_seed is"),
         ({"prefix": [64]}, "token 64"),
         ({"prefix": [0] * 17}, "17 tokens"),
-        ({"start": np.zeros((8, 8, 1), np.uint8)}, "start_step is 0"),
+        ({"image": np.zeros((8, 8, 1), np.uint8)}, "start_step is 0"),
         ({"sampling": SamplingConfig(start_step=2)}, "start_step is 2"),
         ({"sampling": SamplingConfig(num_groups=9)}, "num_groups is 9"),
     ],
