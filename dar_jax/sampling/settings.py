@@ -155,13 +155,13 @@ def denoising_times(config: SamplingConfig, tokenizer: TokenizerConfig, method: 
         what = f"steps is {config.steps}"
         require(count is None, f"{what}, which says how many there are; leave num_denoising_steps away, not {count}")
         require("times" not in method.replaced, f"{what}, but the experiment replaces the times; leave it at uniform")
-        times = LATE_STEPS[config.steps]
-        last = flow.schedule(np.asarray(times), tokenizer).starts[-1] + tokenizer.tokens_per_step
+        late = LATE_STEPS[config.steps]
+        last = flow.schedule(np.asarray(late), tokenizer).starts[-1] + tokenizer.tokens_per_step
         require(
             last == tokenizer.num_tokens,
             f"{what}, whose last step is before the last of {tokenizer.num_groups} groups, which would never be decoded",
         )
-        return times
+        return late
     try:
         times = method.times(count or tokenizer.num_denoising_steps, tokenizer)
         flow.schedule(times, tokenizer)
