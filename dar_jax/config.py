@@ -239,9 +239,7 @@ class TokenizerLossConfig:
     """
 
     flow: Weight = 1.0
-    flow_power: Power = (
-        0.0  # images count by (1 - t')^power, with mean 1; 0: the paper's; 2: error of the image, not the velocity
-    )
+    flow_power: Power = 0.0  # images weigh (1 - t')^power, with mean 1; 0: the paper's, error of velocities; 2: of images
     final_flow_power: Power | None = None  # where the power ends, having changed linearly over the run; None: where it starts
     codebook: Weight = 1.0
     commitment: Weight = 0.25

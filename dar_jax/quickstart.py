@@ -26,7 +26,7 @@ from dar_jax.config import (
     VelocityConfig,
 )
 from dar_jax.console import columns
-from dar_jax.data.sources import open_source
+from dar_jax.data.sources import open_source, read_all
 from dar_jax.errors import InputError
 from dar_jax.evaluation.metrics import pixel_distance, pooled_pixels
 from dar_jax.experiment import Experiment
@@ -169,7 +169,7 @@ def spread(images: np.ndarray, labels: np.ndarray) -> float:
     """The mean distance of two of the first 200 images of a class, in pixels of [-1, 1]: how much variety there is."""
     from scipy.spatial.distance import pdist
 
-    of_class = (pooled_pixels(images[labels == label][:200]) for label in np.unique(labels))
+    of_class = (np.asarray(pooled_pixels(images[labels == label][:200])) for label in np.unique(labels))
     return float(np.mean([pdist(pixels).mean() for pixels in of_class]))
 
 
@@ -221,9 +221,7 @@ def _train(experiment: Experiment, workdir: Path) -> None:
 
 def digits(split: str) -> tuple[np.ndarray, np.ndarray]:
     """All digits of a split: images uint8 [N, 8, 8, 1] and labels int [N]."""
-    source = open_source(dataclasses.replace(DIGITS, split=split))
-    elements = [source[index] for index in range(len(source))]
-    return np.stack([element["image"] for element in elements]), np.array([element["label"] for element in elements])
+    return read_all(dataclasses.replace(DIGITS, split=split))
 
 
 def classifier(images: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:

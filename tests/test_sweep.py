@@ -150,7 +150,8 @@ def test_what_evaluate_tokenizer_measures(tiny_tokenizer, tmp_path):
     decoded = reconstruct(trained, Noise.images, np.arange(3, 8)).images
     np.testing.assert_allclose(report["psnr"], psnr(Noise.images, decoded).mean())
     assert abs(report["psnr"] - report["psnr_without_noise"]) > 1e-3
-    moments = [Moments(x.mean(0), np.cov(x, rowvar=False), 5) for x in map(pooled_pixels, (Noise.images, decoded))]
+    features = [np.asarray(pooled_pixels(x), np.float64) for x in (Noise.images, decoded)]
+    moments = [Moments(x.mean(0), np.cov(x, rowvar=False), 5) for x in features]
     np.testing.assert_allclose(report["pixel_distance"], frechet_distance(*moments).value, rtol=1e-6)
     assert 0 <= report["bits_per_image"] == 16 * report["entropy_at_position"] <= 16 * np.log2(5)
     np.testing.assert_allclose(report["ssim"], np.mean(ssim(Noise.images, decoded)), rtol=1e-5)

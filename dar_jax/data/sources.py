@@ -45,6 +45,14 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
+def read_all(data: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+    """All images of a small data set, which have one size, as they are: uint8 [N, H, W, C], and their labels int [N]."""
+    source = open_source(data)
+    elements = [source[index] for index in range(len(source))]
+    images = np.stack([element["image"] for element in elements])
+    return images.reshape(*images.shape[:3], -1), np.array([element["label"] for element in elements])
+
+
 def held_out(config: DataConfig) -> DataConfig:
     """The same data set in the split to evaluate on: `held_out_split`, or else the usual one; codes as they are."""
     usual = {"digits": "test", "cifar10": "test", "idx": "test", "tfds": "validation"}

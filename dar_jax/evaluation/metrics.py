@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from dar_jax.errors import InputError
+from dar_jax.models.pixels import to_float
 
 SPLIT = 5000  # images of one inception score
 NEIGHBOURS = 3  # of precision and recall
@@ -283,16 +284,14 @@ def code_statistics(counts: np.ndarray) -> CodeStatistics:
     return CodeStatistics(float(np.mean(counts.any(axis=0))), entropy(counts.sum(axis=0)), float(at_position))
 
 
-def pooled_pixels(images: np.ndarray) -> np.ndarray:
-    """uint8 [N, H, W, C] -> float64 [N, D] in [-1, 1]: the pixels, of larger images averaged to 8 x 8, as plain features.
+def pooled_pixels(images: Array) -> Array:
+    """uint8 [N, H, W, C] -> float32 [N, D] in [-1, 1]: the pixels, of larger images averaged to 8 x 8, as plain features.
 
     Their Fréchet distance needs no network and tells recipes apart on small images; it is not FID.
     """
-    size = min(8, images.shape[1]), min(8, images.shape[2])
-    if images.shape[1:3] != size:
-        shape = (len(images), *size, images.shape[3])
-        images = jax.image.resize(np.asarray(images, np.float32), shape, "linear", antialias=True)
-    return np.asarray(images, np.float64).reshape(len(images), -1) / 127.5 - 1
+    count, height, width, channels = images.shape
+    pooled = jax.image.resize(to_float(images), (count, min(8, height), min(8, width), channels), "linear", antialias=True)
+    return pooled.reshape(count, -1)
 
 
 def pixel_distance(images: np.ndarray, others: np.ndarray) -> float:

@@ -105,7 +105,8 @@ def evaluate_tokenizer(
     counts = np.zeros((config.num_tokens, config.codebook_size), np.int64)
 
     def measure_pairs(originals: jax.Array, decoded: jax.Array) -> dict[str, jax.Array]:
-        return {name: measure(originals, decoded) for name, measure in measures.items()}
+        values = {name: measure(originals, decoded) for name, measure in measures.items()}
+        return values | {"pixels": jnp.stack([metrics.pooled_pixels(x) for x in (originals, decoded)], axis=1)}
 
     def measured() -> Iterator[tuple[RunningStatistics, np.ndarray]]:
         """Takes all measures but those of the extractor, and yields the images for it."""
@@ -113,10 +114,10 @@ def evaluate_tokenizer(
         pairs = ((result, (result.originals, result.images)) for _, result in results)
         size = trained.full_batch(min(batch_size, total))
         for result, values in over_batches(measure_pairs, pairs, size, trained.mesh):
+            for moments, features in zip(pixels, values.pop("pixels").swapaxes(0, 1)):
+                moments.add(features)
             for name, value in {"psnr": result.psnr, **values}.items():
                 of_each[name].append(value)
-            for moments, images in zip(pixels, (result.originals, result.images)):
-                moments.add(metrics.pooled_pixels(images))
             if result.codes is not None:
                 np.add.at(counts, (np.arange(counts.shape[0]), result.codes), 1)
             yield from zip(sides, (result.originals, result.images))
@@ -150,7 +151,8 @@ def evaluate_tokenizer(
         report |= {"entropy_at_position": codes.entropy_at_position}
         report |= {"bits_per_image": config.num_tokens * codes.entropy_at_position}
     else:
-        left_out |= dict.fromkeys(("codebook_usage", "codebook_entropy", "bits_per_image"), "the tokenizer is continuous")
+        of_codes = ("codebook_usage", "codebook_entropy", "entropy_at_position", "bits_per_image")
+        left_out |= dict.fromkeys(of_codes, "the tokenizer is continuous")
     notes = []
     if "rfid" in report and images < FEW:
         notes.append(f"rFID of {images:,} images is biased upwards, about as 1 / N: compare it only at equal numbers")

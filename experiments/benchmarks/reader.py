@@ -18,7 +18,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dar_jax.config import DataConfig
-from dar_jax.data.sources import held_out, open_source
+from dar_jax.data.sources import held_out, read_all
 from dar_jax.evaluation.metrics import frechet_distance, moments, pooled_pixels
 from dar_jax.files import replacing
 from dar_jax.quickstart import classifier, spread
@@ -49,14 +49,6 @@ class Reader:
     def diversity(self, images: np.ndarray, labels: np.ndarray) -> float:
         """The mean distance of two images of a class, in pixels, over that of two real ones."""
         return spread(images, labels) / spread(self.images, self.labels)
-
-
-def read_all(data: DataConfig) -> tuple[np.ndarray, np.ndarray]:
-    """All images of a split uint8 [N, H, W, C] and their labels [N]."""
-    source = open_source(data)
-    elements = [source[index] for index in range(len(source))]
-    images = np.stack([element["image"] for element in elements])
-    return images.reshape(*images.shape[:3], -1), np.array([element["label"] for element in elements])
 
 
 def make_reader(data: DataConfig, keep_in: Path | None = None) -> Reader:
