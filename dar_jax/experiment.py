@@ -1,6 +1,7 @@
 """An experiment: settings, and optionally the parts of the method that its file replaces (docs/forking.md shows each)."""
 
 import dataclasses
+import functools
 import importlib.util
 import os
 import sys
@@ -112,9 +113,14 @@ class Experiment:
         """The network's parameters before training; they depend on the settings only."""
         key = jax.random.key(self.config.train.seed)
         if isinstance(self.config, TokenizerTraining):
-            return model.init(key, jnp.zeros((1, *model.data_shape)))["params"]
+            return _init(model, key, jnp.zeros((1, *model.data_shape)))
         condition = self.condition({"label": jnp.zeros(1, jnp.int32)})
-        return model.init(key, condition, jnp.zeros((1, self.config.model.num_tokens), jnp.int32))["params"]
+        return _init(model, key, condition, jnp.zeros((1, self.config.model.num_tokens), jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnums=0)  # traced once for shapes, shardings and values
+def _init(model: nn.Module, key: jax.Array, *inputs: Any) -> Any:
+    return model.init(key, *inputs)["params"]
 
 
 def load_experiment(path: str | os.PathLike) -> Experiment:

@@ -43,8 +43,10 @@ def state_on(*sizes, step=0):
 
 def write(workdir, state, experiment=PLAIN, steps=(5,), **settings):
     with checkpoint.open_checkpoints(workdir, TrainConfig(**settings)) as checkpoints:
+        saving = None
         for step in steps:
-            checkpoint.save(checkpoints, dataclasses.replace(state, step=jnp.int32(step)), experiment, NAMES)
+            saving = checkpoint.save(checkpoints, dataclasses.replace(state, step=jnp.int32(step)), experiment, NAMES, saving)
+        saving.result()
 
 
 @pytest.fixture(scope="module")

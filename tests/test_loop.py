@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -106,6 +107,11 @@ def test_asked_to_stop_it_saves_and_leaves(tmp_path, number):
     step = checkpoint.latest_step(tmp_path)
     assert 3 < step < 30 and f"stopped_by={number!r}" in out
     assert f"stopped at step {step}, which is saved; go on with --resume" in out
+
+
+def test_no_thread_of_a_checkpoint_stays(tmp_path):
+    train(with_train(steps=4, checkpoint_every=1), tmp_path)
+    assert not [thread for thread in threading.enumerate() if "_run_loop" in thread.name]
 
 
 def test_what_evaluates_is_logged_at_its_steps(tmp_path):

@@ -118,12 +118,22 @@ def open_checkpoints(workdir: PathLike, train: TrainConfig) -> ocp.training.Chec
 
 
 def save(
-    checkpointer: ocp.training.Checkpointer, state: TrainState, experiment: Experiment, class_names: Sequence[str]
-) -> None:
-    """Starts to write a checkpoint; returns as soon as the state may be donated to the next step."""
+    checkpointer: ocp.training.Checkpointer,
+    state: TrainState,
+    experiment: Experiment,
+    class_names: Sequence[str],
+    after: Any = None,
+) -> Any:
+    """Starts to write a checkpoint; returns as soon as the state may be donated to the next step.
+
+    Args: after, what the last call returned: that checkpoint is written first.
+    Returns an object whose `result()` waits until it is written, raises what went wrong, and ends the thread of the writing.
+    """
+    if after:
+        after.result()
     parts = {"params": state.params, "ema": state.ema, "opt_state": state.opt_state}
     about = _about(experiment.config, class_names, experiment.hooks)
-    checkpointer.save_checkpointables_async(int(state.step), parts, custom_metadata=about, force=True)
+    return checkpointer.save_checkpointables_async(int(state.step), parts, custom_metadata=about, force=True)
 
 
 def export(info: Info, folder: epath.Path) -> int:
@@ -334,6 +344,8 @@ def _checkpointer(workdir: PathLike, preserve: Any = None) -> ocp.training.Check
     context = ocp.Context()
     context.async_options.post_finalization_callback = lambda: _finish(folder)
     context.memory_options.deepcopy_host_arrays = False  # nobody changes them while they are written
+    # Smaller arrays are written by one replica: to slice them compiles one program for each shape and place.
+    context.array_options.saving.min_slice_bytes_for_replica_parallel = 1 << 20
     return ocp.training.Checkpointer(folder, context=context, preservation_policy=preserve, cleanup_tmp_directories=True)
 
 

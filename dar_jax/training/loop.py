@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
 
 from dar_jax import parallel
 from dar_jax.errors import InputError
@@ -110,11 +109,9 @@ def _train(experiment: Experiment, folder: epath.Path, resume: bool, pictures, s
             return _run(stage, state, train_step, mesh, log, profile, checkpoints, asked_to_stop, pictures, evaluate)
 
 
-def _run(
-    stage: Stage, state, train_step, mesh: Mesh, log: Log, profile: Profile, checkpoints, asked_to_stop, pictures, evaluate
-) -> Summary:
+def _run(stage, state, train_step, mesh, log: Log, profile: Profile, checkpoints, asked_to_stop, pictures, evaluate) -> Summary:
     train = stage.experiment.config.train
-    step, stopping = int(state.step), None
+    step, stopping, saving = int(state.step), None, None
     reader = Reader(train.steps, log, checkpoints)
     with contextlib.closing(device_batches(stage, mesh, start_step=step)) as data:
         while step < train.steps and stopping is None:
@@ -137,14 +134,15 @@ def _run(
             evaluates = train.evaluate_every and step % train.evaluate_every == 0
             if step % train.checkpoint_every == 0 or last or evaluates:
                 reader.drain()
-                checkpoint.save(checkpoints, state, stage.experiment, stage.class_names)
+                saving = checkpoint.save(checkpoints, state, stage.experiment, stage.class_names, saving)
             if train.sample_every and step % train.sample_every == 0:
                 with reader.pause(step), log.failures(step, "no pictures"):
                     log.pictures(step, pictures(stage, state.ema, batch))
             if evaluates:
                 with reader.pause(step), log.failures(step, "not evaluated"):
                     log.record(step, evaluate(stage, state.ema), None)
-    checkpoints.wait()
+    if saving:
+        saving.result()
     if step < train.steps:
         log.say(f"stopped at step {step}, which is saved; go on with --resume")
     return Summary(step, stopping if step < train.steps else None, reader.record)
