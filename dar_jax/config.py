@@ -60,6 +60,7 @@ Guidance = Annotated[float, Range(0, 1000)]
 CfgInterval = Annotated[int, Range(-1, 16384)]
 Temperature = Annotated[float, Range(1e-6, 1000, also=(0, "greedy"))]
 TopK = Annotated[int, Range(0, INT32)]
+Window = Annotated[int, Range(0, 2**24)]
 Own = dict[str, bool | Annotated[int, FINITE] | Annotated[float, FINITE] | str]  # settings of a fork's own, by name
 CropFraction = Annotated[float, Range(0.1, 1)]
 
@@ -187,6 +188,7 @@ class SamplingConfig:
     temperature: Temperature = 1.0  # 0: greedy
     top_k: TopK = 0  # 0: off
     top_p: Share = 1.0  # 1: off
+    speculate: Window = 0  # W guesses a pass, of which the right ones are kept: the same tokens in fewer passes; 0: off
     solver: Literal["adams2", "euler"] = "adams2"
     steps: Steps = "uniform"  # times of the denoising steps: i / S, as in the paper, or of `LATE_STEPS`
     num_denoising_steps: DenoisingSteps | None = None  # S of uniform steps; None: the tokenizer's

@@ -1,29 +1,68 @@
 """Eight simulated devices and a compilation cache for every test, and `--golden` to run the parity cases of another folder."""
 
+import ctypes
+import gc
 import os
+import resource
+import sys
 from pathlib import Path
 
-from many_hosts import CACHE, FLAGS
+from many_hosts import CACHE, FASTER, FLAGS
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {FLAGS}"
+flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {FLAGS}"
+os.environ["XLA_FLAGS"] = f"{flags} {FASTER}"
 
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+jax.devices()  # has read them
+os.environ["XLA_FLAGS"] = flags  # libtpu, which reads them too, does not know FASTER
 jax.config.update("jax_compilation_cache_dir", CACHE)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+SLOW = (
+    "forks",
+    "variants_condition",
+    "step",
+    "sampler",
+    "variants_tokens",
+    "many_hosts",
+    "stages",
+    "cli",
+    "tokenizer",
+    "parity",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no worker waits for one at the end."""
+    names = [f"test_{name}" for name in SLOW]
+    items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests go to one worker, which makes their fixtures once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
 
 
 def pytest_addoption(parser):
     parser.addoption("--golden", type=Path, default=Path(__file__).parent / "golden", help="folder of parity cases")
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def compiled_functions_are_freed():
-    """After each module: all of a run's would take 8 GB of a worker."""
+    """Those of all tests would take 8 GB of a worker."""
     yield
-    jax.clear_caches()
+    if sys.platform == "linux" and int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() > 2e9:
+        jax.clear_caches()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # `keep_freed_memory` keeps it for good
 
 
 @pytest.fixture(scope="session")
@@ -82,8 +121,8 @@ def tiny_tokenizer():
         params = jax.jit(model.init)(jax.random.key(0), images)["params"]
         # The output and modulation matrices start at zero, which would hide what flows through them.
         leaves, tree = jax.tree.flatten(params)
-        keys = jax.random.split(jax.random.key(1), len(leaves))
-        return model, jax.tree.unflatten(tree, [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
+        rng = np.random.default_rng(1)
+        return model, jax.tree.unflatten(tree, [x + 0.2 * rng.normal(size=x.shape).astype(np.float32) for x in leaves])
 
     return make
 
@@ -111,16 +150,50 @@ def tiny_run(tmp_path_factory, tiny_tokenizer):
 
 
 @pytest.fixture(scope="session")
-def engine(tiny_run):
+def trained(tmp_path_factory, tiny_run):
+    """The folder of a fork's run of three steps, made at first use."""
+    from fork_runs import train
+
+    folders = {}
+
+    def make(name):
+        name = {"unmasking": "block_diffusion", "energy": "block_diffusion"}.get(name, name)  # whose runs they sample from
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp("fork")
+            train(name, folders[name], tiny_run)
+        return folders[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def one_device():
+    from dar_jax.config import MeshConfig
+    from dar_jax.parallel import make_mesh
+
+    return make_mesh(MeshConfig(data=1), jax.devices()[:1])
+
+
+@pytest.fixture(scope="session")
+def opened(tiny_run, one_device):
+    """The random transformer of `tiny_run` with a fork's parts of sampling; None: without."""
+    from fork_runs import path_of
+
+    from dar_jax.experiment import load_experiment
+    from dar_jax.inference.trained import load_sampler
+
+    return lambda name: load_sampler(tiny_run, None if name is None else load_experiment(path_of(name)), mesh=one_device)
+
+
+@pytest.fixture(scope="session")
+def engine(tiny_run, one_device):
     """The engine of `dar-jax serve` over the tiny run, for up to four samples at a time on one device."""
     from serving import wait_for
 
-    from dar_jax.config import MeshConfig
     from dar_jax.inference.trained import load_sampler
-    from dar_jax.parallel import make_mesh
     from dar_jax.serve.engine import Engine
 
-    engine = Engine(load_sampler(tiny_run, mesh=make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])), max_batch=4, max_waiting=40)
+    engine = Engine(load_sampler(tiny_run, mesh=one_device), max_batch=4, max_waiting=40)
     wait_for(lambda: engine.status == "ok", 120)
     yield engine
     engine.close()

@@ -97,13 +97,13 @@ def test_patches_by_time_and_by_place():
     """One time for all sets the size; of a batch with times of its own, the first half is coarse."""
     _, network = pyramid()
     x, condition = jax.random.normal(jax.random.key(0), (4, 8, 8, 1)), jax.random.normal(jax.random.key(1), (4, 4, 16))
-    params = network.init(jax.random.key(2), x[:1], jnp.zeros(1), condition[:1])["params"]
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(3), len(leaves))
-    params = jax.tree.unflatten(tree, [p + 0.3 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys)])
+    params = jax.jit(network.init)(jax.random.key(2), x[:1], jnp.zeros(1), condition[:1])["params"]
+    rng = np.random.default_rng(3)
+    params = jax.tree.map(lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape).astype(np.float32), params)
     run = jax.jit(lambda params, t: network.apply({"params": params}, x, t, condition)[0])
     for t, coarse in ((0.1, True), (0.7, False)):
-        alone = network.apply({"params": params}, coarse, x, jnp.full(1, t), condition, method="at_stage")
+        at_stage = jax.jit(lambda *inputs: network.apply({"params": params}, *inputs, method="at_stage"), static_argnums=0)
+        alone = at_stage(coarse, x, jnp.full(1, t), condition)
         np.testing.assert_allclose(run(params, jnp.full(1, t)), alone, atol=1e-5)
         rows = slice(0, 2) if coarse else slice(2, 4)
         np.testing.assert_allclose(run(params, jnp.full(4, t))[rows], alone[rows], atol=1e-5)

@@ -26,7 +26,7 @@ def test_entropy_loss_by_hand():
 
 
 def loss_of(model, params, key, config, images=IMAGES, frozen=None, terms=()):
-    loss_fn = tokenizer_loss(TokenizerTraining(loss=config), model, terms)
+    loss_fn = jax.jit(tokenizer_loss(TokenizerTraining(loss=config), model, terms))
     return loss_fn(params, {"image": images}, key, frozen or {}, 0)
 
 
@@ -49,12 +49,12 @@ def test_flow_power_measures_images(tiny_tokenizer, last):
     config = TokenizerTraining(loss=TokenizerLossConfig(flow_power=2, final_flow_power=last), train=TrainConfig(steps=11))
     key, times = jax.random.key(0), jax.random.uniform(jax.random.split(jax.random.key(0))[0], (64,))
     noise = jax.random.normal(jax.random.split(key)[1], IMAGES.shape)
-    output = model.apply({"params": params}, IMAGES, times, noise)
+    output = jax.jit(model.apply)({"params": params}, IMAGES, times, noise)
     shifted = times / (times + 2 * (1 - times))
     mean = 4 * (1.5 - 2 * np.log(2))  # of (1 - t')^2, t uniform, by hand
     weights = flow_weight(config, model)(output.times, jnp.int32(0))
     np.testing.assert_allclose(weights, (1 - shifted) ** 2 / mean, rtol=0.01)
-    loss = tokenizer_loss(config, model)
+    loss = jax.jit(tokenizer_loss(config, model))
     flow = [float(loss(params, {"image": IMAGES}, key, {}, jnp.int32(step))[1]["flow"]) for step in (0, 10)]
     of_images = float(jnp.square(output.image - IMAGES).mean()) / mean
     plain = float(jnp.square(output.velocity - output.target).mean()) / model.config.velocity.data_std**2
@@ -87,7 +87,7 @@ def test_further_terms_are_added(tiny_tokenizer):
 
     (with_hook, metrics), plain = loss(params, [term]), loss(params, [])[0]
     assert float(with_hook - plain) == pytest.approx(float(metrics["pixels"]), rel=1e-4)
-    gradients = [jax.grad(lambda p, hooks=hooks: loss(p, hooks)[0])(params)["encoder"] for hooks in ([term], [])]
+    gradients = [jax.jit(jax.grad(lambda p, hooks=hooks: loss(p, hooks)[0]))(params)["encoder"] for hooks in ([term], [])]
     assert any(not np.allclose(a, b) for a, b in zip(*map(jax.tree.leaves, gradients)))
 
 
@@ -96,18 +96,17 @@ def test_lpips_and_repa_by_hand(tiny_tokenizer, monkeypatch):
     model, params = tiny_tokenizer(image_size=16, velocity=velocity)
     sizes = Dinov2Config(width=24, layers=1, heads=2, table_side=5)
     monkeypatch.setattr(losses, "Dinov2Config", lambda: sizes)
-    images = IMAGES.reshape(16, 16, 16, 1)
+    images = IMAGES.reshape(16, 16, 16, 1)[:4]
     rgb = jnp.repeat(images, 3, axis=-1)
     frozen = {
         "lpips": jax.jit(Lpips().init)(jax.random.key(1), rgb[:1], rgb[:1])["params"],
         "dinov2": jax.jit(Dinov2(sizes).init)(jax.random.key(2), jnp.zeros((1, 56, 56, 3)))["params"],
     }
-    output = model.apply(
-        {"params": params}, images, jnp.full(16, 0.4), jax.random.normal(jax.random.key(3), images.shape), True
-    )
-    terms = feature_terms(TokenizerLossConfig(lpips=0.5, repa=2.0))(params, images, output, frozen, 0)
+    noise = jax.random.normal(jax.random.key(3), images.shape)
+    output = jax.jit(model.apply, static_argnums=4)({"params": params}, images, jnp.full(4, 0.4), noise, True)
+    terms = jax.jit(feature_terms(TokenizerLossConfig(lpips=0.5, repa=2.0)))(params, images, output, frozen, 0)
 
-    distances = Lpips().apply({"params": frozen["lpips"]}, rgb, jnp.repeat(output.image, 3, axis=-1))
+    distances = jax.jit(Lpips().apply)({"params": frozen["lpips"]}, rgb, jnp.repeat(output.image, 3, axis=-1))
     assert float(terms["lpips"]) == pytest.approx(0.5 * float(distances.mean()), rel=1e-5)
     tokens = np.asarray(Dinov2(sizes).apply({"params": frozen["dinov2"]}, preprocess(rgb, 56)), np.float64)  # 4 x 4 of 14
     repa = np.asarray(output.repa, np.float64)
@@ -117,7 +116,8 @@ def test_lpips_and_repa_by_hand(tiny_tokenizer, monkeypatch):
     def loss(params, config):
         return loss_of(model, params, jax.random.key(0), config, images, frozen)[0]
 
-    gradients = jax.grad(loss)(params, TokenizerLossConfig(flow=0, codebook=0, commitment=0, lpips=0.5, repa=2.0))
+    config = TokenizerLossConfig(flow=0, codebook=0, commitment=0, repa=2.0)
+    gradients = jax.jit(jax.grad(loss), static_argnums=1)(params, config)
     flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)}
     assert all(jnp.isfinite(leaf).all() for leaf in flat.values())
-    assert all((jnp.abs(flat[name]) > 0).any() for name in flat if "repa" in name or "patch_out" in name or "patchify" in name)
+    assert all((jnp.abs(flat[name]) > 0).any() for name in flat if "repa" in name or "patch_in" in name or "patchify" in name)

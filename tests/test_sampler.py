@@ -35,7 +35,7 @@ def make_networks(tiny_tokenizer):
         sizes = {"layers": 2, "heads": 4, "kv_heads": 2, "width": 32, "mlp_multiple": 8}
         config = TransformerConfig(**sizes, num_tokens=16, vocab_size=64, num_classes=5)
         model = Llama(config)
-        params = model.init(jax.random.key(2), jnp.zeros(1, jnp.int32), jnp.zeros((1, 16), jnp.int32))["params"]
+        params = jax.jit(model.init)(jax.random.key(2), jnp.zeros(1, jnp.int32), jnp.zeros((1, 16), jnp.int32))["params"]
         params |= {"output": jax.random.normal(jax.random.key(3), params["output"].shape)}
         return Networks(tokenizer, model), {"tokenizer": tokenizer_params, "transformer": params}
 

@@ -56,17 +56,6 @@ def with_lpips(tmp_path, **changes):
     return dataclasses.replace(TOKENIZER, model=model, loss=loss, data=data, train=settings)
 
 
-def test_lpips_takes_part_in_training_on_any_mesh(tmp_path):
-    config = with_lpips(tmp_path)
-    losses = {}
-    for sizes in ((8, 1, 1), (2, 2, 2)):
-        summary = train(Experiment(dataclasses.replace(config, mesh=MeshConfig(*sizes))), tmp_path / str(sizes))
-        losses[sizes] = summary.metrics
-        assert summary.metrics["lpips"] > 0
-    np.testing.assert_allclose(losses[8, 1, 1]["lpips"], losses[2, 2, 2]["lpips"], rtol=1e-5)
-    np.testing.assert_allclose(losses[8, 1, 1]["loss"], losses[2, 2, 2]["loss"], rtol=1e-5)
-
-
 def test_networks_are_opened_only_for_terms_with_a_weight(tmp_path, monkeypatch):
     config = with_lpips(tmp_path, repa=0.5)
     mesh = parallel.make_mesh(MeshConfig())

@@ -71,10 +71,11 @@ def test_nearest_code_and_straight_through_gradient(tiny_tokenizer):
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"query_low_rank": False},
-        {"vq_enable": False},
-        {"velocity": VelocityConfig(width=16, layers=2, head_size=8, patch_size=2, repa_layer=1, repa_grid=2, repa_hidden=8)},
-        {"velocity": VelocityConfig(16, 2, 8, 4, share_time_encoding=True, mlp_head=True, repa_layer=None)},
+        {
+            "query_low_rank": False,
+            "velocity": VelocityConfig(width=16, layers=2, head_size=8, patch_size=2, repa_layer=1, repa_grid=2, repa_hidden=8),
+        },
+        {"vq_enable": False, "velocity": VelocityConfig(16, 2, 8, 4, share_time_encoding=True, mlp_head=True, repa_layer=None)},
     ],
 )
 def test_options_train(tiny_tokenizer, sizes):

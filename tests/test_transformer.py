@@ -27,7 +27,7 @@ def test_parameter_counts(size):
 
 @pytest.fixture(scope="module")
 def params():
-    params = Llama(TINY).init(jax.random.key(0), LABELS, TOKENS)["params"]
+    params = jax.jit(Llama(TINY).init)(jax.random.key(0), LABELS, TOKENS)["params"]
     assert not np.any(params["output"])  # the head starts at zero
     return params | {"output": jax.random.normal(jax.random.key(2), params["output"].shape)}
 

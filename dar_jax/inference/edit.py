@@ -158,6 +158,8 @@ def make_edit(
     """
     config = at_image_size(info.tokenizer.config.model)
     particle_counts(particles, make_settings(sampling, config, method).num_groups)
+    if sampling.speculate:
+        raise InputError(f"speculate is {sampling.speculate}, but particles are chosen between groups; give --speculate 0")
     if (mask is None) == (enlarge is None):
         raise InputError("give a mask, whose white part is drawn anew, or --enlarge, and not both")
     if enlarge is not None and (prefix_length or sampling.start_step):

@@ -103,7 +103,7 @@ def sample(
     for rows, (tokens, images, calls) in over_batches(draw, arrays, size, trained.mesh):
         passes[rows] = calls
         yield SampleBatch(rows, tokens.shape[1] // trained.config.tokens_per_group, tokens, to_uint8(images), calls)
-    if networks.method.predict is not token_by_token and passes.any():
+    if (settings.speculate or networks.method.predict is not token_by_token) and passes.any():
         passes = passes[passes > 0]
         log.info("%.1f passes of the transformer a sample, at most %d", passes.mean(), passes.max())
 

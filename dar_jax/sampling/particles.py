@@ -97,7 +97,7 @@ def begin_particles(
     own = np.array(_seeds(seeds, 0, count))
     own[:, 0] = seeds
     given = {"prefix": prefix, "image": image, "noise_seeds": seeds if noise_seeds is None else noise_seeds}
-    state = begin(networks, params, settings, condition, own.reshape(-1), **repeated(given, count))
+    state = begin(networks, params, _one_by_one(settings), condition, own.reshape(-1), **repeated(given, count))
     even = np.full(own.shape, 1 / count)
     return Particles(state, seeds, own, even, np.zeros(own.shape), np.tile(np.arange(count), (len(seeds), 1)))
 
@@ -110,7 +110,7 @@ def advance_particles(
     As many as before stay as they are where their weights are even enough; otherwise they are drawn by their weights, and draw
     their next tokens from seeds of their own. A single one after the last group is drawn from the posterior.
     """
-    state = advance(networks, params, settings, particles.state)
+    state = advance(networks, params, _one_by_one(settings), particles.state)
     batch, before = particles.weights.shape
     previews = snapshot(networks, params, state).images
     fit = np.asarray(likelihood(previews.reshape(batch, before, *previews.shape[1:])), np.float64)
@@ -120,6 +120,11 @@ def advance_particles(
     drawn = np.full(batch, True) if count != before else 1 / np.square(weights).sum(axis=1) < ENOUGH * before
     particles = dataclasses.replace(particles, state=state, weights=weights, fit=fit)
     return _resampled(particles, drawn, count) if drawn.any() else particles
+
+
+def _one_by_one(settings: Settings) -> Settings:
+    """Without guesses: tokens of later groups come from the seeds of the particles that are chosen until then."""
+    return dataclasses.replace(settings, speculate=0)
 
 
 def _resampled(particles: Particles, drawn: np.ndarray, count: int) -> Particles:

@@ -24,14 +24,16 @@ from jax import Array
 
 from dar_jax.models.flow import Step
 from dar_jax.sampling.denoise import Decoding, begin_decoding, condition, condition_values, denoise, finish, schedule
+from dar_jax.sampling.predict import Predictor
 from dar_jax.sampling.prepare import SamplerParams, prepare
 from dar_jax.sampling.settings import Networks, Settings
+from dar_jax.sampling.speculate import speculation
 
 
 def advance(networks: Networks, params: SamplerParams, settings: Settings, state: "SamplerState") -> "SamplerState":
     """One group: its tokens, their condition tokens, and the denoising steps that these allow."""
     model, group = networks.tokenizer, state.group
-    prediction = networks.method.predict.group(networks, params, settings, state.prediction, group)
+    prediction = predictor(networks, settings).group(networks, params, settings, state.prediction, group)
     with params.on_decoder():
         tokens = params.to_decoder(prediction.tokens)
         first = group * model.config.tokens_per_group
@@ -39,6 +41,11 @@ def advance(networks: Networks, params: SamplerParams, settings: Settings, state
         for step in steps_of_group(networks, settings, group):
             decoding = denoise(networks, params.decoder, settings.solver, decoding, step)
     return SamplerState(group + 1, prediction, decoding)
+
+
+def predictor(networks: Networks, settings: Settings) -> Predictor:
+    """What finds the tokens: the method's, or with guesses."""
+    return speculation(settings.speculate) if settings.speculate else networks.method.predict
 
 
 def steps_of_group(networks: Networks, settings: Settings, group: int) -> list[Step]:
@@ -93,7 +100,7 @@ def begin(
       observed: what `Method.steer` is given, a tree of arrays with the batch first.
       noise_seeds: [B], of the noise and of the solver's randomness, while the tokens follow from `seeds` (default: those).
     """
-    prediction = networks.method.predict.begin(networks, params, settings, condition, seeds, prefix, num_given)
+    prediction = predictor(networks, settings).begin(networks, params, settings, condition, seeds, prefix, num_given)
     with params.on_decoder():
         noise_seeds = seeds if noise_seeds is None else noise_seeds
         noise_seeds, image, observed = params.to_decoder((noise_seeds, image, observed))

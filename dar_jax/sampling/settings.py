@@ -84,7 +84,7 @@ class Networks:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["scales", "temperature", "top_k", "top_p"],
-    meta_fields=["guided", "solver", "times", "start_step", "num_groups"],
+    meta_fields=["guided", "speculate", "solver", "times", "start_step", "num_groups"],
 )
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -92,8 +92,8 @@ class Settings:
     first, [B, T] and [B], see `per_sample`.
 
     scales [T] guidance of each token, of which none after the first `guided` exceeds 1, so that these need no unguided row;
-    temperature (None: greedy); top_k, top_p (None: off); solver; times of the S denoising steps, before the shift; start_step,
-    the first of these steps; num_groups, after which sampling stops.
+    temperature (None: greedy); top_k, top_p (None: off); speculate, guesses a pass (0: off); solver; times of the S denoising
+    steps, before the shift; start_step, the first of these steps; num_groups, after which sampling stops.
     """
 
     scales: Array
@@ -101,6 +101,7 @@ class Settings:
     temperature: Array | None
     top_k: Array | None
     top_p: Array | None
+    speculate: int
     solver: Solver
     times: tuple[float, ...]
     start_step: int
@@ -131,6 +132,14 @@ def make_settings(config: SamplingConfig, tokenizer: TokenizerConfig, method: Me
         method.solver is None or config.solver == SamplingConfig.solver,
         f"solver is {config.solver}, but the experiment replaces the solver; leave it at {SamplingConfig.solver}",
     )
+    require(
+        config.speculate in range(tokenizer.num_tokens + 1),
+        f"speculate is {config.speculate}, but an image has {tokenizer.num_tokens} tokens; give at most so many guesses a pass",
+    )
+    require(
+        not config.speculate or "predict" not in method.replaced,
+        f"speculate is {config.speculate}, but the experiment replaces how tokens are found; leave it at 0",
+    )
     scales = np.asarray(method.guidance(tokenizer.num_tokens, *config.guidance), np.float32)
     if config.cfg_interval >= 0:
         scales = np.where(np.arange(tokenizer.num_tokens) > config.cfg_interval + 1, 1, scales).astype(np.float32)
@@ -141,6 +150,7 @@ def make_settings(config: SamplingConfig, tokenizer: TokenizerConfig, method: Me
         temperature=jnp.float32(config.temperature) if config.temperature > 0 else None,
         top_k=jnp.int32(config.top_k) if config.top_k > 0 else None,
         top_p=jnp.float32(config.top_p) if config.top_p < 1 else None,
+        speculate=config.speculate,
         solver=method.solver or solvers.by_name(config.solver, equal_steps),
         times=times,
         start_step=config.start_step,
