@@ -23,18 +23,7 @@ jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
-SLOW = (
-    "forks",
-    "variants_condition",
-    "step",
-    "sampler",
-    "variants_tokens",
-    "many_hosts",
-    "stages",
-    "cli",
-    "tokenizer",
-    "parity",
-)
+SLOW = ["forks", "variants_condition", "step", "stages", "sampler", "variants_tokens", "many_hosts", "cli"]
 
 
 def pytest_collection_modifyitems(items):
@@ -43,6 +32,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """A file's tests go to one worker, which makes their fixtures once."""
     from xdist.scheduler import LoadFileScheduling

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 FORKS = ROOT / "tests" / "forks"
 VARIANTS = ROOT / "experiments" / "variants"
 TRANSFORMERS = {  # by the file that tests them
-    "forks": ["heun", "inpainting", "text", "edges", "steps", "solvers", "stochastic", "noise", "observe"],
+    "forks": ["heun", "heun:early", "inpainting", "text", "edges", "steps", "solvers", "stochastic", "noise", "observe"],
     "tokens": ["group_parallel", "speculative", "any_block", "block_diffusion", "unmasking", "energy"],
     "condition": ["control", "early_control", "watermark", "early_choice"],
 }

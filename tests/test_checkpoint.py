@@ -116,6 +116,12 @@ def test_half_written_is_not_there(written, tmp_path):
     assert checkpoint.latest_step(tmp_path) == 5 and checkpoint.load(tmp_path, PLAIN).info.step == 5
 
 
+def test_steps_are_listed_without_what_is_in_them(golden, tmp_path):
+    shutil.copytree(golden / "old_checkpoint", tmp_path, dirs_exist_ok=True)
+    rewrite(tmp_path, lambda about: [about])
+    assert checkpoint.steps(tmp_path) == [1]
+
+
 def test_of_another_experiment(written):
     mesh = parallel.make_mesh(MeshConfig())
     with pytest.raises(

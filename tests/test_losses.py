@@ -116,8 +116,8 @@ def test_lpips_and_repa_by_hand(tiny_tokenizer, monkeypatch):
     def loss(params, config):
         return loss_of(model, params, jax.random.key(0), config, images, frozen)[0]
 
-    config = TokenizerLossConfig(flow=0, codebook=0, commitment=0, repa=2.0)
+    config = TokenizerLossConfig(flow=0, codebook=0, commitment=0, lpips=0.5, repa=2.0)
     gradients = jax.jit(jax.grad(loss), static_argnums=1)(params, config)
     flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)}
     assert all(jnp.isfinite(leaf).all() for leaf in flat.values())
-    assert all((jnp.abs(flat[name]) > 0).any() for name in flat if "repa" in name or "patch_in" in name or "patchify" in name)
+    assert all((jnp.abs(flat[name]) > 0).any() for name in flat if "repa" in name or "patch_out" in name or "patchify" in name)

@@ -53,7 +53,19 @@ def with_lpips(tmp_path, **changes):
     data = DataConfig(source="digits", image_size=16, channels=1, crop="center")
     settings = dataclasses.replace(TOKENIZER.train, steps=2, batch_size=8, log_every=1)
     model = dataclasses.replace(TOKENIZER.model, **sizes)
-    return dataclasses.replace(TOKENIZER, model=model, loss=loss, data=data, train=settings)
+    optimizer = dataclasses.replace(TOKENIZER.optimizer, name="adamw")
+    return dataclasses.replace(TOKENIZER, model=model, loss=loss, data=data, train=settings, optimizer=optimizer)
+
+
+def test_lpips_takes_part_in_training_on_any_mesh(tmp_path):
+    config = with_lpips(tmp_path)
+    losses = {}
+    for sizes in ((8, 1, 1), (2, 2, 2)):
+        summary = train(Experiment(dataclasses.replace(config, mesh=MeshConfig(*sizes))), tmp_path / str(sizes))
+        losses[sizes] = summary.metrics
+        assert summary.metrics["lpips"] > 0
+    np.testing.assert_allclose(losses[8, 1, 1]["lpips"], losses[2, 2, 2]["lpips"], rtol=1e-5)
+    np.testing.assert_allclose(losses[8, 1, 1]["loss"], losses[2, 2, 2]["loss"], rtol=1e-5)
 
 
 def test_networks_are_opened_only_for_terms_with_a_weight(tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ CONFIG = dataclasses.replace(
 SLOW = dataclasses.replace(
     CONFIG, optimizer=OptimizerConfig(learning_rate=1e-4, weight_decay=0.1), train=TrainConfig(steps=30, batch_size=16)
 )
-SPLITS = [(1, 1, 8), (2, 2, 2)]
+SPLITS = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]  # each axis alone, and all of them
 
 
 def run(loss_fn, params, batch, sizes=(1, 1, 1), config=CONFIG, steps=1, optimizer=None):
@@ -68,15 +68,15 @@ def run(loss_fn, params, batch, sizes=(1, 1, 1), config=CONFIG, steps=1, optimiz
 
 @functools.cache
 def on_one_device(make):
-    return run(*make(), config=SLOW, steps=10)
+    return run(*make(), config=SLOW, steps=20)
 
 
 def require_same_as_on_one_device(make, sizes):
-    """Ten steps of the same experiment have the same losses. Also compared are the gradients of the first step, one by one, in
+    """20 steps of the same experiment have the same losses. Also compared are the gradients of the first step, one by one, in
     AdamW's first moment, which is linear in them: a loss may hide that one of them is wrong, and AdamW's steps hide sizes.
     """
     one, expected = on_one_device(make)
-    many, found = run(*make(), sizes, SLOW, steps=10)
+    many, found = run(*make(), sizes, SLOW, steps=20)
     np.testing.assert_allclose([m["loss"] for m in found], [m["loss"] for m in expected], rtol=1e-5)
     assert abs(found[0]["loss"] - found[-1]["loss"]) > 1e-3
     jax.tree_util.tree_map_with_path(require_close, first_moment(many[1]), first_moment(one[1]))
@@ -98,7 +98,7 @@ def tokenizer():
     images = np.random.default_rng(0).uniform(-1, 1, (16, 8, 8, 1)).astype(np.float32)
     params = jax.jit(model.init)(jax.random.key(0), images[:1])["params"]
 
-    config = dataclasses.replace(TOKENIZER, loss=TokenizerLossConfig(entropy=0.01))
+    config = dataclasses.replace(TOKENIZER, loss=TokenizerLossConfig(entropy=0.002))
     return losses.tokenizer_loss(config, model), noisy(params), {"image": images}
 
 
@@ -123,8 +123,8 @@ def test_tokenizer_learns_the_same_on_any_mesh(sizes):
     """Down to the codes, because a single one that differs changes the loss of these few images by 1e-4.
 
     Sums in another order differ by 1e-7, which the entropy term at its temperature of 0.01 makes larger from step to step,
-    until a latent that is as near to one code as to another falls to the other side: with the weight of 0.01 here, after eleven
-    steps under some flags of the compiler. The paper's loss does without the term.
+    until a latent that is as near to one code as to another falls to the other side: with a weight of 0.1 after 15 steps, with
+    0.01 sometimes after eleven. With the weight of 0.002 here nothing of that is seen. The paper's loss does without the term.
     """
     for found, expected in zip(*require_same_as_on_one_device(tokenizer, sizes)):
         np.testing.assert_array_equal(found["code_counts"], expected["code_counts"])

@@ -116,8 +116,10 @@ def test_stochastic_samplers(name):
     """With nothing of their own noise they are Euler's; with all of it the Gaussian comes out."""
     make, noise = getattr(module_of("stochastic"), name), jax.random.normal(jax.random.key(0), (20_000, 3))
     keys = jax.random.split(jax.random.key(1), len(noise))
-    alone, euler = (solve(each, graded(6), noise[:5], keys=keys[:5])[1] for each in (make(0.0), solvers.euler))
-    np.testing.assert_allclose(alone, euler, atol=1e-6)
+    with jax.disable_jit():  # two programs may round differently
+        np.testing.assert_array_equal(
+            *(solve(each, graded(6), noise[:5], keys=keys[:5])[1] for each in (make(0.0), solvers.euler))
+        )
     drawn, _ = solve(make(1.0), even(200), noise, keys=keys)
     np.testing.assert_allclose(drawn.mean(0), MEAN, atol=0.03)
     np.testing.assert_allclose(drawn.std(0), STD, rtol=0.03)

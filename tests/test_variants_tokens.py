@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import scipy.stats
 from flax.core import FrozenDict
-from fork_runs import TRANSFORMERS, module_of, path_of, tokens_of, trains_and_samples
+from fork_runs import TRANSFORMERS, module_of, path_of, run, tokens_of, trains_and_samples
 
+from dar_jax.cli.main import main
 from dar_jax.config import SamplingConfig, TokenizerConfig, TransformerConfig
 from dar_jax.experiment import load_experiment
 from dar_jax.inference.samples import sample
@@ -63,6 +64,32 @@ def test_speculation_gives_the_same_tokens(window, sampling, opened):
     tokens, calls = speculated(opened, window, sampling=sampling)
     np.testing.assert_array_equal(tokens, expected)
     assert calls.max() <= 16 and (window > 1 or calls.min() == 16)
+
+
+def test_the_option_changes_no_picture(tiny_run, tmp_path):
+    command = ["sample", tiny_run, "--labels", "3,7", "--seeds", "1,2"]
+    for name, option in (("plain", ()), ("guessed", ("--speculate", "8"))):
+        run(*command, *option, "--out", tmp_path / name)
+    plain, guessed = (
+        [path.read_bytes() for path in sorted((tmp_path / name).glob("*_seed*.png"))] for name in ("plain", "guessed")
+    )
+    assert len(plain) == 2 and plain == guessed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample", "--labels", "3", "--seeds", "1", "--speculate", "17"], "but an image has 16 tokens"),
+        (
+            ["sample", "--labels", "3", "--seeds", "1", "--speculate", "8", "--experiment", path_of("unmasking")],
+            "leave it at 0",
+        ),
+        (["edit", "--image", "image.png", "--enlarge", "4", "--speculate", "8"], "give --speculate 0"),
+    ],
+)
+def test_where_guesses_are_refused(arguments, message, tiny_run, tmp_path, capsys):
+    assert main([arguments[0], str(tiny_run), *arguments[1:], "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_speculation_after_given_tokens(opened):

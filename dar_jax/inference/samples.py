@@ -26,7 +26,7 @@ from dar_jax.inference.trained import Trained
 from dar_jax.models.pixels import to_float, to_uint8
 from dar_jax.parallel.batches import over_batches, row_slices, split_rows
 from dar_jax.sampling.predict import token_by_token
-from dar_jax.sampling.sampler import generate, stream
+from dar_jax.sampling.sampler import generate, predictor, stream
 from dar_jax.sampling.settings import Method, Settings, label_of, make_settings
 from dar_jax.training.checkpoint import Info
 
@@ -103,7 +103,7 @@ def sample(
     for rows, (tokens, images, calls) in over_batches(draw, arrays, size, trained.mesh):
         passes[rows] = calls
         yield SampleBatch(rows, tokens.shape[1] // trained.config.tokens_per_group, tokens, to_uint8(images), calls)
-    if (settings.speculate or networks.method.predict is not token_by_token) and passes.any():
+    if predictor(networks, settings) is not token_by_token and passes.any():
         passes = passes[passes > 0]
         log.info("%.1f passes of the transformer a sample, at most %d", passes.mean(), passes.max())
 

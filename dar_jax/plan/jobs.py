@@ -95,7 +95,8 @@ def sampling_job(experiment: Experiment, mesh: Mesh) -> Job:
         settings = with_sharding(jax.eval_shape(lambda: settings), parallel.replicated(mesh))
         condition, seeds = with_sharding((condition, seeds), parallel.batch_sharding(mesh))
         traced = jax.jit(generate, static_argnums=0).trace(networks, params, settings, condition, seeds)
-    return Job(traced, count(params), {"parameters": bytes_on_device(params)})
+    notes = ("how many passes guesses save depends on the tokens; one for each group is counted",) * bool(settings.speculate)
+    return Job(traced, count(params), {"parameters": bytes_on_device(params)}, notes)
 
 
 def find_tokenizer(experiment: Experiment, takes_images: bool) -> Experiment | None:

@@ -133,7 +133,7 @@ def make_settings(config: SamplingConfig, tokenizer: TokenizerConfig, method: Me
         f"solver is {config.solver}, but the experiment replaces the solver; leave it at {SamplingConfig.solver}",
     )
     require(
-        config.speculate in range(tokenizer.num_tokens + 1),
+        config.speculate <= tokenizer.num_tokens,
         f"speculate is {config.speculate}, but an image has {tokenizer.num_tokens} tokens; give at most so many guesses a pass",
     )
     require(

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh, SingleDeviceSharding
+from orbax.checkpoint import path as ocp_path
 from orbax.checkpoint import v1 as ocp
 
 from dar_jax import parallel
@@ -166,15 +167,13 @@ def save_for_inference(
 
 
 def steps(workdir: PathLike) -> list[int]:
-    """The steps of the complete checkpoints in WORKDIR, in order. Incomplete ones have other names."""
+    """The steps of the complete checkpoints in WORKDIR, in order. Only names are read, and what says that one is whole."""
     folder = absolute(workdir) / "checkpoints"
     if not folder.is_dir():
         return []
     with reading(folder):
-        for path in folder.iterdir():
-            if path.name.isdigit():
-                _step(path)
-        return sorted(path.step for path in ocp.path.step.standard_name_format().find_all(folder))
+        paths = {_step(path): path for path in folder.iterdir() if path.name.isdigit()}
+        return sorted(step for step, path in paths.items() if ocp_path.step.is_path_finalized(path))
 
 
 def latest_step(workdir: PathLike) -> int | None:
