@@ -31,7 +31,7 @@ experiment = Experiment(
         optimizer=OptimizerConfig(
             name="muon", learning_rate=4e-3, schedule="cosine", warmup_steps=100, weight_decay=0.05, ema_decay=0.99
         ),
-        train=TrainConfig(steps=2000, batch_size=64, checkpoint_every=500, sample_every=1000),
+        train=TrainConfig(steps=1600, batch_size=64, checkpoint_every=400, sample_every=800),
         sampling=SamplingConfig(guidance=(1.5, 1.5)),
     )
 )

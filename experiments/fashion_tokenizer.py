@@ -25,7 +25,7 @@ experiment = Experiment(
             image_size=28,
             channels=1,
             encoder_patch_size=7,
-            encoder_layers=2,
+            encoder_layers=1,
             encoder_width=128,
             decoder_layers=1,
             decoder_width=128,
@@ -39,8 +39,8 @@ experiment = Experiment(
             velocity=VelocityConfig(width=128, layers=4, head_size=32, patch_size=7, repa_layer=None),
         ),
         loss=TokenizerLossConfig(entropy=0.02, flow_power=2.0),
-        data=DataConfig(source="idx", dataset="fashion-mnist", image_size=28, channels=1, crop="none", flip=True),
+        data=DataConfig(source="idx", dataset="fashion-mnist", image_size=28, channels=1, crop="none", flip=False),
         optimizer=OptimizerConfig(name="muon", learning_rate=5e-3, schedule="cosine", warmup_steps=100, ema_decay=0.99),
-        train=TrainConfig(steps=2500, batch_size=64, checkpoint_every=500, sample_every=1000),
+        train=TrainConfig(steps=1800, batch_size=64, checkpoint_every=600, sample_every=600),
     )
 )

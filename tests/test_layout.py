@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dar_jax"
 LAYERS = [  # from the bottom up; a room may import those of its own line and of the lines above it
     "errors",
-    "files config console",
+    "files config console memory",
     "weights parallel data",
     "models features",
     "sampling",

@@ -2,9 +2,6 @@
 
 import dataclasses
 import math
-import os
-import sys
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +17,6 @@ from dar_jax.features.inception import Inception
 from dar_jax.features.vgg_lpips import Lpips
 from dar_jax.models.tokenizer import Tokenizer
 from dar_jax.models.transformer import Llama
-from dar_jax.parallel import mesh as mesh_module
 from dar_jax.parallel.batches import over_batches, row_slices, split_rows
 from dar_jax.sampling import sampler
 from dar_jax.sampling.predict import predict_group
@@ -219,16 +215,3 @@ def test_an_axis_may_be_a_part_of_a_row_of_chips():
         for column in range(8)
     ]
     assert len(set(parallel.arrange((4, 16, 1), chips).flat)) == 64
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
-def test_freed_memory_is_kept_unless_the_environment_says_otherwise(monkeypatch):
-    calls = []
-    monkeypatch.setattr(mesh_module.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=lambda *given: calls.append(given)))
-    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
-        monkeypatch.delenv(name)
-    mesh_module.keep_freed_memory.__wrapped__()
-    assert sorted(calls) == [(-3, 2**31 - 1), (-1, 2**31 - 1)]  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
-    mesh_module.keep_freed_memory.__wrapped__()
-    assert len(calls) == 2

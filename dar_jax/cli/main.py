@@ -35,6 +35,7 @@ from dar_jax.cli.use import Edit, Generate, Info, Reconstruct, Sample, Tokenize
 from dar_jax.config import Range, checked
 from dar_jax.console import PrintableMessages, columns, escape_unknown_characters
 from dar_jax.errors import InputError
+from dar_jax.memory import keep_freed_memory
 
 # Whatever imports JAX is imported where it is needed, so that --help and mistyped commands answer at once.
 
@@ -100,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    keep_freed_memory()
     try:
         arguments = join_hosts(sys.argv[1:] if arguments is None else list(arguments))
         command = parse(arguments)

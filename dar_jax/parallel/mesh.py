@@ -1,12 +1,8 @@
 """The device mesh: axes `data`, `fsdp` and `tensor`."""
 
 import collections
-import ctypes
 import dataclasses
-import functools
 import math
-import os
-import sys
 from collections.abc import Sequence
 
 import jax
@@ -16,10 +12,10 @@ from jax.sharding import AxisType, Mesh
 
 from dar_jax.config import MeshConfig
 from dar_jax.errors import InputError
+from dar_jax.memory import keep_freed_memory
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # those that shard a batch
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 MOST_PARTS = 16  # along `fsdp`, where both it and `data` are left open
 
 
@@ -31,9 +27,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
     Raises InputError where the sizes do not multiply to the number of devices, or do not fit the number of slices.
     """
+    keep_freed_memory()
     devices = jax.devices() if devices is None else devices
-    if devices[0].platform == "cpu":
-        keep_freed_memory()
     if config.data == config.fsdp == -1 and config.tensor > 0:
         shards = len(devices) // config.tensor
         fsdp = max(size for size in range(1, MOST_PARTS + 1) if shards % size == 0)
@@ -47,17 +42,6 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if math.prod(sizes) != len(devices):
         raise InputError(f"{text} does not fit the {len(devices)} devices")
     return Mesh(arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * 3)
-
-
-@functools.cache
-def keep_freed_memory() -> None:
-    """Lets glibc keep the large buffers that XLA frees on a CPU. It would give each back to the kernel, which has to clear the
-    pages of the next one: up to a quarter of a training step (docs/results.md). Variables MALLOC_... of the environment go
-    first."""
-    if sys.platform == "linux" and not any(name.startswith("MALLOC_") for name in os.environ):
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-        for threshold in (TRIM_THRESHOLD, MMAP_THRESHOLD) if mallopt else ():
-            mallopt(threshold, 2**31 - 1)
 
 
 def arrange(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
