@@ -3,8 +3,9 @@
 Command:  dar-jax train experiments/fashion_tokenizer.py --workdir runs/fashion_tokenizer --data.path DIR
           (DIR: the folder of the four idx files, train-images-idx3-ubyte.gz and so on; Debian's package dataset-fashion-mnist
           has them in /usr/share/datasets/fashion-mnist)
-Time:     an estimate, not measured: about 25 minutes on two idle CPU cores, from 0.55 GFLOP for each of 160,000 images.
-Result:   not measured yet.
+Time:     17 minutes on two idle CPU cores (113 images/s), before all threads kept freed memory.
+Result:   held-out images are reconstructed with 19.2 dB, and 82.8 % of them are read as their class (originals: 91.2 %). Two
+          steps are better than four in both, eight worse. See docs/results.md.
 """
 
 from dar_jax.config import (
@@ -32,6 +33,7 @@ experiment = Experiment(
             head_size=32,
             num_tokens=64,
             num_groups=8,
+            num_denoising_steps=4,
             max_tokens=64,
             codebook_size=512,
             init_std=None,

@@ -58,6 +58,9 @@ def main(options: Options) -> None:
     print(f"{machine_name()}, {date.today()}\n{command}\n")
     base = load_sampler(options.run)
     reader = make_reader(base.info.tokenizer.config.data, options.run)
+    accuracy = reader.accuracy(reader.held_out, reader.held_out_labels)
+    distance = reader.distance(reader.held_out[: options.num], reader.images)
+    print(f"held-out images: accuracy {accuracy:.1%}, distance {distance:.3g}\n")
     rows, tokens = [], None
     for name in ("", *options.others):
         file, _, run = name.partition("=")
