@@ -7,7 +7,7 @@ Command:  dar-jax sample runs/digits --experiment experiments/variants/speculati
           dar-jax sample runs/digits --experiment experiments/variants/speculative.py:small --labels 3 --seeds 1,2
 Differs:  in how tokens are found (`Method.predict`), see dar_jax/sampling/speculate.py.
 Time:     the drafter trains in half a minute on two CPU cores.
-Result:   9.6 of 16 passes for the digits (guidance 2), the same tokens; 8.6 with the drafter. See docs/variants.md.
+Result:   10.4 of 16 passes for the digits (guidance 2), the same tokens; 6.5 with the drafter. See docs/variants.md.
 
 Guesses are the draws of the last pass (`jacobi`), or another transformer (`small`), with the same noise, makes them, or masks
 behind the window draw those after it (`masks`, with a network that has them, see block_diffusion.py). Tokens of a reference,
