@@ -26,6 +26,12 @@ def test_freed_memory_is_kept_unless_the_environment_says_otherwise(monkeypatch)
             context.setenv(name, value)
             memory.keep_freed_memory.__wrapped__()
         assert len(calls) == 3
+    monkeypatch.delenv("JAX_PLATFORMS")
+    for plugins, expected in (["cuda"], 3), ([], 6):
+        monkeypatch.setattr(memory.importlib.metadata, "entry_points", lambda group, plugins=plugins: plugins)
+        monkeypatch.setattr(memory.importlib.util, "find_spec", lambda name: None)
+        memory.keep_freed_memory.__wrapped__()
+        assert len(calls) == expected
 
 
 def test_pages_of_a_large_step_are_cleared_once():
