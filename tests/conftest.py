@@ -21,6 +21,9 @@ jax.devices()  # has read them
 os.environ["XLA_FLAGS"] = flags  # libtpu, which reads them too, does not know FASTER
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+# Most of the time is tracing: a fifth of it goes into collecting garbage that is none, and naming lines of code.
+jax.config.update("jax_traceback_in_locations_limit", 0)
+gc.set_threshold(50_000, 50, 1000)
 
 
 SLOW = ["forks", "variants_condition", "step", "stages", "sampler", "variants_tokens", "many_hosts", "cli"]
@@ -90,6 +93,14 @@ def _load(request):
     from parity_cases import Case
 
     return Case.load(request.config.getoption("--golden"), request.param)
+
+
+@pytest.fixture
+def narrow_vgg(monkeypatch):
+    """LPIPS with a sixteenth of its channels, where its weights are random anyway."""
+    from dar_jax.features import vgg_lpips
+
+    monkeypatch.setattr(vgg_lpips, "STAGES", tuple((count, channels // 16) for count, channels in vgg_lpips.STAGES))
 
 
 @pytest.fixture(scope="session")

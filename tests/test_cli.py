@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from many_hosts import FASTER, FLAGS
 from PIL import Image
 
 from dar_jax import quickstart
@@ -449,7 +450,7 @@ def test_a_checkpoint_on_a_full_disk_is_one_line(command, tmp_path):
     code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14)); "
     code += "from dar_jax.cli.main import main; sys.exit(main())"
     arguments = [sys.executable, "-c", code, *command, "--workdir", str(tmp_path)]
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "0"}
+    environment = os.environ | {"XLA_FLAGS": f"{FLAGS} {FASTER}", "JAX_ENABLE_COMPILATION_CACHE": "0"}
     process = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert process.returncode == 2 and process.stderr.count("\n") == 1, process.stderr
     assert process.stderr.startswith("dar-jax: cannot write") and "File too large;" in process.stderr

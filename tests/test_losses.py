@@ -91,6 +91,7 @@ def test_further_terms_are_added(tiny_tokenizer):
     assert any(not np.allclose(a, b) for a, b in zip(*map(jax.tree.leaves, gradients)))
 
 
+@pytest.mark.usefixtures("narrow_vgg")
 def test_lpips_and_repa_by_hand(tiny_tokenizer, monkeypatch):
     velocity = VelocityConfig(width=16, layers=2, head_size=8, patch_size=4, repa_layer=1, repa_hidden=8, repa_width=24)
     model, params = tiny_tokenizer(image_size=16, velocity=velocity)

@@ -57,6 +57,7 @@ def with_lpips(tmp_path, **changes):
     return dataclasses.replace(TOKENIZER, model=model, loss=loss, data=data, train=settings, optimizer=optimizer)
 
 
+@pytest.mark.usefixtures("narrow_vgg")
 def test_lpips_takes_part_in_training_on_any_mesh(tmp_path):
     config = with_lpips(tmp_path)
     losses = {}
@@ -68,6 +69,7 @@ def test_lpips_takes_part_in_training_on_any_mesh(tmp_path):
     np.testing.assert_allclose(losses[8, 1, 1]["loss"], losses[2, 2, 2]["loss"], rtol=1e-5)
 
 
+@pytest.mark.usefixtures("narrow_vgg")
 def test_networks_are_opened_only_for_terms_with_a_weight(tmp_path, monkeypatch):
     config = with_lpips(tmp_path, repa=0.5)
     mesh = parallel.make_mesh(MeshConfig())

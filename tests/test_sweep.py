@@ -119,6 +119,7 @@ def test_evaluate_commands(tiny_run, reference, tmp_path, capsys, monkeypatch):
     assert set(report["left_out"]) == {"ssim", "lpips"}  # of 8 pixels
 
 
+@pytest.mark.usefixtures("narrow_vgg")
 def test_what_evaluate_tokenizer_measures(tiny_tokenizer, tmp_path):
     from dar_jax.config import DataConfig, TokenizerTraining
     from dar_jax.evaluation.metrics import Moments, frechet_distance, pooled_pixels, ssim
