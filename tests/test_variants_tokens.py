@@ -13,6 +13,7 @@ from fork_runs import TRANSFORMERS, module_of, path_of, run, tokens_of, trains_a
 
 from dar_jax.cli.main import main
 from dar_jax.config import SamplingConfig, TokenizerConfig, TransformerConfig
+from dar_jax.errors import InputError
 from dar_jax.experiment import load_experiment
 from dar_jax.inference.samples import sample
 from dar_jax.inference.trained import load_sampler
@@ -155,6 +156,18 @@ def any_block(trained, one_device, name="any_block"):
     for number, part in enumerate(("output", "shift_table", "token_table", "class_table")):
         params[part] = jax.random.normal(jax.random.key(number), params[part].shape)
     return fork.networks, params, fork
+
+
+def test_blocks_of_any_block_fit_the_groups():
+    def sizes(name, tokens_per_group):
+        experiment = load_experiment(path_of(name))
+        config = dataclasses.replace(experiment.config, fork={"tokens_per_group": tokens_per_group})
+        return list(experiment.model(config, jnp.float32, "none").sizes())
+
+    assert sizes("any_block", 8) == 8 * [1] + 8 * [8] and sizes("any_block:groups", 8) == 16 * [8]
+    for name, wrong in (("any_block", 0), ("any_block", 6), ("any_block:groups", 32), ("any_block:halves", 1)):
+        with pytest.raises(InputError, match=f"tokens_per_group is {wrong}, it should be a power of 2 from "):
+            sizes(name, wrong)
 
 
 def test_blocks_of_one_are_the_base(trained, one_device):
