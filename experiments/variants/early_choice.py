@@ -7,7 +7,7 @@ Command:  dar-jax sample runs/digits --experiment experiments/variants/early_cho
 Differs:  in how a sample begins (`Method.predict`).
 Time:     with N candidates for n of G groups (N n + G - n) / G of the transformer's work, and one pass that scores them.
 Result:   by likelihood 99.2 % of digits are read, with more variety than guidance of that accuracy keeps, at its cost; by
-          evidence it is level with guidance, and worse with more candidates (three trainings). See docs/variants.md.
+          evidence it is level with guidance (three trainings). See docs/variants.md.
 
 Candidate 0 is the base's own beginning, candidate r has keys of its own, also for what follows. Scores: `evidence`, how much
 likelier the tokens are with the class than without; `likelihood`, their probability (HEX found it worse than chance);

@@ -8,7 +8,7 @@ Differs:  from control.py in the optimizer, which leaves the base's parameters a
 Time:     80 seconds on two CPU cores.
 Result:   the map's error is 0.101, that of control.py 0.084, without map 0.115 (three trainings). See docs/variants.md.
 
-The adapter is the encoder of the map and the layer behind it. With 4 groups a batch has half of the slots on average.
+The adapter is the network that reads the map and the layer behind it. With 4 groups a batch has half of the slots on average.
 """
 
 import dataclasses
