@@ -39,11 +39,12 @@ class PrintableMessages(logging.Formatter):
         return printable_lines(super().format(record))
 
 
-def escape_unknown_characters() -> None:
-    """From now on, what the encoding of stdout or stderr lacks is printed escaped, such as `\\xe9` in ASCII."""
+def prepare_streams() -> None:
+    """From now on, what the encoding of stdout or stderr lacks is printed escaped, such as `\\xe9` in ASCII, and each line is
+    written at once, also into a file or a pipe."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
 def columns(rows: Iterable[Sequence[str]], align: str = "", separator: str = "  ") -> str:

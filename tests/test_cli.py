@@ -389,7 +389,7 @@ def test_checkpoint_of_another_experiment(runs, tmp_path, capfd):
 
 def start(*arguments):
     """The command in a process of its own, on one device."""
-    command = [sys.executable, "-u", "-m", "dar_jax", *arguments]
+    command = [sys.executable, "-m", "dar_jax", *arguments]
     cache = jax.config.jax_compilation_cache_dir
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
     environment |= {"XLA_FLAGS": ""}

@@ -33,7 +33,7 @@ from dar_jax.cli.serve import Serve
 from dar_jax.cli.train import Plan, Quickstart, Train
 from dar_jax.cli.use import Edit, Generate, Info, Reconstruct, Sample, Tokenize
 from dar_jax.config import Range, checked
-from dar_jax.console import PrintableMessages, columns, escape_unknown_characters
+from dar_jax.console import PrintableMessages, columns, prepare_streams
 from dar_jax.errors import InputError
 from dar_jax.memory import keep_freed_memory
 
@@ -73,7 +73,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line (default: that of the process) and returns the exit code. `--help` raises SystemExit, as ever."""
-    escape_unknown_characters()
+    prepare_streams()
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableMessages())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
