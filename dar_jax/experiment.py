@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.machinery
 import importlib.util
 import os
 import sys
@@ -140,16 +141,24 @@ def load_experiment(path: str | os.PathLike) -> Experiment:
     return experiment
 
 
+class _NotCached(importlib.machinery.SourceFileLoader):
+    """Without `__pycache__`, which takes a file of the same second and size for the one before, and is left in its folder."""
+
+    def get_code(self, fullname: str) -> types.CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def _run(path: Path) -> types.ModuleType:
     if not path.is_file():
         raise InputError(f"there is no experiment file {path}")
-    spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
-    if spec is None or spec.loader is None:
+    loader = _NotCached(f"experiment_{path.stem}", str(path))
+    spec = importlib.util.spec_from_file_location(loader.name, path, loader=loader)
+    if spec is None or path.suffix != ".py":
         raise InputError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # so that dataclasses and worker processes find the module of what it defines
     try:
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
     except InputError:
         raise
     except Exception as error:  # whatever a user's file may raise

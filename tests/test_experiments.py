@@ -1,6 +1,8 @@
 """Every experiment file loads, holds together, and has the size it says."""
 
 import math
+import os
+import sys
 from pathlib import Path
 
 import jax
@@ -97,3 +99,16 @@ def test_forked_parts_are_used():
     scales = experiment.method.guidance(9, 1.0, 5.0)
     np.testing.assert_allclose(scales[[0, 4, 8]], [1, 3, 5])
     assert scales[1] < np.linspace(1, 5, 9)[1] and scales[7] > np.linspace(1, 5, 9)[7]
+
+
+def test_a_file_that_changes_within_a_second_is_read_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    file = tmp_path / "changes.py"
+    for steps in (1, 2):
+        file.write_text(
+            "from dar_jax.config import TokenizerTraining, TrainConfig\nfrom dar_jax.experiment import Experiment\n"
+            f"experiment = Experiment(TokenizerTraining(train=TrainConfig(steps={steps})))\n"
+        )
+        os.utime(file, (1e9, 1e9))
+        assert load_experiment(file).config.train.steps == steps
+    assert list(tmp_path.iterdir()) == [file]
