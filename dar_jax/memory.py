@@ -15,12 +15,12 @@ def keep_freed_memory() -> None:
     """Lets glibc keep the large buffers that XLA frees on a CPU, if there is no accelerator.
 
     It would give each back to the kernel, which has to clear the pages of the next one: up to a quarter of a training step
-    (docs/results.md). The thresholds hold for the heap of the first thread only, so there is one for all threads. Comes before
+    (docs/results.md), or more where gigabytes at the end of the heap are free (hence -1: never trimmed). The thresholds hold for the heap of the first thread only, so there is one for all threads. Comes before
     JAX starts its own. Variables MALLOC_... of the environment go first.
     """
     if sys.platform == "linux" and not has_accelerator() and not any(name.startswith("MALLOC_") for name in os.environ):
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-        for setting, value in ((TRIM_THRESHOLD, 2**31 - 1), (MMAP_THRESHOLD, 2**31 - 1), (ARENA_MAX, 1)) if mallopt else ():
+        for setting, value in ((TRIM_THRESHOLD, -1), (MMAP_THRESHOLD, 2**31 - 1), (ARENA_MAX, 1)) if mallopt else ():
             mallopt(setting, value)
 
 
