@@ -14,9 +14,10 @@ TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # of glibc's mallopt
 def keep_freed_memory() -> None:
     """Lets glibc keep the large buffers that XLA frees on a CPU, if there is no accelerator.
 
-    It would give each back to the kernel, which has to clear the pages of the next one: up to a quarter of a training step
-    (docs/results.md), or more where gigabytes at the end of the heap are free (hence -1: never trimmed). The thresholds hold for the heap of the first thread only, so there is one for all threads. Comes before
-    JAX starts its own. Variables MALLOC_... of the environment go first.
+    It would give each back to the kernel, which has to clear the pages of the next one: up to a third of a training step
+    (docs/results.md). Trimming is off altogether, because its threshold cannot exceed 2 GB. The other one holds for the heap of
+    the first thread only, so there is one for all threads. Comes before JAX starts its own. Variables MALLOC_... of the
+    environment go first.
     """
     if sys.platform == "linux" and not has_accelerator() and not any(name.startswith("MALLOC_") for name in os.environ):
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none

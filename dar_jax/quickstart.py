@@ -97,8 +97,8 @@ def recipes(workdir: Path, fast: bool) -> tuple[TokenizerTraining, TransformerTr
     """The settings of both stages of a quickstart in `workdir`; `fast`: a few steps of each, to see that everything works."""
     tokenizer, transformer = TOKENIZER, TRANSFORMER
     if fast:
-        tokenizer = dataclasses.replace(tokenizer, train=dataclasses.replace(tokenizer.train, steps=150))
-        transformer = dataclasses.replace(transformer, train=dataclasses.replace(transformer.train, steps=150))
+        tokenizer = dataclasses.replace(tokenizer, train=dataclasses.replace(tokenizer.train, steps=50))
+        transformer = dataclasses.replace(transformer, train=dataclasses.replace(transformer.train, steps=50))
     data = dataclasses.replace(transformer.data, path=str(workdir / "codes"))
     return tokenizer, dataclasses.replace(transformer, tokenizer=str(workdir / "tokenizer"), data=data)
 

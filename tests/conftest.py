@@ -27,7 +27,7 @@ jax.config.update("jax_traceback_in_locations_limit", 0)
 gc.set_threshold(50_000, 50, 1000)
 
 
-SLOW = ["forks", "variants_condition", "step", "stages", "sampler", "variants_tokens", "many_hosts", "cli"]
+SLOW = ["forks", "variants_tokens", "variants_condition", "step", "many_hosts", "parity", "cli", "sampler", "loop", "notebook"]
 
 
 def pytest_collection_modifyitems(items):

@@ -392,7 +392,7 @@ def start(*arguments):
     command = [sys.executable, "-m", "dar_jax", *arguments]
     cache = jax.config.jax_compilation_cache_dir
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
-    environment |= {"XLA_FLAGS": ""}
+    environment |= {"XLA_FLAGS": f"{FLAGS} {FASTER}"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from many_hosts import CACHE
+from many_hosts import CACHE, FASTER, FLAGS
 
 ROOT = Path(__file__).parent.parent
 
@@ -17,6 +17,6 @@ def test_notebook(tmp_path):
     assert not any(cell["outputs"] for cell in cells)
     code = "\n".join("".join(cell["source"]) for cell in cells)
     check = "assert decoded.shape == digits.shape and bits.shape == codes.shape and report['fast']"
-    own = {"XLA_FLAGS": "", "MPLBACKEND": "Agg", "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}  # one device
+    own = {"XLA_FLAGS": f"{FLAGS} {FASTER}", "MPLBACKEND": "Agg", "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     own |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": CACHE}
     subprocess.run([sys.executable, "-c", f"{code}\n{check}"], cwd=tmp_path, env=os.environ | own, check=True)

@@ -5,7 +5,8 @@
 #           (in an environment where `pip install ".[cuda]"` was done; DIR: the binary version of CIFAR-10)
 # Options:  --minutes 9   ends in time: a part whose estimate does not fit is not begun; the same command goes on with it
 #           --parts a,b   only these (see PARTS); `report` writes OUT/tables.md from whatever is there
-#           --toy         sizes that a CPU can do, to see that every part works; the numbers mean nothing
+#           --toy         sizes that a CPU can do, and 96 of the images, to see that every part works; the
+#                         numbers mean nothing
 #           --python P    python by default
 #
 # A part is done when its JSON is in OUT. Targets, none of them measured yet (H200, H100): MFU of 50 % for L and XL, 45 % for the
@@ -57,6 +58,11 @@ train() { # part, experiment, options: until the end, or until the time is up, w
 if [ -n "$toy" ]; then
   models=(B B B); batches=1; sampled=1; remats=none; dtype=(--dtype float32)
   attended=(--tokens 128 --batch-sizes 1); steps=(--train.steps 4 --train.batch-size 8); shown=16
+  if [ -n "$data" ]; then
+    mkdir -p "$out/data"
+    find "$data" -name "*.bin" | while read -r file; do head -c $((16 * 3073)) "$file" > "$out/data/${file##*/}"; done # 16 images
+    data=$out/data
+  fi
 else
   models=(tokenizer L XL); batches=64,128,256; sampled=1,8,64,256; remats=none,dots; dtype=()
   attended=(); steps=(); shown=10000
