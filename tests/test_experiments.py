@@ -17,7 +17,9 @@ from dar_jax.parallel import make_mesh, shardings
 FOLDER = Path(__file__).parent.parent / "experiments"
 PARAMETERS = {
     "cifar10_ar": 45_107_200,
+    "cifar10_ar:small": 2_166_528,
     "cifar10_tokenizer": 48_771_888,
+    "cifar10_tokenizer:small": 5_281_008,
     "imagenet256_ar:l": 342_910_976,
     "imagenet256_ar:xl": 774_699_520,
     "imagenet256_ar:xxl": 1_410_972_672,
@@ -67,10 +69,10 @@ def test_docstring_says_how_to_run_it(name):
 
 @pytest.mark.parametrize("stage", ["digits", "fashion", "cifar10", "imagenet256"])
 def test_the_stages_fit_each_other(stage):
-    tokenizer = load(f"{stage}_tokenizer").config
     for name in EXPERIMENTS:
         if name.startswith(f"{stage}_ar") or (stage == "digits" and name == "forkme"):
-            transformer = load(name).config
+            own = name.replace("_ar", "_tokenizer")
+            tokenizer, transformer = load(own if own in PARAMETERS else f"{stage}_tokenizer").config, load(name).config
             assert transformer.model.num_tokens == tokenizer.model.num_tokens
             assert transformer.model.vocab_size == tokenizer.model.codebook_size
             assert transformer.data.image_size == tokenizer.data.image_size
