@@ -40,10 +40,12 @@ def idx(array, *shape):
     return bytes([0, 0, 8, len(shape)]) + np.array(shape, ">u4").tobytes() + array.astype(np.uint8).tobytes()
 
 
-def write_idx(folder, labels=(3, 1, 4, 1, 5, 9), prefix="", names=("train", "t10k"), pack=gzip.compress, end=".gz"):
+def write_idx(
+    folder, labels=(3, 1, 4, 1, 5, 9), prefix="", names=("train", "t10k"), pack=gzip.compress, end=".gz", pixels=PIXELS
+):
     folder.mkdir(exist_ok=True)
-    for name, pixels in zip(names, (PIXELS, PIXELS[::-1])):
-        (folder / f"{prefix}{name}-images-idx3-ubyte{end}").write_bytes(pack(idx(pixels)))
+    for name, images in zip(names, (pixels, pixels[::-1])):
+        (folder / f"{prefix}{name}-images-idx3-ubyte{end}").write_bytes(pack(idx(images)))
         (folder / f"{prefix}{name}-labels-idx1-ubyte{end}").write_bytes(pack(idx(np.array(labels))))
     return DataConfig(source="idx", path=str(folder), image_size=28, channels=1, crop="none", flip=False)
 

@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fork_runs import TINY_TOKENIZER, TINY_TRANSFORMER, run
+from PIL import Image
+from test_archives import write_idx
 
 from dar_jax.config import MeshConfig, TokenizerTraining, TransformerConfig, validate
 from dar_jax.experiment import load_experiment
@@ -77,6 +80,43 @@ def test_the_stages_fit_each_other(stage):
             assert transformer.model.vocab_size == tokenizer.model.codebook_size
             assert transformer.data.image_size == tokenizer.data.image_size
             assert transformer.data.channels == tokenizer.data.channels
+
+
+def write_images(stage, folder):
+    """Twenty random images in the files that the stage's recipes read."""
+    rng, labels = np.random.default_rng(0), np.arange(20) % 10
+    if stage == "cifar10":
+        for file in (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"):
+            np.column_stack([labels[:4], rng.integers(0, 256, (4, 3072))]).astype(np.uint8).tofile(folder / file)
+    elif stage == "fashion":
+        write_idx(folder, labels, pixels=rng.integers(0, 256, (20, 28, 28)))
+    else:
+        for split, label in (("train", 0), ("train", 1), ("val", 0), ("val", 1)):
+            (folder / split / f"n{label}").mkdir(parents=True)
+            for number in range(5):
+                pixels = rng.integers(0, 256, (40, 50, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / split / f"n{label}" / f"{number}.png")
+
+
+@pytest.mark.parametrize("stage", ["fashion", "cifar10", "imagenet256"])
+def test_both_recipes_of_a_stage_train_on_its_files(stage, tmp_path):
+    """On networks of one layer, at 32 pixels for ImageNet; without the networks whose weights would be downloaded."""
+    (data := tmp_path / "data").mkdir()
+    write_images(stage, data)
+    tokenizer, codes, own, classes = tmp_path / "tokenizer", data, [], []
+    if stage == "imagenet256":
+        own = ["--model.image-size", 32, "--data.image-size", 32, "--model.num-tokens", 16, "--model.max-tokens", 16]
+        own += ["--loss.lpips", 0, "--loss.repa", 0, "--model.velocity.repa-layer", "None", "--data.workers", 0]
+        classes = ["--data.image-size", 32, "--model.num-tokens", 16, "--model.num-classes", 2, "--data.workers", 0]
+    short = ["--train.steps", 2, "--train.batch-size", 8, "--train.sample-every", 0]
+    common = [*TINY_TOKENIZER, "--model.codebook-size", 32, *short, *own]
+    run("train", FOLDER / f"{stage}_tokenizer.py", "--workdir", tokenizer, "--data.path", data, *common)
+    transformer = load(name := f"{stage}_ar:l" if stage == "imagenet256" else f"{stage}_ar")
+    if transformer.config.data.source == "codes":
+        run("tokenize", tokenizer, "--data.path", data, "--out", codes := tmp_path / "codes", "--batch-size", 8)
+    common = [*TINY_TRANSFORMER, "--model.vocab-size", 32, *short, *classes]
+    file = f"{FOLDER / name.partition(':')[0]}.py{name.partition('_ar')[2]}"
+    run("train", file, "--workdir", tmp_path / "ar", "--tokenizer", tokenizer, "--data.path", codes, *common)
 
 
 def test_paper_recipes():
