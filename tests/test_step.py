@@ -137,7 +137,7 @@ def test_transformer_learns_the_same_on_any_mesh(sizes):
 
 def test_muon_learns_the_same_on_a_mesh():
     config = dataclasses.replace(SLOW, optimizer=dataclasses.replace(SLOW.optimizer, name="muon"))
-    (one, expected), (many, found) = (run(*tokenizer(), sizes, config, steps=5) for sizes in ((1, 1, 1), (2, 2, 2)))
+    (one, expected), (many, found) = (run(*transformer(), sizes, config, steps=5) for sizes in ((1, 1, 1), (2, 2, 2)))
     np.testing.assert_allclose([m["loss"] for m in found], [m["loss"] for m in expected], rtol=1e-5)
     jax.tree_util.tree_map_with_path(require_close, many[1].opt_state, one[1].opt_state)
 
