@@ -5,7 +5,8 @@ Command:  dar-jax train experiments/cifar10_ar.py --workdir runs/cifar10_ar --to
 Then:     dar-jax sample runs/cifar10_ar --labels cat,dog,ship --seeds 1,2,3 --out samples
 Time:     an estimate, not measured: about 20 minutes on an A100, from 20 GFLOP for each of 5 million images at 30 % of
           its bfloat16 peak; both stages together stay below an hour.
-Result:   not measured at this size; docs/results.md has a shortened run of a smaller one on a CPU.
+Result:   not measured at this size. `small`, 9 minutes on two CPU cores: 2.12 bits a held-out code, FID 112 (1,000 samples;
+          docs/results.md).
 """
 
 from dataclasses import replace
@@ -29,6 +30,6 @@ small = Experiment(
         model=replace(recipe.model, layers=4, heads=3, width=192, vocab_size=1024),
         data=replace(recipe.data, source="codes", crop="none"),
         optimizer=replace(recipe.optimizer, learning_rate=4e-3, warmup_steps=100, ema_decay=0.99),
-        train=TrainConfig(steps=1200, batch_size=64, checkpoint_every=300, sample_every=0),
+        train=TrainConfig(steps=1000, batch_size=64, checkpoint_every=300, sample_every=0),
     )
 )

@@ -4,7 +4,8 @@ Command:  dar-jax train experiments/cifar10_tokenizer.py --workdir runs/cifar10_
           (DIR: the folder of the binary version of CIFAR-10: data_batch_1.bin ... test_batch.bin)
 Time:     an estimate, not measured: about 25 minutes on an A100, from 21 GFLOP for each of 6 million images at 30 %
           of its bfloat16 peak.
-Result:   not measured at this size; docs/results.md has a shortened run of a smaller one on a CPU.
+Result:   not measured at this size. `small`, 35 minutes on two CPU cores: 15.6 dB, rFID 121 of 1,000 test
+          images (docs/results.md).
 
 Muon and the loss in units of the image, which ends as the paper's, are what helped on the digits (docs/results.md); the
 learning rate is an estimate. Where the weights of LPIPS are at hand, add --loss.lpips 0.5.
