@@ -2,6 +2,8 @@
 
 Command:  dar-jax train experiments/cifar10_ar.py --workdir runs/cifar10_ar --tokenizer runs/cifar10_tokenizer --data.path DIR
           (DIR: the folder of the binary version of CIFAR-10: data_batch_1.bin ... test_batch.bin)
+          `small` takes stored codes: dar-jax tokenize RUN --data.path DIR --out CODES (RUN: cifar10_tokenizer.py:small), then
+          dar-jax train experiments/cifar10_ar.py:small --workdir runs/small --tokenizer RUN --data.path CODES
 Then:     dar-jax sample runs/cifar10_ar --labels cat,dog,ship --seeds 1,2,3 --out samples
 Time:     an estimate, not measured: about 20 minutes on an A100, from 20 GFLOP for each of 5 million images at 30 % of
           its bfloat16 peak; both stages together stay below an hour.

@@ -33,9 +33,13 @@ EXPERIMENTS = [*PARAMETERS, *DIGITS, "fashion_ar", "fashion_tokenizer"]
 PAPER = [name for name in PARAMETERS if name.startswith("imagenet256")]
 
 
-def load(name):
+def path_of(name):
     file, colon, value = name.partition(":")
-    return load_experiment(f"{FOLDER / file}.py{colon}{value}")
+    return f"{FOLDER / file}.py{colon}{value}"
+
+
+def load(name):
+    return load_experiment(path_of(name))
 
 
 def parameters(experiment):
@@ -83,7 +87,7 @@ def test_the_stages_fit_each_other(stage):
 
 
 def write_images(stage, folder):
-    """Twenty random images in the files that the stage's recipes read."""
+    """A few random images in the files that the stage's recipes read."""
     rng, labels = np.random.default_rng(0), np.arange(20) % 10
     if stage == "cifar10":
         for file in (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"):
@@ -110,13 +114,12 @@ def test_both_recipes_of_a_stage_train_on_its_files(stage, tmp_path):
         classes = ["--data.image-size", 32, "--model.num-tokens", 16, "--model.num-classes", 2, "--data.workers", 0]
     short = ["--train.steps", 2, "--train.batch-size", 8, "--train.sample-every", 0]
     common = [*TINY_TOKENIZER, "--model.codebook-size", 32, *short, *own]
-    run("train", FOLDER / f"{stage}_tokenizer.py", "--workdir", tokenizer, "--data.path", data, *common)
-    transformer = load(name := f"{stage}_ar:l" if stage == "imagenet256" else f"{stage}_ar")
-    if transformer.config.data.source == "codes":
+    run("train", path_of(f"{stage}_tokenizer"), "--workdir", tokenizer, "--data.path", data, *common)
+    transformer = f"{stage}_ar:l" if stage == "imagenet256" else f"{stage}_ar"
+    if load(transformer).config.data.source == "codes":
         run("tokenize", tokenizer, "--data.path", data, "--out", codes := tmp_path / "codes", "--batch-size", 8)
     common = [*TINY_TRANSFORMER, "--model.vocab-size", 32, *short, *classes]
-    file = f"{FOLDER / name.partition(':')[0]}.py{name.partition('_ar')[2]}"
-    run("train", file, "--workdir", tmp_path / "ar", "--tokenizer", tokenizer, "--data.path", codes, *common)
+    run("train", path_of(transformer), "--workdir", tmp_path / "ar", "--tokenizer", tokenizer, "--data.path", codes, *common)
 
 
 def test_paper_recipes():

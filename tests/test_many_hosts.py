@@ -76,11 +76,11 @@ def test_two_hosts_learn_what_one_learns(tiny_run, codes, tmp_path):
     and metrics on held-out images, are made with the help of every host."""
     sizes = ("--model.vocab-size", 64, "--model.layers", 2, "--model.width", 32, "--sampling.guidance", 2, 2)
     data = ("--tokenizer", tiny_run / "tokenizer", "--data.path", codes, "--train.batch-size", 16)
-    command = ("train", Path(__file__).parents[1] / "experiments/digits_ar.py", *sizes, *data, "--train.steps", 8)
-    evaluate, cut = ("--train.evaluate-every", 8), ("--mesh.data", 2, "--mesh.fsdp", 2, "--mesh.tensor", 2)
+    command = ("train", Path(__file__).parents[1] / "experiments/digits_ar.py", *sizes, *data, "--train.steps", 20)
+    evaluate, cut = ("--train.evaluate-every", 20), ("--mesh.data", 2, "--mesh.fsdp", 2, "--mesh.tensor", 2)
     runs = {
         "one": ({"hosts": 1, "devices": 1}, evaluate),
-        "two": ({"hosts": 2, "devices": 4}, (*evaluate, "--train.sample-every", 8, *cut)),
+        "two": ({"hosts": 2, "devices": 4}, (*evaluate, "--train.sample-every", 20, *cut)),
         "across": ({"hosts": 2, "devices": 2}, ("--mesh.data", 1, "--mesh.tensor", 4)),  # both need every row of the batch
     }
     for name, (machines, settings) in runs.items():
@@ -88,7 +88,7 @@ def test_two_hosts_learn_what_one_learns(tiny_run, codes, tmp_path):
             assert set(job.finish()) == {0}, job.stderr(0)
     assert b"samples" in next((tmp_path / "two" / "logs").glob("events.*")).read_bytes()  # the picture's name
     expected = curve(tmp_path / "one")
-    assert len(expected) == 9 and "eval_bits_per_token" in expected[-1]
+    assert len(expected) == 21 and "eval_bits_per_token" in expected[-1]
     for name, wanted in (("two", expected), ("across", [record for record in expected if "loss" in record])):
         for found, other in zip(curve(tmp_path / name), wanted, strict=True):
             assert found.keys() == other.keys()
