@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import openai
 import pytest
-from many_hosts import FASTER, FLAGS
+from many_hosts import CACHE, FASTER, FLAGS
 from PIL import Image
 from serving import Served, wait_for
 
@@ -498,7 +498,7 @@ def test_what_the_command_refuses(tiny_run, tmp_path, options, word):
 def test_a_signal_ends_it(tiny_run, number):
     """Even with a stream under way: exit code 0, no traceback."""
     command = [sys.executable, "-m", "dar_jax", "serve", str(tiny_run), "--port", "0"]
-    environment = os.environ | {"XLA_FLAGS": f"{FLAGS} {FASTER}", "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    environment = os.environ | {"XLA_FLAGS": f"{FLAGS} {FASTER}", "JAX_COMPILATION_CACHE_DIR": CACHE}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     url = process.stdout.readline().split()[0]
     wait_for(lambda: httpx.get(f"{url}health", timeout=60).status_code == 200, 60)
