@@ -34,17 +34,17 @@ from dar_jax.experiment import load_experiment
 from dar_jax.training.loop import train
 experiment = load_experiment(sys.argv[1])
 source = type(experiment.source(None))(float(sys.argv[4]))
-settings = dataclasses.replace(experiment.config.train, steps=30, checkpoint_every=3)
+settings = dataclasses.replace(experiment.config.train, steps=int(sys.argv[5]), checkpoint_every=3)
 config = dataclasses.replace(experiment.config, train=settings)
 experiment = dataclasses.replace(experiment, config=config, source=lambda data: source)
 print(train(experiment, sys.argv[2], resume=sys.argv[3] == "resume"))
 """
 
 
-def start(workdir, resume="new", seconds=0.0):
-    """Trains the stand-in for 30 steps in another process, on one device; reading an image takes `seconds`."""
+def start(workdir, resume="new", seconds=0.0, steps=30):
+    """Trains the stand-in in another process, on one device; reading an image takes `seconds`."""
     environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(Path(stand_in.__file__).parents[1])}
-    command = [sys.executable, "-c", TRAIN, stand_in.__file__, str(workdir), resume, str(seconds)]
+    command = [sys.executable, "-c", TRAIN, stand_in.__file__, str(workdir), resume, str(seconds), str(steps)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -80,7 +80,7 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_killed_anywhere_a_run_resumes_to_the_same_bits(uninterrupted, tmp_path):
-    process = start(tmp_path, seconds=0.01)
+    process = start(tmp_path, seconds=0.03)
     wait_for(lambda: list(tmp_path.glob("checkpoints/3*")))  # perhaps still being written
     time.sleep(np.random.default_rng().uniform(0, 1))
     process.kill()
@@ -99,13 +99,13 @@ def test_killed_anywhere_a_run_resumes_to_the_same_bits(uninterrupted, tmp_path)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_asked_to_stop_it_saves_and_leaves(tmp_path, number):
-    process = start(tmp_path, seconds=0.03)
+    process = start(tmp_path, seconds=0.03, steps=1000)
     wait_for(lambda: list(tmp_path.glob("checkpoints/3")))
     process.send_signal(number)
     code, out = finish(process)
     assert code == 0, out
     step = checkpoint.latest_step(tmp_path)
-    assert 3 < step < 30 and f"stopped_by={number!r}" in out
+    assert 3 < step < 1000 and f"stopped_by={number!r}" in out
     assert f"stopped at step {step}, which is saved; go on with --resume" in out
 
 
@@ -125,11 +125,11 @@ def test_what_evaluates_is_logged_at_its_steps(tmp_path):
 
 
 def test_a_closed_pipe_stops_it_like_sigterm(tmp_path):
-    process = start(tmp_path, seconds=0.01)
+    process = start(tmp_path, seconds=0.01, steps=1000)
     process.stdout.readline()
     process.stdout.close()
     process.wait(timeout=120)
-    assert 0 < checkpoint.latest_step(tmp_path) < 30 and not (tmp_path / "run.lock").exists()
+    assert 0 < checkpoint.latest_step(tmp_path) < 1000 and not (tmp_path / "run.lock").exists()
 
 
 def test_what_fails_beside_training_is_logged_after_a_checkpoint(tmp_path, capsys):

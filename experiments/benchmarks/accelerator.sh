@@ -56,7 +56,8 @@ train() { # part, experiment, options: until the end, or until the time is up, w
 }
 
 if [ -n "$toy" ]; then
-  models=(B B B); batches=1; sampled=1; remats=none; dtype=(--dtype float32)
+  models=(tokenizer B B); remats=none; timed=(--dtype float32 --repeats 1)
+  trained=(--batch-sizes 1 --steps 1 "${timed[@]}"); sampled=(--batch-sizes 1 "${timed[@]}")
   attended=(--tokens 128 --batch-sizes 1); steps=(--train.steps 4 --train.batch-size 8); shown=16
   if [ -n "$data" ]; then
     mkdir -p "$out/data"
@@ -64,7 +65,7 @@ if [ -n "$toy" ]; then
     data=$out/data
   fi
 else
-  models=(tokenizer L XL); batches=64,128,256; sampled=1,8,64,256; remats=none,dots; dtype=()
+  models=(tokenizer L XL); remats=none,dots; trained=(--batch-sizes 64,128,256); sampled=(--batch-sizes 1,8,64,256)
   attended=(); steps=(); shown=10000
 fi
 
@@ -84,12 +85,12 @@ for part in $parts; do
   echo "== $part"
   started=$SECONDS
   case $part in
-    train_tokenizer) bench train_step $part --models ${models[0]} --batch-sizes $batches --remats $remats "${dtype[@]}" ;;
-    train_l) bench train_step $part --models ${models[1]} --batch-sizes $batches --remats $remats "${dtype[@]}" ;;
-    train_xl) bench train_step $part --models ${models[2]} --batch-sizes $batches --remats $remats "${dtype[@]}" ;;
-    train_muon) bench train_step $part --models ${models[1]} --batch-sizes $batches --remats none --optimizer muon "${dtype[@]}" ;;
-    sampling_l) bench sampling $part --models ${models[1]} --batch-sizes $sampled "${dtype[@]}" ;;
-    sampling_xl) bench sampling $part --models ${models[2]} --batch-sizes $sampled "${dtype[@]}" ;;
+    train_tokenizer) bench train_step $part --models ${models[0]} --remats $remats "${trained[@]}" ;;
+    train_l) bench train_step $part --models ${models[1]} --remats $remats "${trained[@]}" ;;
+    train_xl) bench train_step $part --models ${models[2]} --remats $remats "${trained[@]}" ;;
+    train_muon) bench train_step $part --models ${models[1]} --remats none --optimizer muon "${trained[@]}" ;;
+    sampling_l) bench sampling $part --models ${models[1]} "${sampled[@]}" ;;
+    sampling_xl) bench sampling $part --models ${models[2]} "${sampled[@]}" ;;
     attention) bench attention $part "${attended[@]}" ;;
     cifar_tokenizer)
       train $part "$here/../cifar10_tokenizer.py" --workdir "$out/cifar/tokenizer" --data.path "$data" "${steps[@]}"
