@@ -5,7 +5,7 @@
 #           (in an environment where `pip install ".[cuda]"` was done; DIR: the binary version of CIFAR-10)
 # Options:  --minutes 9   ends in time: a part whose estimate does not fit is not begun; the same command goes on with it
 #           --parts a,b   only these (see PARTS); `report` writes OUT/tables.md from whatever is there
-#           --toy         sizes that a CPU can do, and 96 of the images, to see that every part works; the
+#           --toy         sizes that a CPU can do (12 minutes on two cores), and 96 of the images, to see that every part works; the
 #                         numbers mean nothing
 #           --python P    python by default
 #
