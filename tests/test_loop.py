@@ -30,8 +30,7 @@ from dar_jax.training.optimizer import learning_rate
 
 TRAIN = """
 import dataclasses, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which nohup and & leave ignored, and training respects that
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup leaves it ignored, and training respects that
 from dar_jax.experiment import load_experiment
 from dar_jax.training.loop import train
 experiment = load_experiment(sys.argv[1])
