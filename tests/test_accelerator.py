@@ -43,6 +43,18 @@ def test_what_is_done_is_not_done_again_and_all_of_it_is_in_the_tables(tmp_path)
     assert "2026-11-28, a machine, jax 0.10: `python attention.py`" in table and "- psnr: 15.5" in table
 
 
+def test_tables_of_several_trainings_are_means_with_half_of_the_range(tmp_path):
+    about = {"date": "2026-11-28", "machine": "a machine", "jax": "0.10", "command": "python variants.py"}
+    files = [tmp_path / f"{seed}.json" for seed in range(3)]
+    for file, passes in zip(files, (10, 11, 13.5)):
+        file.write_text(json.dumps({**about, "rows": [{"method": "base", "passes": passes, "exact": 1.0}]}))
+    tables = [sys.executable, SCRIPT.with_name("tables.py"), ",".join(map(str, files))]
+    assert "| base | 11.50 ± 1.75 | 1.000 |" in subprocess.run(tables, capture_output=True, text=True).stdout
+    files[0].write_text(json.dumps({**about, "rows": [{"method": "other", "passes": 10, "exact": 1.0}]}))
+    done = subprocess.run(tables, capture_output=True, text=True)
+    assert done.returncode == 2 and "method differs between the reports: other, base" in done.stderr
+
+
 def test_a_part_that_takes_too_long_is_left_for_the_next_time(tmp_path):
     done = run(tmp_path, "--parts", "train_l", "--minutes", 1)
     assert done.returncode == 0 and "train_l needs up to 6 minutes; give the same command again" in done.stdout

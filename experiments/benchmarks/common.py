@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from datetime import date
@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dar_jax.errors import InputError
 from dar_jax.files import write_json
@@ -105,6 +106,13 @@ def write_report(path: Path | None, rows: list[dict[str, Any]], command: str, **
     """The rows and what they are of as JSON, where a file is asked for."""
     if path:
         write_json(path, {"date": str(date.today()), "command": command, "jax": jax.__version__, **about, "rows": rows})
+
+
+def across(values: Sequence[float]) -> str:
+    """The mean of a figure over some runs, and half of its range."""
+    digits = 0 if np.mean(values) >= 100 else 2 if np.mean(values) >= 5 else 3
+    spread = f" ± {np.ptp(values) / 2:.{digits}f}" if np.ptp(values) else ""
+    return f"{np.mean(values):,.{digits}f}{spread}"
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

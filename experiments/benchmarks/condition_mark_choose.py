@@ -3,7 +3,7 @@
 Command:  python experiments/benchmarks/condition_mark_choose.py control runs/digits \
               experiments/variants/control.py=runs/c0,runs/c1
           python experiments/benchmarks/condition_mark_choose.py watermark runs/digits
-          python experiments/benchmarks/condition_mark_choose.py choice runs/digits
+          python experiments/benchmarks/condition_mark_choose.py choice runs/digits,runs/d1
           python experiments/benchmarks/condition_mark_choose.py codes runs/digits,runs/d1 \
               experiments/variants/binary_tokenizer.py:transformer=runs/s0,runs/s1
 Options:  --num 2000 --json FILE; several runs of one row are trainings of different seeds
@@ -22,6 +22,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -87,18 +88,21 @@ def report(rows: Sequence[dict], json: Path | None) -> None:
     write_report(json, rows, " ".join(["python", *sys.argv]), machine=machine_name())
 
 
-def choice(run: tyro.conf.Positional[Path], /, num: int = 2000, json: Path | None = None) -> None:
-    """Best of several beginnings without guidance, beside the base with and without."""
-    labels, seeds, rows, reader = np.arange(num) % 10, np.arange(num), [], reader_of(run)
-    names = ["two", "experiment", "eight", "likelihood", "typical"]
-    if load_sampler(run).info.tokenizer.config.data.source == "digits":
+def choice(runs: tyro.conf.Positional[str], /, num: int = 2000, json: Path | None = None) -> None:
+    """Best of several beginnings without guidance, beside the base with and without; RUN,RUN: trainings of the base."""
+    labels, seeds, first = np.arange(num) % 10, np.arange(num), runs.split(",")[0]
+    reader, names = reader_of(first), ["two", "experiment", "eight", "likelihood", "typical"]
+    if load_sampler(first).info.tokenizer.config.data.source == "digits":
         names.append("preview")  # which reads digits
-    for name, guidance in (*((None, scale) for scale in (1, 1.25, 1.5, 2)), *((name, 1) for name in names)):
-        trained = load_sampler(run, name and variant(f"early_choice:{name}")[0])
+
+    def figures(guidance: float, trained: Trained) -> dict[str, float]:
         _, images, calls = draw(trained, labels, seeds, guidance)
-        rows.append(
-            {"method": name or f"base, guidance {guidance}", "passes": float(calls.mean()), **quality(reader, images, labels)}
-        )
+        return {"passes": float(calls.mean()), **quality(reader, images, labels)}
+
+    rows = []
+    for name, guidance in (*((None, scale) for scale in (1, 1.25, 1.5, 2)), *((name, 1) for name in names)):
+        experiment = variant(f"early_choice:{name}")[0] if name else None
+        rows.append({"method": name or f"base, guidance {guidance}", **over_runs(runs, experiment, partial(figures, guidance))})
     report(rows, json)
 
 
@@ -239,11 +243,13 @@ def control(
             row[f"{label}: among"] = spread(images, seeds // SEEDS_OF_A_MAP) / spread(reader.images, reader.labels)
         return row
 
-    codes = encode(load_sampler(run.split(",")[0]), references, BATCH)
+    def begun(share: float, trained: Trained) -> dict:
+        codes = encode(trained, references, BATCH)
+        return figures(trained, {"prefix": codes[:, : int(share * codes.shape[1])]})
+
     rows = [{"method": "base, no map", **over_runs(run, None, lambda trained: figures(trained, {}))}]
-    for length in (codes.shape[1] // 4, codes.shape[1] // 2):
-        given = {"prefix": codes[:, :length]}
-        rows.append({"method": f"base, first {length} codes", **over_runs(run, None, lambda trained: figures(trained, given))})  # noqa: B023
+    for share in (0.25, 0.5):
+        rows.append({"method": f"base, {share:.0%} of the codes", **over_runs(run, None, partial(begun, share))})
     for other in others:
         file, _, folders = other.partition("=")
         row = over_runs(folders, load_experiment(file), lambda trained: figures(trained, {"condition_image": references}))

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from common import machine_name, print_table, run, seconds, write_report
+from common import across, machine_name, print_table, run, seconds, write_report
 from reader import make_reader
 
 from dar_jax.config import LATE_STEPS, SamplingConfig
@@ -66,13 +66,6 @@ def main(options: Options) -> None:
         rows.append(row)
     print_table(rows)
     write_report(options.json, rows, command, machine=machine_name(), runs=dict(zip(options.runs, runs)))
-
-
-def across(values: list[float]) -> str:
-    """The mean of a figure over the runs, and half of its range."""
-    digits = 0 if np.mean(values) >= 100 else 2 if np.mean(values) >= 5 else 3
-    spread = f" ± {np.ptp(values) / 2:.{digits}f}" if np.ptp(values) else ""
-    return f"{np.mean(values):,.{digits}f}{spread}"
 
 
 def measure(options: Options, path: str) -> list[dict[str, float]]:

@@ -4,10 +4,10 @@ Command:  python experiments/benchmarks/editing.py runs/digits --json editing.js
 Options:  --num 297 --particles 1 4 16 64,16,4,4 --seeds 3 --tasks half quarter enlarge
 Result:   a table, and the same as JSON; a picture of the first ten images. Every row has the same images and seeds.
 
-half: the left half is known; quarter: a quarter of the pixels, at random; enlarge: the means over 2 x 2 pixels. psnr: of what
+half: the left half is known; quarter: a quarter of the pixels, at random; enlarge: the means over 2 x 2 pixels. PSNR: of what
 is not known, the mean over the images; read: share that a classifier reads as the class of the original (the originals
 themselves: see the last line); distance: Fréchet distance of the results to the originals; seconds: of all images, with the
-fastest seed. "label": the class is given. Each figure is the mean over the seeds, with the largest deviation of one of them.
+fastest seed. "label": the class is given. Each figure is the mean over the seeds, with half of the range.
 """
 
 import dataclasses
@@ -17,10 +17,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
-from common import machine_name, print_table, run, write_report
+from common import across, machine_name, print_table, run, write_report
 from reader import Reader, make_reader
 
 from dar_jax.experiment import load_experiment
@@ -130,21 +131,19 @@ def methods(options: Options, trained: Trained, task: Task, labels: np.ndarray) 
     return found
 
 
-def figures(reader: Reader, task: Task, originals: np.ndarray, labels: np.ndarray, results: list[np.ndarray]) -> dict[str, str]:
-    """Figures as text, means over the seeds with the largest deviation."""
+def figures(reader: Reader, task: Task, originals: np.ndarray, labels: np.ndarray, results: list[np.ndarray]) -> dict[str, Any]:
+    """Figures, means over the seeds with half of the range."""
     share = task.missing.mean(axis=(1, 2))
 
     def lost(images):  # the error counts where pixels are missing only
-        return np.mean(psnr(originals, np.where(task.missing[..., None], images, originals)) + 10 * np.log10(share))
+        return float(np.mean(psnr(originals, np.where(task.missing[..., None], images, originals)) + 10 * np.log10(share)))
 
     values = {
-        "psnr": [lost(images) for images in results],
-        "read": [100 * reader.accuracy(images, labels) for images in results],
+        "PSNR": [lost(images) for images in results],
+        "read, %": [100 * reader.accuracy(images, labels) for images in results],
         "distance": [reader.distance(images, originals) for images in results],
     }
-    spread = {name: np.abs(np.array(each) - np.mean(each)).max() for name, each in values.items()}
-    places = {"psnr": 2, "read": 1, "distance": 3}
-    return {name: f"{np.mean(each):.{places[name]}f} +- {spread[name]:.{places[name]}f}" for name, each in values.items()}
+    return {name: across(each) if len(each) > 1 else each[0] for name, each in values.items()}
 
 
 if __name__ == "__main__":

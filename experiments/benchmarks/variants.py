@@ -4,9 +4,10 @@ Command:  python experiments/benchmarks/variants.py runs/digits --others experim
               experiments/variants/any_block.py=runs/any_block --json variants.json
 Options:  --num 2000 --batch-sizes 1,8,64 --guidance 2,2 --repeats 3
           FILE[:NAME] samples from the base's run with another method, FILE[:NAME]=RUN or =RUN from another run
-Result:   a table, and the same as JSON. All rows have the same labels and seeds, and the base's tokenizer.
+Result:   a table, and the same as JSON. All rows have the same labels and seeds, and the base's tokenizer. Of
+          several trainings: `tables.py variants_0.json,variants_1.json`.
 
-passes: of the transformer, the mean over the samples (and the most that one takes); same: share of tokens equal to the base's;
+passes: of the transformer, the mean over the samples; most: the most that one takes; same: share of tokens equal to the base's;
 bits: of a held-out token, unguided, with the tokens' own factorisation; divergence: mean of log2 q(z) - log2 p(z) in bits an
 image over the samples z, q being the distribution that they are drawn from (or a bound, see energy.py) and p the base's, both
 guided (0: exact);
@@ -89,17 +90,18 @@ def row_of(
         drawn = log2_drawn(trained, labels, seeds, tokens, sampling)
         divergence = np.mean(drawn - log2_of(base, labels, tokens, sampling))
     row = {
-        "passes": f"{calls.mean():.1f} ({calls.max()})",
-        "same": f"{np.mean(tokens == expected):.2%}",
-        "bits": round(float(bits_of(trained, reader.held_out_labels[: options.held_out], codes).mean()), 3),
-        "divergence": round(float(divergence), 2),
-        "accuracy": f"{reader.accuracy(images, labels):.1%}",
-        "diversity": round(reader.diversity(images, labels), 3),
-        "distance": round(reader.distance(images, reader.images), 3),
+        "passes": float(calls.mean()),
+        "most": float(calls.max()),
+        "same, %": 100 * float(np.mean(tokens == expected)),
+        "bits": float(bits_of(trained, reader.held_out_labels[: options.held_out], codes).mean()),
+        "divergence": float(divergence),
+        "accuracy, %": 100 * reader.accuracy(images, labels),
+        "diversity": reader.diversity(images, labels),
+        "distance": reader.distance(images, reader.images),
     }
     for size in options.batch_sizes:
         once = lambda size=size: [batch.images for batch in sample(trained, labels[:size], seeds[:size], sampling, size)]  # noqa: E731
-        row[f"images/s, batch {size}"] = round(size / best(once, repeats=options.repeats), 1)
+        row[f"images/s, batch {size}"] = size / best(once, repeats=options.repeats)
     return row, expected
 
 
