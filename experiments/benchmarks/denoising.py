@@ -5,6 +5,7 @@ Options:  RUNS, of the same recipe with other seeds: means over them, and half o
           --rows uniform uniform@8 late3 euler experiments/variants/solvers.py:plain@8      (WAY or FILE[:NAME], @ steps)
           a number of uniform steps or the name of late ones
           --images 1000 --samples 2000 (0: none) --noises 3 --batch-size 256 --repeats 5
+          --perceptual: LPIPS (from 16 pixels on) and rFID too, from one noise; docs/weights.md says where weights are put
 Result:   a table, and the same as JSON. All rows have the same codes, noise and seeds; `uniform` is the paper's.
 
 evaluations: of the velocity network for an image; operations: of the whole decoding, as a share of the first row's; PSNR,
@@ -29,6 +30,9 @@ from common import across, machine_name, print_table, run, seconds, write_report
 from reader import make_reader
 
 from dar_jax.config import LATE_STEPS, SamplingConfig
+from dar_jax.data.sources import held_out, open_source
+from dar_jax.evaluation.extractor import open_extractor
+from dar_jax.evaluation.tokenizer import evaluate_tokenizer, open_lpips
 from dar_jax.experiment import load_experiment
 from dar_jax.inference.model import Model, load
 from dar_jax.inference.samples import sample
@@ -50,6 +54,7 @@ class Options:
     noises: int = 3  # that the held-out images are decoded from
     batch_size: int = 256
     repeats: int = 5
+    perceptual: bool = False  # LPIPS and rFID too
     keep: Path | None = None  # where a network that reads the images is kept; None: in the folder of the run
     json: Path | None = None  # also write everything to this file
 
@@ -80,6 +85,9 @@ def measure(options: Options, path: str) -> list[dict[str, float]]:
         batches = sample(base.trained, classes, seeds, info.config.sampling, options.batch_size)
         drawn = np.concatenate([batch.tokens for batch in batches])
     rows, timed = [], []
+    if options.perceptual:
+        data = held_out(info.tokenizer.config.data)
+        perceptual = open_source(data), data, open_extractor(), open_lpips()
     for way in options.rows:
         model, settings = way_of(way, base)
         results = [model.decode(codes, np.arange(len(codes)) + 10_000 * noise, **settings) for noise in range(options.noises)]
@@ -91,6 +99,11 @@ def measure(options: Options, path: str) -> list[dict[str, float]]:
             "distance": np.mean([reader.distance(result, images) for result in results]),
             "accuracy, %": 100 * np.mean([reader.accuracy(result, labels) for result in results]),
         }
+        if options.perceptual:
+            report = evaluate_tokenizer(
+                model.trained, *perceptual, SamplingConfig(**settings), batch_size=options.batch_size, num_images=options.images
+            )
+            row |= {name: report[key] for key, name in (("lpips", "LPIPS"), ("rfid", "rFID")) if key in report}
         if drawn is not None:
             samples = model.decode(drawn, seeds, **settings)
             row["samples: distance"] = reader.distance(samples, reader.held_out)
