@@ -48,7 +48,7 @@ class Experiment:
     optimizer: (config.optimizer, train.steps) -> an optax transformation.
     source: opens the data, in place of `data.sources.open_source`.
     condition: batch -> what the transformer is conditioned on, any tree of arrays with the batch first. In sampling the batch
-      has "label" alone.
+      has "label", and "image" where `dar-jax sample` is given a `--condition-image`.
     method: the parts of sampling, see `Method`.
     others: further networks for the predictor, by name: the folders of their runs. See `Networks.others`.
     rules: how parameters with names of their own are sharded, see `parallel.RULES`.

@@ -1,6 +1,6 @@
 """Both stages on the handwritten digits that come with scikit-learn: in minutes on two CPU cores, with pictures and a report.
 
-`TOKENIZER` and `TRANSFORMER` are the recipes; `experiments/digits_tokenizer.py` and `digits_ar.py` train them longer.
+`TOKENIZER` and `TRANSFORMER` are the recipes; `experiments/digits_tokenizer.py` trains the first one longer.
 """
 
 import dataclasses

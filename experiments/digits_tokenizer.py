@@ -2,7 +2,8 @@
 
 Command:  dar-jax train experiments/digits_tokenizer.py --workdir runs/digits_tokenizer
 Time:     an estimate, about 4 minutes on two idle CPU cores.
-Result:   not measured at this length. After the quickstart's 1,000 steps held-out digits are reconstructed with 19.7 dB.
+Result:   held-out digits are reconstructed with 19.8 dB, and 94.6 % of them are read as their class (three trainings,
+          docs/variants.md). After the quickstart's 1,000 steps: 19.7 dB.
 """
 
 import dataclasses

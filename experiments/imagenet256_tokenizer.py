@@ -6,7 +6,7 @@ Command:  dar-jax train experiments/imagenet256_tokenizer.py --workdir runs/toke
           TFDS, in its ArrayRecord format: --data.source tfds --data.dataset imagenet2012 --data.path DATA_DIR
 Time:     published: about 5 days on 16 A100. Not measured here.
 Memory:   compiled for 64 TPU v5e (16 GiB each), 16 images a chip: 10.0 GiB; with --train.remat dots it does not fit.
-Needs:    the files of LPIPS and DINOv2, see "The authors' weights" in the README, or --loss.lpips 0 --loss.repa 0.
+Needs:    the files of LPIPS and DINOv2, see docs/weights.md, or --loss.lpips 0 --loss.repa 0.
 Result:   published: rFID 1.52 on the validation images. Not measured here.
 """
 

@@ -1,5 +1,6 @@
-"""The README and the pages of docs/ name what exists: links, modules, commands with their options, experiment files."""
+"""The README, the pages of docs/ and the heads of experiment files name what exists: links, modules, commands, files."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -13,6 +14,7 @@ from dar_jax.quickstart import DIGITS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py")) + sorted((ROOT / "experiments" / "variants").glob("*.py"))
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -41,15 +43,20 @@ def test_names_of_files(page):
 
 
 def commands(page: Path) -> list[tuple[str, bool]]:
-    """The command lines of a page; True: complete ones, from a block of shell, and False: those within a sentence."""
+    """The command lines of a page; True: complete ones, from a block of shell, and False: those within a sentence. Of an
+    experiment file, those of its docstring, all complete; what is in brackets behind one is not of it."""
     text = page.read_text()
+    if page.suffix == ".py":
+        lines = (ast.get_docstring(ast.parse(text)) or "").replace("\\\n", " ").splitlines()
+        found = [re.match(r"(?:\w+:)?\s*(?:\w+=\S+ )?(dar-jax .*)", line) for line in lines]
+        return [(re.sub(r"\s{2,}\(.*", "", each[1]), True) for each in found if each]
     blocks = "".join(block for language, block in FENCE.findall(text) if language == "sh").replace("\\\n", " ")
     lines = [(line, True) for line in blocks.splitlines() if line.startswith("dar-jax ")]
     sentences = re.sub(r"\s+", " ", FENCE.sub("", text))
     return lines + [(line, False) for line in re.findall(r"`(dar-jax [^`]*)`", sentences)]
 
 
-@each_page
+@pytest.mark.parametrize("page", PAGES + EXPERIMENTS, ids=lambda page: page.stem)
 def test_commands(page, monkeypatch):
     config = SimpleNamespace(data=DIGITS)
     run = SimpleNamespace(config=config, tokenizer=SimpleNamespace(config=config))

@@ -208,7 +208,7 @@ class Sampling(Denoising, OnTransformer):
     temperature: OfRun[Temperature] = None  # 0: always the most probable token
     top_k: OfRun[TopK] = None  # draw from the K most probable tokens only; 0: off
     top_p: OfRun[Share] = None  # draw from the most probable tokens that hold this share only; 1: off
-    speculate: OfRun[Window] = None  # W guesses a pass, of which the right ones are kept: the same images, sooner; 0: off
+    speculate: OfRun[Window] = None  # W guesses a pass, of which the right ones are kept: the same images, fewer passes; 0: off
     groups: OfRun[Tokens] = None  # stop after so many groups of tokens, with their preview
 
     def sampling(self, of_run: SamplingConfig) -> SamplingConfig:

@@ -23,7 +23,7 @@ class Serve:
 
     Only this machine can reach it, unless --host says otherwise, which needs a --token. Requests share
     batches, which they join and leave between groups of tokens; each image is the one that `dar-jax sample` draws.
-    Needs: pip install "dar_jax[serve]"
+    Needs: pip install ".[serve]"
 
     Example: dar-jax serve runs/digits
     """
@@ -45,7 +45,7 @@ class Serve:
 
             from dar_jax.serve.app import make_app
         except ImportError as error:
-            raise InputError(f'{error.name} is not installed; dar-jax serve needs: pip install "dar_jax[serve]"') from error
+            raise InputError(f'{error.name} is not installed; dar-jax serve needs: pip install ".[serve]"') from error
         from dar_jax.experiment import load_experiment
         from dar_jax.inference.trained import inspect_transformer, load_sampler
         from dar_jax.serve.engine import Engine

@@ -70,7 +70,7 @@ class Networks:
     """The modules of both stages and how they are sampled from; static under jit.
 
     `transformer` is None where codes are given. `condition` is the experiment's, which callers of the sampler apply to
-    {"label": int32 [B]}. `others` are an experiment's further networks by name. Their parameters go
+    {"label": int32 [B]}, or that and "image". `others` are an experiment's further networks by name. Their parameters go
     beside them as a dict {"tokenizer": ..., "transformer": ..., "others": {name: ...}}.
     """
 

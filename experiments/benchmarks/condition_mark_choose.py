@@ -6,7 +6,8 @@ Command:  python experiments/benchmarks/condition_mark_choose.py control runs/di
           python experiments/benchmarks/condition_mark_choose.py choice runs/digits,runs/d1
           python experiments/benchmarks/condition_mark_choose.py codes runs/digits,runs/d1 \
               experiments/variants/binary_tokenizer.py:transformer=runs/s0,runs/s1
-Options:  --num 2000 --json FILE; several runs of one row are trainings of different seeds
+Options:  --json FILE --guidance 2 (not choice) --num 2000 (watermark: 500; control: --maps-given 297)
+          several runs of one row are trainings of different seeds
 Result:   tables, and the same as JSON. All rows of a table have the same labels and seeds. Where a row has several runs, a
           figure is the mean, and behind +- the standard deviation between the runs.
 

@@ -1,4 +1,4 @@
-"""Ways of denoising beside the paper's: what they cost and how good the images are. The second table of docs/variants.md.
+"""Ways of denoising beside the paper's: what they cost and how good the images are. Tables of docs/variants.md.
 
 Command:  python experiments/benchmarks/denoising.py runs/digits --json denoising.json
 Options:  RUNS, of the same recipe with other seeds: means over them, and half of the range

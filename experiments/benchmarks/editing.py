@@ -1,4 +1,4 @@
-"""What ways of editing do with the held-out images of a run's data: the table of docs/variants.md.
+"""What ways of editing do with the held-out images of a run's data: the tables of docs/variants.md on editing.
 
 Command:  python experiments/benchmarks/editing.py runs/digits --json editing.json --picture editing.png
 Options:  --num 297 --particles 1 4 16 64,16,4,4 --seeds 3 --tasks half quarter enlarge

@@ -41,7 +41,7 @@ class Options:
     batch_sizes: Ints[int] = (1, 8, 64)
     device: str = "H100"  # one of A100, H100, H200, v5e, v6e
     window: int = 8  # guesses of a pass
-    rate: float = 1.9  # tokens that become final in a pass: 16 / 8.5 on the digits
+    rate: float = 1.54  # tokens that become final in a pass: 16 / 10.4 on the digits
 
 
 def main(options: Options) -> None:

@@ -2,7 +2,7 @@
 
 Command:  python experiments/benchmarks/variants.py runs/digits --others experiments/variants/speculative.py \
               experiments/variants/any_block.py=runs/any_block --json variants.json
-Options:  --num 2000 --batch-sizes 1,8,64 --guidance 2,2 --repeats 3
+Options:  --num 2000 --batch-sizes 1,8,64 --guidance 2 2 --repeats 3
           FILE[:NAME] samples from the base's run with another method, FILE[:NAME]=RUN or =RUN from another run
 Result:   a table, and the same as JSON. All rows have the same labels and seeds, and the base's tokenizer. Of
           several trainings: `tables.py variants_0.json,variants_1.json`.

@@ -3,8 +3,8 @@
 Source:   VAR (arXiv 2404.02905) predicts all tokens of a scale at once; here a block lies within a group, and its size is drawn
           anew for every training batch, smaller for earlier groups.
 Command:  dar-jax train experiments/variants/any_block.py --tokenizer runs/digits/tokenizer --workdir runs/any_block
-          dar-jax sample runs/any_block --experiment experiments/variants/any_block.py --labels 3 --seeds 1,2
-          dar-jax evaluate-ar runs/any_block --experiment experiments/variants/any_block.py:halves
+          dar-jax sample runs/any_block --experiment experiments/variants/any_block.py --labels 3 --seeds 1,2 --out samples
+          dar-jax evaluate-ar runs/any_block --experiment experiments/variants/any_block.py:halves --out bits
           (a tokenizer with 32 tokens in 4 groups: --model.num-tokens 32 --fork.tokens-per-group 8)
 Differs:  from the digits' transformer of the quickstart in the model, the loss and how tokens are found.
 Time:     that of the base, 75 seconds on two CPU cores.

@@ -3,7 +3,8 @@
 Source:   the binary tokenizer of Beyond Words (arXiv 2503.20198), here as in BSQ (arXiv 2406.07548); FSQ (arXiv 2309.15505).
 Command:  dar-jax train experiments/variants/binary_tokenizer.py --workdir runs/signs
           dar-jax train experiments/variants/binary_tokenizer.py:transformer --tokenizer runs/signs --workdir runs/signs_ar
-          dar-jax sample runs/signs_ar --experiment experiments/variants/binary_tokenizer.py:transformer --labels 3 --seeds 1,2
+          dar-jax sample runs/signs_ar --experiment experiments/variants/binary_tokenizer.py:transformer --labels 3 \
+              --seeds 1,2 --out samples
           and the same with :fsq and :fsq_transformer
 Differs:  from the digits' tokenizer of the quickstart in the quantizer: there is no codebook to learn.
 Time:     that of the base.

@@ -1,4 +1,4 @@
-"""What the pixel decoder and its tokens do: ten measurements of a checkpoint, as report.json, groups.png and times.png.
+"""What the pixel decoder and its tokens do: a dozen measurements of a checkpoint, as report.json, groups.png and times.png.
 
 Source:   questions of the paper's reviewers; docs/variants.md says what each figure is, and has those of the digits.
 Command:  python experiments/variants/decoder_report.py runs/digits report

@@ -2,8 +2,8 @@
 
 Source:   HEX (arXiv 2510.05040) lets a language model decode one prompt along many paths and takes the majority's answer.
           Images have no answers that could be equal; what is left is to judge several paths, here after the first group.
-Command:  dar-jax sample runs/digits --experiment experiments/variants/early_choice.py --guidance 1 --labels 3 --seeds 1,2
-          (any transformer's run will do; nothing is trained). :likelihood, :typical and :preview choose otherwise.
+Command:  dar-jax sample runs/digits --experiment experiments/variants/early_choice.py --guidance 1 --labels 3 --seeds 1,2 \
+              --out samples          (any transformer's run; nothing is trained). :likelihood, :typical, :preview choose else.
 Differs:  in how a sample begins (`Method.predict`).
 Time:     with N candidates for n of G groups (N n + G - n) / G of the transformer's work, and one pass that scores them.
 Result:   by likelihood 99.2 % of digits are read, with more variety than guidance of that accuracy keeps, at its cost; by

@@ -2,9 +2,9 @@
 
 Source:   "Optimal boundary conditions" for diffusion ODEs (arXiv 2305.15357): a start that is good for some conditions is good
           for others. Inversion of the ODE is DDIM's (arXiv 2010.02502).
-Command:  dar-jax sample runs/digits --experiment experiments/variants/noise.py --labels 3 --seeds 1,2
+Command:  dar-jax sample runs/digits --experiment experiments/variants/noise.py --labels 3 --seeds 1,2 --out samples
           python experiments/variants/noise.py runs/digits --candidates 64 --images 256      (chooses a start for :shared)
-          dar-jax sample runs/digits --experiment experiments/variants/noise.py:shared --labels 3 --seeds 1,2
+          dar-jax sample runs/digits --experiment experiments/variants/noise.py:shared --labels 3 --seeds 1,2 --out samples
 Differs:  in the noise (`Method.noise`).
 Time:     nothing is trained; a choice among 64 decodes 64 times as many images.
 Result:   digits, three seeds: 0.7 of the noise has 19.47 dB and a distance of 0.607, base 19.27 and 0.625; with --steps late3

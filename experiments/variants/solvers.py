@@ -2,7 +2,7 @@
 
 Source:   EVODiff (arXiv 2509.26096): a second-order step in the predicted image, whose differences are rescaled by inner
           products of each sample, and which the next evaluation corrects: one evaluation a step. Its last step is Euler's here.
-Command:  dar-jax sample runs/digits --experiment experiments/variants/solvers.py --labels 3 --seeds 1,2
+Command:  dar-jax sample runs/digits --experiment experiments/variants/solvers.py --labels 3 --seeds 1,2 --out samples
           (or :plain, the same without the rescaling; :adams)
 Differs:  in the solver (`Method.solver`).
 Time:     nothing is trained; as long as the base with the same number of steps.

@@ -1,10 +1,10 @@
 """Lossless speculation (`--speculate W` of the library) with other guesses: a small network's, or those of masks.
 
 Source:   Jacobi decoding with fixed noise (MC-SJD, arXiv 2510.24211) and drafter-invariant speculation (arXiv 2408.07978).
-Command:  dar-jax sample runs/digits --experiment experiments/variants/speculative.py --labels 3 --seeds 1,2
+Command:  dar-jax sample runs/digits --experiment experiments/variants/speculative.py --labels 3 --seeds 1,2 --out samples
           (any transformer's run will do; nothing is trained; the same as --speculate 8). With a small network that drafts:
           dar-jax train experiments/variants/speculative.py:draft --tokenizer runs/digits/tokenizer --workdir runs/draft
-          dar-jax sample runs/digits --experiment experiments/variants/speculative.py:small --labels 3 --seeds 1,2
+          dar-jax sample runs/digits --experiment experiments/variants/speculative.py:small --labels 3 --seeds 1,2 --out samples
 Differs:  in how tokens are found (`Method.predict`), see dar_jax/sampling/speculate.py.
 Time:     the drafter trains in half a minute on two CPU cores.
 Result:   10.4 of 16 passes for the digits (guidance 2), the same tokens; 6.5 with the drafter. See docs/variants.md.

@@ -3,8 +3,8 @@
 Source:   DiSA (diffusion step annealing) gives later tokens fewer steps; FlowMo (arXiv 2503.11056) crowds its sampler's steps
           at the clean end. In D-AR all tokens share one ODE, so the question is when its steps are.
 Command:  python experiments/variants/steps.py runs/digits --evaluations 3 4     (which allocations are worth their steps)
-          dar-jax sample runs/digits --experiment experiments/variants/steps.py --labels 3 --seeds 1,2
-          What was worth it belongs to the library: dar-jax sample runs/digits --steps late3
+          dar-jax sample runs/digits --experiment experiments/variants/steps.py --labels 3 --seeds 1,2 --out samples
+          What was worth it belongs to the library: `--steps late3` and others.
 Differs:  in the times of the denoising steps (`Method.times`).
 Time:     nothing is trained; see docs/variants.md for that of a search.
 Result:   digits, three seeds: late3 (3 evaluations) has 18.71 dB and a distance of 0.586, the base (4) 19.27 dB and 0.625;

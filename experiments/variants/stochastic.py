@@ -2,7 +2,7 @@
 
 Source:   Stochastic Interpolants (arXiv 2303.08797) and SiT (arXiv 2401.08740): any ODE dx = v dt has a family of SDEs with the
           same marginals. The ancestral one is DDIM's (arXiv 2010.02502) on the straight path.
-Command:  dar-jax sample runs/digits --experiment experiments/variants/stochastic.py --labels 3 --seeds 1,2
+Command:  dar-jax sample runs/digits --experiment experiments/variants/stochastic.py --labels 3 --seeds 1,2 --out samples
           (or :half, :whole, :ancestral_half, :ancestral_whole; --num-denoising-steps 32 brings it near its limit)
 Differs:  in the solver (`Method.solver`).
 Time:     nothing is trained; as long as the base with the same number of steps.

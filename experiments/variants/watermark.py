@@ -2,9 +2,9 @@
 
 Source:   Lexical Bias Watermarking (arXiv 2506.01011), with colours of clusters (arXiv 2508.06656), so that a code that comes
           back as a similar one keeps its colour; the noise is the Gumbel watermark known from text.
-Command:  WATERMARK_KEY=7 dar-jax sample runs/digits --experiment experiments/variants/watermark.py --labels 3 --seeds 1,2
+Command:  WATERMARK_KEY=7 dar-jax sample runs/digits --experiment experiments/variants/watermark.py --labels 3 --seeds 1 \
+              --out samples          (any transformer's run; nothing is trained. :weak, :strong: a bias of 1 or 4 in place of 2)
           WATERMARK_KEY=7 python experiments/variants/watermark.py runs/digits samples/*_seed*.png      (--seeds 1,2: by noise)
-          (any transformer's run will do; nothing is trained. :weak, :strong: a bias of 1 or 4 in place of 2)
 Differs:  in the draw of a token (`Method.draw`), which takes no longer; the detector needs the tokenizer alone.
 Result:   digits: found in the codes of ten images (bias 2: 93 %), never in decoded ones. Fashion-MNIST: in 70 % of 50 decoded
           images with a bias of 4 and --others, JPEG or not; a shift by one pixel removes it. See docs/variants.md.
