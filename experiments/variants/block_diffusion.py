@@ -3,8 +3,8 @@
 Source:   SDAR makes a trained transformer a block-diffusion model by short further training; here the stream of known tokens
           stays causal, as in TiDAR (arXiv 2511.08923), so that it is still the transformer that it was.
 Command:  dar-jax train experiments/variants/block_diffusion.py --tokenizer runs/digits/tokenizer --init-from runs/digits \
-              --workdir runs/two
-          dar-jax sample runs/two --experiment experiments/variants/block_diffusion.py --labels 3 --seeds 1,2 --out samples
+              --workdir runs/blocks
+          dar-jax sample runs/blocks --experiment experiments/variants/block_diffusion.py --labels 3 --seeds 1,2 --out samples
 Differs:  from the digits' transformer of the quickstart in the model, the loss, steps, learning rate and how tokens are found.
 Time:     70 seconds on two CPU cores, compilation included.
 Result:   9.5 of 16 passes for digits (3 trainings), 16 of 64 for Fashion-MNIST (1), for 2.2 bits. See docs/variants.md.

@@ -2,7 +2,7 @@
 
 Source:   EDLM (energy-based diffusion language models); the energy is log q - log p of a group, by the masked and by the known
           stream.
-Command:  dar-jax sample runs/block_diffusion --experiment experiments/variants/energy.py --labels 3 --seeds 1,2 --out samples
+Command:  dar-jax sample runs/blocks --experiment experiments/variants/energy.py --labels 3 --seeds 1,2 --out samples
           (a run of block_diffusion.py; nothing more is trained)
 Differs:  from block_diffusion.py in how tokens are found.
 Result:   10 of 16 passes for the digits, at most 16 bits an image from the base (three trainings). See docs/variants.md.

@@ -1,8 +1,8 @@
 """A group as a block of masks: a rule says which of its places are drawn in each pass.
 
 Source:   ASS (arXiv 2509.23924), EB-Sampler (arXiv 2505.24857), AdaBlock (arXiv 2509.26432), thresholds of confidence (SDAR).
-Command:  dar-jax sample runs/block_diffusion --experiment experiments/variants/unmasking.py --labels 3 --seeds 1,2 \
-              --out samples          (a run of block_diffusion.py; nothing more is trained)
+Command:  dar-jax sample runs/blocks --experiment experiments/variants/unmasking.py --labels 3 --seeds 1,2 --out samples
+          (a run of block_diffusion.py; nothing more is trained)
 Differs:  from block_diffusion.py in how tokens are found.
 Result:   7 of 16 passes for the digits, 34 bits an image from the base; 10, 24 bits (three trainings). See docs/variants.md.
 
