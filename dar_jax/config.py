@@ -130,6 +130,11 @@ class TokenizerConfig:
         """Side of the square the pixels are denoised at."""
         return max(self.sampling_resolution or 0, self.image_size)
 
+    @property
+    def output_side(self) -> int:
+        """Side of decoded images."""
+        return min(self.output_resolution or self.resolution, self.resolution)
+
 
 @dataclass(frozen=True)
 class TransformerConfig:

@@ -302,6 +302,7 @@ def whole_tar(tmp_path):
         (lambda tar: other_header(tar, 2048, b"77777777777\0"), "unexpected end of data"),
         (lambda tar: other_header(tar, 2048, b"\xff" * 11 + b"\x00"), "damaged, truncated or compressed"),
         (lambda tar: other_header(tar, 2048, b"\x80" + b"\x7f" * 11), "damaged, truncated or compressed"),
+        (lambda tar: other_header(tar, 2048, b"\xff" * 12), "damaged, truncated or compressed"),  # -1
         (lambda tar: tar[:2048] + long_header(b"x") + tar[2048:], "it has a header of 8,589,934,592 bytes"),
         (lambda tar: tar[:2048] + long_header(b"L") + tar[2048:], "it has a header of 8,589,934,592 bytes"),
     ],
@@ -430,6 +431,12 @@ def test_hostile_zips(tmp_path, caplog, monkeypatch):
         "the image a/6.png of .* it has 10,000,000 bytes, 10,000 are the most",
     ]:
         assert re.search(message, caplog.text), message
+    bomb = write_zip(tmp_path / "2.zip", [("a/1.png", b"\0" * 10**7)], compression=zipfile.ZIP_BZIP2)
+    content = bytearray(bomb.read_bytes())
+    place = content.rindex(b"PK\1\2")
+    content[place + 24 : place + 28] = struct.pack("<I", 100)  # what the directory says
+    bomb.write_bytes(content)
+    assert values(ZipSource(bomb, "train", 3, 1)) == [None] and "compressed in an unusual way" in caplog.text
     for content in (b"", b"no zip", path.read_bytes()[:-10]):
         path.write_bytes(content)
         with pytest.raises(InputError, match="1.zip cannot be read: .*copy it again"):
@@ -534,7 +541,7 @@ def test_parquet_that_cannot_be_read(tmp_path, write, message):
 def test_more_rows_than_fit(tmp_path, monkeypatch):
     write_parquet(tmp_path / "1.parquet", ROWS)
     monkeypatch.setattr(archives, "MAX_ROWS", 7)
-    with pytest.raises(InputError, match="1.parquet says that there are 8 rows, 7 are the most"):
+    with pytest.raises(InputError, match="1.parquet says that there are 8 rows, which is too many for its size"):
         ParquetSource(tmp_path, "train", 3, 1)
 
 

@@ -85,8 +85,11 @@ def test_load_reads_the_ema_and_nothing_else(written, tmp_path):
 
 
 def test_keeps_the_newest_and_every_so_many(tmp_path):
+    """Whatever else lies beside them."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/.DS_Store").touch()
     write(tmp_path, state_on(8, 1, 1), steps=range(1, 8), keep_checkpoints=2, keep_every=4)
-    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [4, 6, 7]
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").glob("[!.]*")) == [4, 6, 7]
     assert checkpoint.latest_step(tmp_path) == 7
 
 
@@ -156,6 +159,22 @@ def test_damaged(written, tmp_path, name, keep, capfd):
             read()
         assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("entry", [{"/dev/zero": [None, 5]}, {"x": []}, {"x": "y"}, {"x": [True, 5]}, []], ids=str)
+def test_sizes_that_are_none(written, tmp_path, entry):
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoints/5/files.json").write_text(json.dumps({"ema": entry}))
+    with pytest.raises(InputError, match="checkpoints/5 is damaged"):
+        checkpoint.load(tmp_path, PLAIN)
+
+
+def test_sums_are_those_of_when_it_was_written(written, tmp_path):
+    """A later checkpoint gives none to an earlier one that has lost them."""
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoints/5/files.json").unlink()
+    write(tmp_path, state_on(8, 1, 1), steps=(6,))
+    assert not (tmp_path / "checkpoints/5/files.json").exists() and (tmp_path / "checkpoints/6/files.json").exists()
 
 
 def test_a_changed_bit_in_any_file_is_damage(written, tmp_path):

@@ -98,6 +98,8 @@ def test_sample(runs, tmp_path, capsys):
     assert (np.asarray(Image.open(tmp_path / "b" / f"{stems[0]}.png")) != image).any()
     with Image.open(tmp_path / "b" / "denoising.webp") as animation:
         assert animation.n_frames == 4
+    many = [*sample[:3], "3", "--seeds", ",".join(map(str, range(2000))), "--animate", "--out", str(tmp_path / "c")]
+    assert cli.main(many) == 2 and "2000 samples are too many for one animation" in capsys.readouterr().err
 
 
 def test_sample_from_images(runs, images, tmp_path):

@@ -256,6 +256,20 @@ def test_garbage_bodies(client, engine):
     assert engine.load() == (0, 0)
 
 
+def test_bodies_that_take_long_to_read(client):
+    """Each would hold up everybody's streams for minutes."""
+    answer = client.post(GENERATIONS, json={"prompt": "3", "prefix_tokens": [0] * 20_000})
+    assert refused(answer, 400, "a list has at most 16384 values")
+    form = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nxxx-aaa\r\n--b--\r\n'
+    kind = {"content-type": "multipart/form-data; boundary=b; charset=punycode"}
+    assert refused(client.post(GENERATIONS, content=form, headers=kind), 400, "without a charset")
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(file, "JPEG", progressive=True)
+    scan = file.getvalue()[file.getvalue().rindex(b"\xff\xda") : -2]
+    scans = base64.b64encode(file.getvalue()[:-2] + 300 * scan + b"\xff\xd9").decode()
+    assert refused(client.post(TOKENS, json={"image": scans}), 400, "more than 200 scans")
+
+
 def test_decompression_bombs(client):
     """Small files of very many pixels are refused by their headers."""
 
@@ -282,6 +296,8 @@ def test_large_bodies(client, monkeypatch):
     with _either():
         assert refused(client.post(GENERATIONS, content=endless()), 413, "bytes")
     monkeypatch.setattr(app_module, "MOST_BYTES_TOGETHER", 1000)
+    for _ in range(2):
+        assert refused(client.post(GENERATIONS, content=b" " * 900), 400, "no JSON")  # and none of it counts afterwards
     assert refused(client.post(GENERATIONS, content=b" " * 2000), 429, "large")
     monkeypatch.undo()
     monkeypatch.setattr(app_module, "BODY_SECONDS", 0.2)
@@ -479,13 +495,20 @@ def test_nothing_of_a_request_is_logged(client, caplog):
         ({"checkpoint": "absent"}, "absent"),
         ({"checkpoint": "tokenizer"}, "holds a tokenizer"),
         ({"port": "taken"}, "cannot listen"),
+        ({"host": "a..b", "token": "long"}, "cannot listen"),
     ],
     ids=str,
 )
 def test_what_the_command_refuses(tiny_run, tmp_path, options, word):
     (tmp_path / "short").write_text("secret\n")
+    (tmp_path / "long").write_text("a-secret-of-sixteen")
     taken = socket.create_server(("127.0.0.1", 0))
-    places = {"absent": tmp_path / "absent", "short": tmp_path / "short", "tokenizer": tiny_run / "tokenizer"}
+    places = {
+        "absent": tmp_path / "absent",
+        "short": tmp_path / "short",
+        "long": tmp_path / "long",
+        "tokenizer": tiny_run / "tokenizer",
+    }
     options = {name: str(places.get(value, value)) for name, value in options.items()}
     if "port" in options:
         options["port"] = taken.getsockname()[1]
@@ -510,7 +533,7 @@ def test_a_signal_ends_it(tiny_run, number):
 
 def test_without_the_extra(monkeypatch, tiny_run):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    with pytest.raises(InputError, match=r"dar_jax\[serve\]"):
+    with pytest.raises(InputError, match=r"\[serve\]"):
         Serve(str(tiny_run)).run()
 
 

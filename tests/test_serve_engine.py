@@ -187,6 +187,37 @@ def test_what_fails_fails_alone(engine, alone, monkeypatch, caplog):
     assert engine.status == "ok"
 
 
+def test_particles_take_the_room_of_samples(trained, monkeypatch):
+    """More than there is ever room for are drawn alone; where memory does not suffice, that request alone fails."""
+    engine = Engine(trained, max_batch=6, max_waiting=20)
+    wait_for(lambda: engine.status == "ok", 60)
+    real, rows = engine._begin_edit, []
+
+    def begin_edit(row):
+        if row.sample.particles > 8:
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        rows.append([*(each.sample.particles for cohort in engine._cohorts for each in cohort.live), row.sample.particles])
+        return real(row)
+
+    monkeypatch.setattr(engine, "_begin_edit", begin_edit)
+    heard, done = [], threading.Event()
+
+    def hear(event):
+        heard.append(event)
+        if len([event for event in heard if isinstance(event, Failure) or event.final]) == 9:
+            done.set()
+
+    image, known = np.zeros((8, 8, 1), np.uint8), np.tile(np.arange(8) < 4, (8, 1))
+    for particles in (4, 2, 4, 8, 16, 16, 16, 16):
+        sample = engine.sample(3, 1, SETTINGS[3], 1, None, image, known=known, particles=particles)
+        engine.submit([sample], hear)
+    engine.submit([engine.sample(3, 1, SETTINGS[3])], hear)
+    assert done.wait(60) and engine.status == "ok"
+    engine.close()
+    assert sum(isinstance(event, Failure) for event in heard) == 4
+    assert max(sum(each) for each in rows if len(each) > 1) <= 6 and [8] in rows
+
+
 def draw(logits, keys, position, tokens, settings):
     return jax.vmap(jax.random.categorical)(keys, logits.at[:, :32].add(-1) / settings.temperature)
 

@@ -67,7 +67,8 @@ class Serve:
                     super().handle_exit(sig, frame)
 
             options = {"log_config": None, "log_level": "error", "access_log": False, "lifespan": "off", "server_header": False}
-            options |= {"limit_concurrency": 512, "timeout_graceful_shutdown": 3, "h11_max_incomplete_event_size": 1 << 16}
+            options |= {"limit_concurrency": 512, "timeout_graceful_shutdown": 3}
+            options |= {"http": "h11", "h11_max_incomplete_event_size": 1 << 16}  # httptools takes headers of any size
             server = Server(uvicorn.Config(make_app(engine, hosts, token), **options))
             name = f"[{self.host}]" if ":" in self.host else self.host
             address = f"http://{name}:{listener.getsockname()[1]}/"
@@ -108,5 +109,6 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
-    except OSError as error:
-        raise InputError(f"cannot listen at {host} port {port}: {error.strerror or error}; try another --port") from error
+    except (OSError, UnicodeError) as error:  # the latter for what is no name of a host
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot listen at {host} port {port}: {reason}; try another --host or --port") from error

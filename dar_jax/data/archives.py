@@ -187,6 +187,8 @@ def _members(path: Path) -> Iterator[tuple[str, int, int, int]]:
                 if tar.offset <= offset:
                     raise ValueError("its headers contradict each other")
                 offset = tar.offset
+                if member.size < 0:
+                    raise ValueError(f"it has a member of {member.size} bytes")
                 tar.members.clear()  # or tarfile would keep all of them
                 if not member.isreg() or member.sparse is not None:
                     continue
@@ -313,8 +315,10 @@ class ZipSource(EncodedImages):
     def encoded(self, index: int) -> tuple[io.BytesIO, int]:
         info = self._infos[self._names[index]]
         check_bytes(info.file_size)
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others decompress more than is asked for
+            raise ValueError("it is compressed in an unusual way")
         with self._zip.open(info) as file:
-            return io.BytesIO(file.read()), self._labels[index]  # no more than file_size, and its checksum is compared
+            return io.BytesIO(file.read(info.file_size)), self._labels[index]  # at the end its checksum is compared
 
     def key(self, index: int) -> str:
         return self._names[index].removeprefix(self._root).lstrip("/")
@@ -360,8 +364,8 @@ class ParquetSource(LabelledArchives):
                 names = names or _hub_names(opened.schema_arrow.metadata, label)
                 self._groups += [(number, group) for group in range(opened.num_row_groups)]
                 rows += [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
-                if sum(rows) > MAX_ROWS:
-                    raise InputError(f"{file} says that there are {sum(rows):,} rows, {MAX_ROWS:,} are the most")
+                if sum(rows) > min(MAX_ROWS, sum(each.stat().st_size for each in self.files)):  # no image is less than a byte
+                    raise InputError(f"{file} says that there are {sum(rows):,} rows, which is too many for its size")
                 column = opened.read([label], use_threads=False).column(0).cast("int64", safe=False)
                 labels.append(column.fill_null(NO_LABEL).to_numpy())
         self._starts = [0, *accumulate(rows)]

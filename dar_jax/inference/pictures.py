@@ -17,6 +17,7 @@ from dar_jax.files import replacing
 MIN_SIDE = 64  # pixels; smaller images are enlarged by whole factors, so that 8-pixel ones can be seen
 GAP = 4
 LINE = 14  # height of a line of text
+MOST_WEBP = 16383  # pixels along a side
 MAX_LABEL = 300  # pixels of the text at the left of a row
 
 

@@ -243,6 +243,11 @@ def write_samples(
     if request.reference is not None:
         prefix = encode(trained, request.reference[None], batch_size=1)[0, : request.prefix_length]
 
+    blank = np.zeros((total, *2 * (trained.config.output_side,), 1), np.uint8)
+    if animate and max(pictures.sheet(blank, captions).shape) > pictures.MOST_WEBP:
+        raise InputError(
+            f"{total} samples are too many for one animation, which has at most {pictures.MOST_WEBP:,} pixels a side"
+        )
     written, groups = [], [[] for _ in range(num_groups)]
     batches = sample(
         trained,

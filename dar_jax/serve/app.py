@@ -38,6 +38,7 @@ from dar_jax.inference.reconstruct import encode
 from dar_jax.inference.samples import class_number
 from dar_jax.serve.bodies import (
     MOST_IMAGES,
+    MOST_TOKENS,
     Edit,
     Generation,
     OnlyImage,
@@ -257,8 +258,7 @@ class Service:
         self.engine, self.trained = engine, engine.trained
         self.name = self.trained.info.config.name
         self.began, self.reading, self.coders = int(time.time()), 0, asyncio.Semaphore(CODERS)
-        height = self.trained.config.output_resolution or self.trained.config.resolution
-        self.side = min(height, self.trained.config.resolution)
+        self.side = self.trained.config.output_side
         self.size = f"{self.side}x{self.side}"
 
     async def health(self, request: HttpRequest) -> JSONResponse:
@@ -289,17 +289,17 @@ class Service:
         return await self._draw(request, Edit, "image", "mask")
 
     async def tokens(self, request: HttpRequest) -> Response:
-        _, (image,) = await self._read(request, OnlyImage, "image")
-        if image is None:
-            raise InputError("an image is needed, as base64")
-        pixels = await self._pixels(image, self.trained.config.image_size)
+        async with self._read(request, OnlyImage, "image") as (_, (image,)):
+            if image is None:
+                raise InputError("an image is needed, as base64")
+            pixels = await self._pixels(image, self.trained.config.image_size)
         tokens = await self._encode(pixels)
         shown = await asyncio.to_thread(encode_image, pixels, "png")
         return JSONResponse({"object": "image.tokens", "tokens": tokens, "b64_json": shown, "output_format": "png"})
 
     async def _draw(self, request: HttpRequest, kind: type[Generation], *names: str) -> Response:
-        wanted, images = await self._read(request, kind, *names)
-        samples = await self._samples(wanted, *images)
+        async with self._read(request, kind, *names) as (wanted, images):
+            samples = await self._samples(wanted, *images)
         last = samples[0].num_groups
         box = Mailbox(lambda preview: preview.group in shown_groups(last, wanted.partial_images) and wanted.stream)
         drawing = self.engine.submit(samples, box.hear)
@@ -398,13 +398,17 @@ class Service:
         async with self.coders:
             return await asyncio.to_thread(read_pixels, image, side, self.trained.config)
 
-    async def _read(self, request: HttpRequest, kind: type, *names: str) -> tuple[Any, list[bytes | None]]:
-        """The fields of a body, and its images of these names. Raises Refused and InputError."""
-        body = await self._body(request)
-        if request.headers.get("content-type", "").startswith("multipart/form-data"):
-            fields = await read_form(request.headers, body)
-        else:
-            fields = await asyncio.to_thread(read_json, body)
+    @contextlib.asynccontextmanager
+    async def _read(self, request: HttpRequest, kind: type, *names: str) -> AsyncIterator[tuple[Any, list[bytes | None]]]:
+        """The fields of a body and its images of these names, which count as being read. Raises Refused and InputError."""
+        async with self._body(request) as body:
+            if request.headers.get("content-type", "").startswith("multipart/form-data"):
+                fields = await read_form(request.headers, body)
+            else:
+                fields = await asyncio.to_thread(read_json, body)
+            yield await self._fields(fields, kind, *names)
+
+    async def _fields(self, fields: dict[str, Any], kind: type, *names: str) -> tuple[Any, list[bytes | None]]:
         images = [fields.pop(name, None) for name in names]
         for place, (name, image) in enumerate(zip(names, images)):
             if isinstance(image, str):
@@ -415,9 +419,12 @@ class Service:
             fields["prompt"] = str(fields["prompt"])
         if isinstance(fields.get("guidance"), (int, float)):
             fields["guidance"] = [fields["guidance"]] * 2
+        if any(isinstance(value, list) and len(value) > MOST_TOKENS for value in fields.values()):  # checked one by one
+            raise InputError(f"a list has at most {MOST_TOKENS} values")
         return checked(kind, fields), images
 
-    async def _body(self, request: HttpRequest) -> bytes:
+    @contextlib.asynccontextmanager
+    async def _body(self, request: HttpRequest) -> AsyncIterator[bytes]:
         closing = {"connection": "close"}  # whoever goes on sending
         too_long = Refused(413, f"the body has more than {MOST_BYTES:,} bytes", **closing)
         with contextlib.suppress(ValueError):
@@ -425,22 +432,23 @@ class Service:
                 raise too_long
         parts, count = [], 0
         try:
-            async with asyncio.timeout(BODY_SECONDS):
-                async for part in request.stream():
-                    count += len(part)
-                    self.reading += len(part)
-                    if count > MOST_BYTES:
-                        raise too_long
-                    if self.reading > MOST_BYTES_TOGETHER:
-                        raise Refused(429, "too many large requests at once", **closing, **{"retry-after": "1"})
-                    parts.append(part)
-        except ClientDisconnect:
-            raise Refused(499, "nobody waits") from None
-        except TimeoutError:
-            raise Refused(408, f"the body did not come within {BODY_SECONDS} seconds", **closing) from None
+            try:
+                async with asyncio.timeout(BODY_SECONDS):
+                    async for part in request.stream():
+                        count += len(part)
+                        self.reading += len(part)
+                        if count > MOST_BYTES:
+                            raise too_long
+                        if self.reading > MOST_BYTES_TOGETHER:
+                            raise Refused(429, "too many large requests at once", **closing, **{"retry-after": "1"})
+                        parts.append(part)
+            except ClientDisconnect:
+                raise Refused(499, "nobody waits") from None
+            except TimeoutError:
+                raise Refused(408, f"the body did not come within {BODY_SECONDS} seconds", **closing) from None
+            yield b"".join(parts)
         finally:
             self.reading -= count
-        return b"".join(parts)
 
 
 async def until_gone(request: HttpRequest, work: Any) -> Any:

@@ -28,6 +28,8 @@ from dar_jax.inference.reconstruct import check_size
 MOST_IMAGES = 16  # of a request
 MOST_PARTICLES = 64
 MOST_PIXELS = 1 << 24  # of an image that is sent, 4096 x 4096
+MOST_SCANS = 200  # of a JPEG, each of which goes over all pixels
+MOST_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Generation:
     response_format: Literal["b64_json"] = "b64_json"
     output_format: Literal["png", "jpeg", "webp"] = "png"
     stream: bool = False
-    partial_images: Annotated[int, Range(0, 16384)] | None = None  # previews in a stream; None: after every group
+    partial_images: Annotated[int, Range(0, MOST_TOKENS)] | None = None  # previews in a stream; None: after every group
     seed: Seed | None = None  # None: at random
     noise_seed: Seed | None = None  # of the noise of all images; None: each image's own seed
     guidance: tuple[Guidance, Guidance] | None = None
@@ -50,7 +52,7 @@ class Generation:
     top_p: Share | None = None
     groups: Tokens | None = None  # stop after so many
     prefix_tokens: tuple[Annotated[int, Range(0, 2**24)], ...] | None = None
-    prefix_length: Annotated[int, Range(0, 16384)] | None = None  # of the prefix image's tokens
+    prefix_length: Annotated[int, Range(0, MOST_TOKENS)] | None = None  # of the prefix image's tokens
 
 
 @dataclass(frozen=True)
@@ -95,11 +97,13 @@ def read_masked(image: bytes, mask: bytes, config: TokenizerConfig) -> tuple[np.
 
 
 def check_pixels(image: bytes) -> None:
-    """Raises InputError for an image file of too many pixels."""
+    """Raises InputError for an image file of too many pixels, or that takes far longer to read than its pixels say."""
     with contextlib.suppress(ImageError):  # then reading says it better
         width, height = size_of_image(io.BytesIO(image))
         if width * height > MOST_PIXELS:
             raise InputError(f"the image has {width} x {height} pixels, {MOST_PIXELS:,} are the most")
+    if image.startswith(b"\xff\xd8") and image.count(b"\xff\xda") > MOST_SCANS:
+        raise InputError(f"the image has more than {MOST_SCANS} scans")
 
 
 def read_base64(text: str) -> bytes:
@@ -121,6 +125,8 @@ def read_json(body: bytes) -> dict[str, Any]:
 
 async def read_form(headers: Headers, body: bytes) -> dict[str, Any]:
     """The fields of a form, as JSON would have them: numbers and lists where these are meant."""
+    if "charset" in headers["content-type"].lower():  # some take long to decode
+        raise InputError("a form is UTF-8, without a charset")
 
     async def stream() -> AsyncIterator[bytes]:
         yield body

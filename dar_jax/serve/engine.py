@@ -336,8 +336,10 @@ class Engine:
 
     def _join(self) -> None:
         """Waiting samples begin where there is room, and cohorts that have come to the same group become one."""
-        while (room := self.max_batch - self.load()[0]) > 0 and (rows := self._first_waiting(room)):
-            self._guarded(rows, lambda rows=rows: self._cohorts.append(self._begin(rows)))
+        while rows := self._first_waiting(self.max_batch - sum(row.sample.particles for c in self._cohorts for row in c.live)):
+            if (cohort := self._guarded(rows, lambda rows=rows: self._begin(rows))) is None:
+                break
+            self._cohorts.append(cohort)
         by_form: dict[Any, _Cohort] = {}
         for cohort in self._cohorts:
             if isinstance(cohort.state, Particles):
@@ -348,9 +350,10 @@ class Engine:
         self._cohorts = list(by_form.values())
 
     def _first_waiting(self, room: int) -> list[_Row]:
-        """Takes the first waiting sample and others that can begin with it."""
+        """Takes the first waiting sample and others that can begin with it. One of more particles than there is ever room for
+        begins alone."""
         with self._news:
-            if not self._waiting:
+            if not self._waiting or room < (self._waiting[0].sample.particles if self._cohorts else 1):
                 return []
             kind = self._kind(self._waiting[0].sample)
             chosen = list(itertools.islice((row for row in self._waiting if self._kind(row.sample) == kind), room))
@@ -474,6 +477,7 @@ class Engine:
                 continue
             if row.sample.known is not None and row.sample.image.shape == image.shape:
                 image = np.where(row.sample.known[..., None], row.sample.image, image)
+            image = image.copy()  # whoever reads it late does not keep the batch
             if group == row.sample.num_groups:
                 row.request.left -= 1
             if not row.request.left:
@@ -485,11 +489,11 @@ class Engine:
         """The result of work for these rows; where it fails, their requests do, and only they."""
         try:
             result = work()
-        except Exception:
+        except Exception as error:
             log.exception("%d samples failed", len(rows))
             for request in {row.request for row in rows}:
                 self._end(request, "drawing this image failed; the server's log says why")
-            self._failures += 1
+            self._failures += "RESOURCE_EXHAUSTED" not in str(error)  # these samples were too many, others may not be
             if self._failures >= MOST_FAILURES:
                 self._fail("drawing fails again and again; the server's log says why")
             return None

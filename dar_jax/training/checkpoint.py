@@ -351,7 +351,7 @@ def _checkpointer(workdir: PathLike, preserve: Any = None) -> ocp.training.Check
 def _finish(folder: epath.Path) -> None:
     """Adds the checksums to the checkpoint at hand, which does not count as finished yet."""
     for path in folder.iterdir() if hosts.first() else ():
-        if not (path / CHECKSUMS).exists():
+        if path.is_dir() and not ocp_path.step.is_path_finalized(path) and not (path / CHECKSUMS).exists():
             write_checksums(path)
 
 

@@ -40,13 +40,15 @@ def require_intact(checkpoint: epath.Path, part: str) -> None:
     with reading(checkpoint):
         listed = read_json(checkpoint / CHECKSUMS)[part]
         listed = {name: entry if isinstance(entry, list) else [entry] for name, entry in listed.items()}  # format 0: sizes
+        if not all(isinstance(entry, list) and entry and type(entry[0]) is int for entry in listed.values()):
+            raise ValueError(f"{CHECKSUMS} lists no sizes")
         folder = checkpoint / part
         folder = folder if folder.is_dir() else checkpoint  # the one part of an exported checkpoint has no folder of its own
         sizes = _sizes(folder)
     for name, (size, *_) in listed.items():
-        if sizes.get(name) != size:
+        if name not in sizes or sizes[name] != size:
             state = f"has {sizes[name]} bytes" if name in sizes else "is missing"
-            raise _damaged(checkpoint, f"{one_line(os.path.join(part, name))} {state}, it was written with {one_line(size)}")
+            raise _damaged(checkpoint, f"{one_line(os.path.join(part, name))} {state}, it was written with {size}")
     share = [name for name, (_, *crc) in listed.items() if crc]
     if hosts.many():
         share = share[jax.process_index() :: jax.process_count()]
