@@ -136,7 +136,7 @@ class Engine:
 
     Args:
       trained: without a `decoder_mesh`.
-      max_batch: samples on the devices at a time.
+      max_batch: rows on the devices at a time: samples, or the particles of an edit, which may be more if it is alone.
       max_waiting: samples that may wait for a place, beyond which `Full` is raised.
 
     Raises InputError for a model that it cannot serve.

@@ -2,8 +2,8 @@
 
 Source:   MMD-DDM (arXiv 2301.07969) unrolls a sampler and compares features of its images with those of real ones; FlowMo's
           second stage (arXiv 2503.11056) does so with images and their reconstructions in pairs.
-Command:  dar-jax train experiments/variants/few_steps.py --init-from runs/digits/tokenizer --workdir runs/blocks_steps
-          dar-jax reconstruct runs/blocks_steps --images photos --out decoded
+Command:  dar-jax train experiments/variants/few_steps.py --init-from runs/digits/tokenizer --workdir runs/two_steps
+          dar-jax reconstruct runs/two_steps --images photos --out decoded
           A transformer of the base's codes draws with it if the folder takes the place of its RUN/tokenizer.
 Differs:  from the digits' tokenizer in the loss and in what is trained: the velocity network and the token decoder. Every
           token conditions a step: with S steps, T / S of them each (--model.queries-per-step).
