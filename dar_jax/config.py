@@ -455,6 +455,8 @@ def validate(config: TokenizerTraining | TransformerTraining) -> None:
         size, kv_heads = model.width // model.heads, model.kv_heads or model.heads
         require(size % 2 == 0, f"model.width / model.heads, the size of a head, is {size}, it should be even (RoPE)")
         require(model.heads % kv_heads == 0, f"model.heads {model.heads} should be a multiple of model.kv_heads {kv_heads}")
+        start = config.sampling.start_step
+        require(start == 0, f"sampling.start_step is {start}, but a run's samples have no image to start from; leave it at 0")
 
 
 def validate_tokenizer(model: TokenizerConfig) -> None:

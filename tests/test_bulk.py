@@ -15,6 +15,7 @@ from dar_jax.errors import InputError
 from dar_jax.evaluation.images import from_npz
 from dar_jax.inference import bulk
 from dar_jax.inference.bulk import class_labels, generate_npz
+from dar_jax.inference.identity import describe, digest
 from dar_jax.inference.samples import sample
 from dar_jax.inference.trained import load_sampler
 from dar_jax.models.transformer import Llama
@@ -127,6 +128,17 @@ def test_parts_of_anything_else_are_refused(trained, tmp_path):
     (tmp_path / "out.npz.parts" / "identity.json").unlink()
     with pytest.raises(InputError, match="holds pieces and no identity.json"):
         draw(trained, path)
+
+
+def test_what_a_function_captured_is_of_its_identity():
+    def times(count, *, plus=0):
+        return lambda x, minus=plus: count * x - minus
+
+    def itself(count):
+        return itself(count - 1)
+
+    assert describe(times(2)) == describe(times(2)) and describe(itself) == describe(itself)
+    assert len({digest(describe(each)) for each in (times(2), times(3), times(2, plus=1), jax.jit(times(4)))}) == 4
 
 
 def test_killed_before_the_parts_were_deleted(trained, tmp_path, monkeypatch):

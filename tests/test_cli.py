@@ -264,6 +264,35 @@ ERRORS = {
     "unwritable folder of a quickstart": ("cannot write to", ["quickstart", "--workdir", "{tmp}/fails.py/run"]),
     "quickstart in a used folder": ("holds no quickstart", ["quickstart", "--workdir", "{images}"]),
     "quickstart in another run's folder": ("other settings", ["quickstart", "--workdir", "{tmp}/truncated"]),
+    "data that the tokenizer cannot take": (
+        "data.image_size is 30, but the tokenizer's is 8",
+        ["evaluate-ar", "{runs}/ar", "--out", "{out}", "--data.source", "digits", "--data.image-size", "30"],
+    ),
+    "coloured data": (
+        "data.channels is 3, but the tokenizer's is 1",
+        ["evaluate-tokenizer", "{runs}/ar", "--data.channels", "3"],
+    ),
+    "codes where images are needed": (
+        "data.source is codes",
+        ["evaluate-tokenizer", "{runs}/ar", "--data.source", "codes", "--data.path", "{tmp}/empty"],
+    ),
+    "a split for training": (
+        "data.held_out_split is for training",
+        ["evaluate-tokenizer", "{runs}/ar", "--data.held-out-split", "nosuch"],
+    ),
+    "training with a start step": ("sampling.start_step is 1", [*TRAIN_AR, "--sampling.start-step", "1"]),
+    "edit with guesses": (
+        "finds tokens beyond a group",
+        [
+            "edit",
+            "{runs}/ar",
+            "--experiment",
+            str(ROOT / "experiments/variants/speculative.py"),
+            "--image",
+            "{images}/class/b.png",
+        ]
+        + ["--enlarge", "4", "--seeds", "1", "--out", "{out}"],
+    ),
     "tokenizing random crops": ("crop is random", ["tokenize", "{runs}/tokenizer", "--data.crop", "random", "--out", "{out}"]),
 }
 

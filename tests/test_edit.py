@@ -199,6 +199,16 @@ def test_resampled_particles_go_on_as_if_their_tokens_were_given(trained, monkey
         assert len(np.unique(expected, axis=0)) == 9
 
 
+def test_who_stays_keeps_its_keys(trained, monkeypatch):
+    """Where one sample's particles are drawn anew and another's are not, for a predictor with keys of its own."""
+    favour = lambda previews: jnp.array([[0.0, 9.0, 0.0], [0.0] * 3, [0.0] * 3]) * previews.size  # noqa: E731
+    states = list(run_particles(trained, favour, 3))
+    keys = [jax.random.key_data(state.state.prediction.keys).reshape(3, 3, -1) for state in states]
+    for before, after in zip(keys, keys[1:-1]):
+        np.testing.assert_array_equal(before[1:], after[1:])
+    assert (keys[0][0] != keys[-2][0]).any()
+
+
 def test_an_edit_depends_on_itself_alone(trained, images, left):
     """And what is known stays; with a label, and with the image deciding."""
     for labels in (LABELS, None):

@@ -211,6 +211,22 @@ def test_subset():
         subset(images, 101)
 
 
+def test_a_subset_of_a_source_is_all_that_is_read():
+    class Counting:
+        class_names, description, asked = ("a",), "counted", []
+
+        def __len__(self):
+            return 100
+
+        def __getitem__(self, index):
+            self.asked.append(index)
+            return {"image": np.full((1, 1, 1), index, np.uint8), "label": 0}
+
+    source = Counting()
+    values = np.concatenate(list(subset(from_source(source, 1), 20).chunks())).ravel()
+    assert len(values) == 20 and set(source.asked) == {0, *values.tolist()}
+
+
 # --- features --------------------------------------------------------------------------------------------------------------
 
 

@@ -148,8 +148,7 @@ def test_few_steps_keep_the_codes(trained):
 def test_particles_of_anything(tiny_run, tmp_path, capsys):
     module = runpy.run_path(path_of("particles"))
     for observe in ("profiles", "reader"):
-        options = module["Options"](run=tiny_run, out=tmp_path, observe=observe, num=3, particles=(1, 16))
-        module["main"](options)
+        module["main"](run=tiny_run, out=tmp_path, observe=observe, num=3, particles=(1, 16))
         errors = [float(line.split()[6].rstrip(",")) for line in capsys.readouterr().out.splitlines()]
         assert (tmp_path / f"{observe}.png").exists() and (observe == "reader" or errors[1] < errors[0])
 

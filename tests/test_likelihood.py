@@ -78,6 +78,12 @@ def test_the_command_writes_report_and_plot(tiny_run, tmp_path, capsys):
     assert Image.open(tmp_path / "out/positions.png").size[0] > 500
 
 
+def test_codes_of_another_tokenizer_are_refused(tiny_run, golden, tmp_path, capsys):
+    codes = ["--data.source", "codes", "--data.path", str(golden / "old_codes")]
+    assert main(["evaluate-ar", str(tiny_run), "--out", str(tmp_path / "out"), *codes]) == 2
+    assert "were made by another tokenizer" in capsys.readouterr().err
+
+
 def test_unfit_data_are_refused(tiny_run, digits, tmp_path):
     trained = load_sampler(tiny_run)
     source, data = digits

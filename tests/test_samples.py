@@ -12,6 +12,7 @@ from dar_jax.config import DataConfig, MeshConfig, SamplingConfig, TokenizerTrai
 from dar_jax.data.sources import open_source
 from dar_jax.errors import InputError
 from dar_jax.experiment import Experiment
+from dar_jax.inference.model import Model
 from dar_jax.inference.reconstruct import encode, reconstruct
 from dar_jax.inference.samples import class_number, make_request, pair, sample
 from dar_jax.inference.trained import inspect_transformer, load_sampler, load_tokenizer, run_mesh
@@ -146,6 +147,40 @@ def test_request_that_does_not_fit(tiny_run, message, given):
 def test_start_step_without_an_image(tiny_run):
     with pytest.raises(InputError, match="start_step is 2"):
         make_request(inspect(tiny_run), ["3"], [1], SamplingConfig(start_step=2))
+
+
+def test_start_step_in_the_settings_of_a_run(trained):
+    with pytest.raises(InputError, match="start_step is 1: an image"):
+        next(sample(trained, [3], [1], SamplingConfig(start_step=1)))
+
+
+def test_labels_of_a_model_are_numbers_or_names(trained):
+    model = Model(dataclasses.replace(trained, class_names=tuple("1023456789")))
+    image = model.sample([1], [5])
+    np.testing.assert_array_equal(image, model.sample(["0"], [5]))
+    assert (image != model.sample(["1"], [5])).any()
+
+
+@pytest.mark.parametrize(
+    ("call", "word"),
+    [
+        (lambda model: model.sample([]), "no labels"),
+        (lambda model: model.sample([3], prefix=[99_999]), "0 .. 63"),
+        (lambda model: model.sample([3], prefix=[0.5]), "integers"),
+        (lambda model: model.sample([3], prefix=[1] * 17), "k up to 16"),
+        (lambda model: model.sample([3], prefix=np.ones((2, 3), int)), "k up to 16"),
+        (lambda model: model.decode(np.zeros((3, 16), int), [1, 2]), "do not pair up"),
+        (lambda model: model.decode(np.zeros((1, 16), int), [1, 2]), "1 images and 2 seeds"),
+        (lambda model: model.decode(np.zeros((3, 16), int), [-1, 0, 1]), "seed -1 is out of range"),
+        (lambda model: model.decode(np.zeros((3, 16))), "codes are float64"),
+        (lambda model: model.decode(np.zeros((3, 16), int), temperature=0.5), "temperature is about finding tokens"),
+        (lambda model: model.encode([]), "the tokenizer takes"),
+        (lambda model: model.encode([[1, 2]]), "the tokenizer takes"),
+    ],
+)
+def test_what_a_model_refuses(trained, call, word):
+    with pytest.raises(InputError, match=word):
+        call(Model(trained))
 
 
 def test_class_number():

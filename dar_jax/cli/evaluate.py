@@ -1,6 +1,5 @@
 """Commands that measure."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -27,6 +26,7 @@ from dar_jax.cli.options import (
 )
 from dar_jax.config import Batch, DataConfig, Seed, Share, Temperature, Tokens, TopK
 from dar_jax.console import show
+from dar_jax.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -81,18 +81,21 @@ class EvaluateTokenizer(Inception, Decoding, OnData[Settings]):
 
     def run(self) -> None:
         from dar_jax.evaluation.tokenizer import evaluate_tokenizer, open_lpips, table
+        from dar_jax.inference.tokenize import check_images
         from dar_jax.inference.trained import unless_missing
         from dar_jax.training.checkpoint import inspect
 
         check_writable(self.json)
         info, mesh = inspect(self.checkpoint), make_mesh(self.mesh)
+        if self.data.source == "codes":
+            raise InputError("data.source is codes, give the images that they were made of")
+        check_images(info.tokenizer.config.model, self.data)
         sampling, source = self.sampling(info), self.open_source(self.data)
         extractor = unless_missing(lambda: self.open_extractor(mesh), self.inception)
         lpips = unless_missing(lambda: open_lpips(self.lpips), self.lpips)
         trained = self.load_tokenizer(mesh)
-        data = dataclasses.replace(self.data, image_size=info.tokenizer.config.model.image_size)
         report = evaluate_tokenizer(
-            trained, source, data, extractor, lpips, sampling, self.seed, self.batch_size, self.num_images
+            trained, source, self.data, extractor, lpips, sampling, self.seed, self.batch_size, self.num_images
         )
         write_json(self.json, report)
         show(table(report))
@@ -122,11 +125,17 @@ class EvaluateAr(OnData[Settings]):
         return held_out(inspect_transformer(checkpoint).config.data)
 
     def run(self) -> None:
+        from dar_jax.data.codes import check_made_by
         from dar_jax.evaluation.likelihood import describe, evaluate_transformer, write_report
+        from dar_jax.inference.tokenize import check_images
+        from dar_jax.inference.trained import inspect_transformer
 
+        if self.data.source != "codes":
+            check_images(inspect_transformer(self.checkpoint).tokenizer.config.model, self.data)
         source = self.open_source(self.data)
         check_writable(self.out, folder=True)
         trained = self.load_sampler()
+        check_made_by(source, trained.params["tokenizer"], self.checkpoint)
         report = evaluate_transformer(trained, source, self.data, self.batch_size, self.num_images)
         if first():
             written = write_report(report, self.out, trained.config.num_groups, trained.config.codebook_size)

@@ -94,8 +94,11 @@ class OnCheckpoint:
         return None if self.experiment is None else load_experiment(self.experiment)
 
     def open_source(self, data: DataConfig) -> Any:
-        """The data, opened as the run's experiment does it."""
+        """The data, opened as the run's experiment does it. Raises InputError where it cannot, or an option would be void."""
         from dar_jax.data.sources import open_source
+
+        if data.held_out_split is not None:
+            raise InputError("data.held_out_split is for training; give data.split")
 
         return ((self.replaced and self.replaced.source) or open_source)(data)
 

@@ -230,7 +230,7 @@ class Tokenize(OnData[Settings]):
         """The data of the tokenizer's training, with ten crops in place of random ones."""
         from dar_jax.training.checkpoint import inspect
 
-        data = inspect(checkpoint).tokenizer.config.data
+        data = dataclasses.replace(inspect(checkpoint).tokenizer.config.data, held_out_split=None)
         return dataclasses.replace(data, crop="ten_crop", flip=False) if data.crop == "random" else data
 
     def run(self) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from dar_jax.config import Codes, Range, Tokens
 from dar_jax.data.shards import Records, ShardsInfo, open_shards, write_records
+from dar_jax.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -133,3 +134,9 @@ def fingerprint(params: Mapping[str, Any]) -> str:
 
     add(params)
     return digest.hexdigest()
+
+
+def check_made_by(source: Any, tokenizer: Any, name: str | os.PathLike) -> None:
+    """Raises InputError where a source has stored codes of another tokenizer than the one with these parameters, of `name`."""
+    if isinstance(source, CodesSource) and source.info.tokenizer != fingerprint(tokenizer):
+        raise InputError(f"the codes in {source.folder} were made by another tokenizer than that of {name}")

@@ -57,7 +57,8 @@ def held_out(config: DataConfig) -> DataConfig:
     """The same data set in the split to evaluate on: `held_out_split`, or else the usual one; codes as they are."""
     usual = {"digits": "test", "cifar10": "test", "idx": "test", "tfds": "validation"}
     usual |= dict.fromkeys(("folder", "packed", "tar"), "val")
-    return dataclasses.replace(config, split=config.held_out_split or usual.get(config.source, config.split))
+    split = config.held_out_split or usual.get(config.source, config.split)
+    return dataclasses.replace(config, split=split, held_out_split=None)
 
 
 def open_source(config: DataConfig) -> Source:

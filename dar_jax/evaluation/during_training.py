@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from dar_jax.config import TokenizerTraining
+from dar_jax.data.codes import check_made_by
 from dar_jax.data.sources import Source, held_out, open_source
 from dar_jax.errors import InputError
 from dar_jax.evaluation.extractor import Extractor, open_extractor
@@ -72,6 +73,8 @@ class Evaluation:
                 f"the images to evaluate on have other classes than those to train on ({', '.join(differing[:5])}): "
                 f"{source.description}; mend them, or set train.evaluate_every to 0"
             )
+        if stage.tokenizer is not None:
+            check_made_by(source, stage.tokenizer.params, stage.tokenizer.info.workdir)
         if source.description == getattr(stage.source, "description", None):
             return ["there is no split to evaluate on, eval_ figures are of the training images"]
         return []

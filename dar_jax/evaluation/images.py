@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from dar_jax.config import DataConfig
-from dar_jax.data.pipeline import epoch
+from dar_jax.data.pipeline import elements
 from dar_jax.data.sources import Source, open_source
 from dar_jax.data.transforms import center_crop
 from dar_jax.errors import InputError
@@ -33,12 +33,14 @@ class Images:
     count: N, including unreadable files of a folder, which are left out.
     shape: (H, W, C).
     chunks: starts reading; yields uint8 [n, H, W, C], n of any size.
+    chosen: (indices [n]) -> the same of these images alone, where that takes less reading; else None.
     """
 
     source: str
     count: int
     shape: tuple[int, int, int]
     chunks: Callable[[], Iterator[np.ndarray]]
+    chosen: Callable[[np.ndarray], Iterator[np.ndarray]] | None = None
 
 
 def from_npz(path: str | os.PathLike) -> Images:
@@ -73,12 +75,12 @@ def from_source(source: Source, image_size: int | None = None) -> Images:
             )
         return image
 
-    def chunks() -> Iterator[np.ndarray]:
+    def chosen(indices: np.ndarray) -> Iterator[np.ndarray]:
         crop = same_size if image_size is None else lambda image: center_crop(image, image_size)
-        for batch in epoch(source, DataConfig(image_size=shape[0]), batch_size=READ, crop=crop):
+        for batch in elements(source, DataConfig(image_size=shape[0]), indices, batch_size=READ, crop=crop):
             yield batch["image"][batch["valid"]]
 
-    return Images(source.description, len(source), shape, chunks)
+    return Images(source.description, len(source), shape, lambda: chosen(np.arange(len(source))), chosen)
 
 
 def open_images(what: str | os.PathLike | DataConfig) -> Images:
@@ -127,13 +129,16 @@ def subset(images: Images, count: int) -> Images:
     chosen = choose(images.count, count)
 
     def chunks() -> Iterator[np.ndarray]:
+        if images.chosen is not None:
+            yield from images.chosen(np.flatnonzero(chosen))
+            return
         start = 0
         for chunk in images.chunks():
             yield chunk[chosen[start : start + len(chunk)]]
             start += len(chunk)
 
     source = f"{images.source}; {count:,} of {images.count:,} drawn at random"
-    return dataclasses.replace(images, source=source, count=count, chunks=chunks)
+    return dataclasses.replace(images, source=source, count=count, chunks=chunks, chosen=None)
 
 
 def choose(total: int, count: int) -> np.ndarray:

@@ -28,7 +28,7 @@ from dar_jax.parallel.batches import batch_sharding, over_batches, row_slices, s
 from dar_jax.parallel.sharding import put
 from dar_jax.sampling.denoise import schedule
 from dar_jax.sampling.observe import Observed, log_likelihood, project, steered
-from dar_jax.sampling.particles import chosen_particle, random_classes
+from dar_jax.sampling.particles import check_groups, chosen_particle, random_classes
 from dar_jax.sampling.sampler import decode, lookup_codes
 from dar_jax.sampling.settings import Method, make_settings
 from dar_jax.training.checkpoint import Info
@@ -160,6 +160,7 @@ def make_edit(
     particle_counts(particles, make_settings(sampling, config, method).num_groups)
     if sampling.speculate:
         raise InputError(f"speculate is {sampling.speculate}, but particles are chosen between groups; give --speculate 0")
+    check_groups(method)
     if (mask is None) == (enlarge is None):
         raise InputError("give a mask, whose white part is drawn anew, or --enlarge, and not both")
     if enlarge is not None and (prefix_length or sampling.start_step):

@@ -8,10 +8,12 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import os
 import sys
 import sysconfig
+import types
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -64,24 +66,40 @@ def of_source(source: Source) -> dict[str, Any]:
     return {"kind": _code(type(source)), "images": images, "class_names": class_names, "contents": digest(contents)}
 
 
-def describe(value: Any) -> Any:
-    """Settings, modules and arrays as JSON-able data. Arrays and code become SHA-256, objects their class."""
+def describe(value: Any, within: tuple[int, ...] = ()) -> Any:
+    """Settings, modules and arrays as JSON-able data. Arrays and code become SHA-256, objects their class, functions with what
+    they captured.
+
+    Args: within, the ids of functions that are being described, which may capture themselves.
+    """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):
-        return {str(key): describe(item) for key, item in value.items()}
+        return {str(key): describe(item, within) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [describe(item) for item in value]
+        return [describe(item, within) for item in value]
     if isinstance(value, functools.partial):
-        return describe([value.func, value.args, value.keywords])
+        return describe([value.func, value.args, value.keywords], within)
+    function = inspect.unwrap(value)
+    if isinstance(function, types.FunctionType) and id(function) not in within and (captured := _captured(function)):
+        return [_code(value), describe(captured, (*within, id(function)))]
     if isinstance(value, np.dtype):
         return value.name
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [field.name for field in dataclasses.fields(value) if field.name not in ("parent", "name")]  # Flax's own
-        return {"class": _code(type(value)), **{name: describe(getattr(value, name)) for name in names}}
+        return {"class": _code(type(value)), **{name: describe(getattr(value, name), within) for name in names}}
     if isinstance(getattr(value, "dtype", None), np.dtype):  # an array, or a type such as jnp.float32
         return fingerprint({"": value}) if hasattr(value, "shape") else value.dtype.name
     return _code(value if hasattr(value, "__qualname__") else type(value))
+
+
+def _captured(function: types.FunctionType) -> dict[str, Any]:
+    """The values of variables around a function that it uses, by name, and its defaults."""
+    found = dict(enumerate(function.__defaults__ or ())) | (function.__kwdefaults__ or {})
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+        with contextlib.suppress(ValueError):  # not assigned yet
+            found[name] = cell.cell_contents
+    return found
 
 
 def claim(folder: str | os.PathLike, identity: Mapping[str, Any], pieces: str) -> None:

@@ -24,6 +24,16 @@ from dar_jax.sampling.sampler import decode, lookup_codes
 from dar_jax.sampling.settings import make_settings
 from dar_jax.training.checkpoint import inspect
 
+FOR_TOKENS = {
+    "guidance",
+    "cfg_interval",
+    "temperature",
+    "top_k",
+    "top_p",
+    "speculate",
+    "start_step",
+}  # none of them for `decode`
+
 
 class Model:
     """A trained tokenizer, or a transformer with its tokenizer, on this machine's devices.
@@ -58,8 +68,12 @@ class Model:
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """The codes int32 [N, T] of images uint8 [N, H, W, C] of the tokenizer's size."""
-        config = self.trained.config
-        if images.dtype != np.uint8 or images.shape[1:] != (config.image_size, config.image_size, config.channels):
+        config, images = self.trained.config, np.asarray(images)
+        if (
+            not len(images)
+            or images.dtype != np.uint8
+            or images.shape[1:] != (config.image_size, config.image_size, config.channels)
+        ):
             shape = f"uint8 [N, {config.image_size}, {config.image_size}, {config.channels}]"
             raise InputError(f"images are {images.dtype} {list(images.shape)}, the tokenizer takes {shape}")
         return encode(self.trained, images, self.batch_size)
@@ -67,17 +81,21 @@ class Model:
     def decode(self, codes: np.ndarray, seeds: Sequence[int] | None = None, **settings: Any) -> np.ndarray:
         """Images uint8 [N, H, W, C] of codes int32 [N, T], denoised from the noise of these seeds (default: 0 .. N - 1).
 
-        settings: fields of `SamplingConfig` that differ from the defaults, such as `steps="late3"`.
+        settings: fields of `SamplingConfig` about denoising that differ from the defaults, such as `steps="late3"`.
         """
         codes, trained = self._codes(codes), self.trained
-        numbers = np.asarray(np.arange(len(codes)) if seeds is None else seeds, np.uint32)
+        _, numbers = pair([0] * len(codes), range(len(codes)) if seeds is None else seeds)
+        if len(numbers) != len(codes):
+            raise InputError(f"there are {len(codes)} images and {len(numbers)} seeds")
+        if void := sorted(set(settings) & FOR_TOKENS):
+            raise InputError(f"{void[0]} is about finding tokens, decoding takes none")
         chosen = make_settings(_with(SamplingConfig(), settings), trained.config, trained.networks.method)
 
         def images(codes: jax.Array, seeds: jax.Array) -> jax.Array:
             values = lookup_codes(trained.networks, trained.params, codes)
             return decode(trained.networks, trained.sampler_params, chosen, values, seeds).images
 
-        return to_uint8(self._over_rows(images, codes, numbers))
+        return to_uint8(self._over_rows(images, codes, np.array(numbers, np.uint32)))
 
     def score(self, images: np.ndarray, labels: Sequence[int | str]) -> np.ndarray:
         """The bits float32 [N, T] that each code of these images takes, given their classes and the codes before it."""
@@ -104,6 +122,10 @@ class Model:
         prefix = settings.pop("prefix", None)
         sampling = _with(base, settings)
         numbers, each = pair([self._number(label) for label in labels], seeds)
+        if not numbers:
+            raise InputError("there are no labels or no seeds")
+        if prefix is not None:
+            prefix = self._prefix(np.asarray(prefix), len(numbers))
         batches = sample(self.trained, numbers, each, sampling, min(self.batch_size, len(numbers)), prefix, previews=previews)
         finished: dict[int, list[np.ndarray]] = {}  # by group, the images of the batches so far
         for batch in batches:
@@ -118,15 +140,26 @@ class Model:
         return self.trained
 
     def _number(self, label: int | str) -> int:
-        return class_number(str(label), self.class_names)
+        names = self.class_names if isinstance(label, str) else [""] * len(self.class_names)  # a number is no name
+        return class_number(str(label), names)
+
+    def _prefix(self, tokens: np.ndarray, count: int) -> np.ndarray:
+        longest, most = self.trained.config.num_tokens, self.trained.config.codebook_size
+        if tokens.ndim not in (1, 2) or tokens.shape[-1] > longest or tokens.shape[:-1] not in ((), (count,)):
+            raise InputError(f"the prefix is {list(tokens.shape)}, it should be [k] or [{count}, k] with k up to {longest}")
+        if not np.issubdtype(tokens.dtype, np.integer) or tokens.size and not 0 <= tokens.min() <= tokens.max() < most:
+            raise InputError(f"the prefix should be integers, 0 .. {most - 1}")
+        return tokens.astype(np.int32)
 
     def _codes(self, codes: np.ndarray) -> np.ndarray:
-        codes, config = np.asarray(codes, np.int32), self.trained.config
+        codes, config = np.asarray(codes), self.trained.config
+        if not np.issubdtype(codes.dtype, np.integer):
+            raise InputError(f"codes are {codes.dtype}, they should be integers")
         if codes.ndim != 2 or codes.shape[1] != config.num_tokens or not len(codes):
             raise InputError(f"codes are {list(codes.shape)}, the tokenizer takes [N, {config.num_tokens}]")
         if codes.min() < 0 or codes.max() >= config.codebook_size:
             raise InputError(f"codes are {codes.min()} .. {codes.max()}, the tokenizer has 0 .. {config.codebook_size - 1}")
-        return codes
+        return codes.astype(np.int32)
 
 
 def _with(base: SamplingConfig, settings: dict[str, Any]) -> SamplingConfig:

@@ -19,7 +19,7 @@ import numpy as np
 
 from dar_jax.config import SamplingConfig, TokenizerConfig, validate_tokenizer
 from dar_jax.console import Progress
-from dar_jax.errors import InputError
+from dar_jax.errors import InputError, require
 from dar_jax.inference import pictures
 from dar_jax.inference.reconstruct import encode, open_image
 from dar_jax.inference.trained import Trained
@@ -77,6 +77,8 @@ def sample(
     settings = sampling
     if isinstance(sampling, SamplingConfig):
         settings = make_settings(sampling, trained.config, trained.networks.method)
+        with_image = (image is None) == (sampling.start_step == 0)
+        require(with_image, f"start_step is {sampling.start_step}: an image to start from needs a step from 1 on")
     networks, params, total = trained.networks, trained.sampler_params, len(labels)
     size = trained.full_batch(batch_size)
     if prefix is not None:

@@ -101,6 +101,11 @@ def check_data(tokenizer: TokenizerConfig, data: DataConfig) -> None:
         raise InputError("data.source is codes, which are stored already")
     if data.crop == "random":
         raise InputError("data.crop is random, stored codes are of fixed crops; set it to center or ten_crop")
+    check_images(tokenizer, data)
+
+
+def check_images(tokenizer: TokenizerConfig, data: DataConfig) -> None:
+    """Raises InputError where a tokenizer cannot take the images of such data."""
     for name in ("image_size", "channels"):
         if getattr(data, name) != getattr(tokenizer, name):
             raise InputError(f"data.{name} is {getattr(data, name)}, but the tokenizer's is {getattr(tokenizer, name)}")

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from dar_jax.errors import require
 from dar_jax.sampling.observe import repeated
 from dar_jax.sampling.prepare import SamplerParams
 from dar_jax.sampling.sampler import SamplerState, advance, begin, regroup, snapshot
-from dar_jax.sampling.settings import Networks, Settings
+from dar_jax.sampling.settings import Method, Networks, Settings
 
 PURPOSE = 3  # of the samples' keys, see `Method`
 ENOUGH = 0.5  # particles are resampled where their effective number is a smaller share of them
@@ -122,6 +123,11 @@ def advance_particles(
     return _resampled(particles, drawn, count) if drawn.any() else particles
 
 
+def check_groups(method: Method) -> None:
+    """Raises InputError for a method whose particles cannot be chosen between groups."""
+    require(not method.predict.ahead, "the experiment finds tokens beyond a group, but particles are chosen between groups")
+
+
 def _one_by_one(settings: Settings) -> Settings:
     """Without guesses: tokens of later groups come from the seeds of the particles that are chosen until then."""
     return dataclasses.replace(settings, speculate=0)
@@ -138,7 +144,12 @@ def _resampled(particles: Particles, drawn: np.ndarray, count: int) -> Particles
     state = regroup([particles.state], (np.arange(len(rows))[:, None] * before + rows).reshape(-1))
     weights = np.where(drawn[:, None], 1 / count, take(particles.weights))
     return Particles(
-        reseed(state, own.reshape(-1)), particles.seeds, own, weights, take(particles.fit), take(particles.origins)
+        reseed(state, own.reshape(-1), np.repeat(drawn, count)),
+        particles.seeds,
+        own,
+        weights,
+        take(particles.fit),
+        take(particles.origins),
     )
 
 
@@ -151,12 +162,15 @@ def systematic(weights: np.ndarray, count: int, start: float) -> np.ndarray:
     return np.minimum(np.searchsorted(np.cumsum(weights), places, side="right"), len(weights) - 1)
 
 
-def reseed(state: SamplerState, seeds: np.ndarray) -> SamplerState:
-    """The state [B] in which the tokens to come are drawn from other seeds: integers [B]. The noise stays."""
+def reseed(state: SamplerState, seeds: np.ndarray, rows: np.ndarray) -> SamplerState:
+    """The state [B] in which the tokens to come of these rows, bool [B], are drawn from other seeds: integers [B]. The noise
+    stays."""
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
 
     def new(leaf: Array) -> Array:
-        return jax.device_put(keys, leaf.sharding) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return leaf
+        return jax.device_put(jnp.where(jnp.asarray(rows), keys, jax.device_put(leaf, keys.sharding)), leaf.sharding)
 
     return dataclasses.replace(state, prediction=jax.tree.map(new, state.prediction))
 

@@ -31,10 +31,12 @@ class Predictor(NamedTuple):
     begin: (networks, params, settings, condition, seeds [B], prefix [B, k] or None, num_given [B] or None) -> a state, any tree
       of arrays with the batch first that has `tokens` [B, T] int32 and `calls` [B] int32, the passes that each sample took.
     group: (networks, params, settings, state, group) -> the state, in which the tokens of this group are final.
+    ahead: tokens of later groups may be final too, so that particles cannot be chosen between groups.
     """
 
     begin: Callable[..., Any]
     group: Callable[..., Any]
+    ahead: bool = False
 
 
 @functools.partial(

@@ -51,7 +51,7 @@ def speculation(
         None: every slot reads a token and sees those before it.
     """
     parts = window, room, drafter, adapt
-    return Predictor(functools.partial(_begin, *parts), functools.partial(_predict, *parts))
+    return Predictor(functools.partial(_begin, *parts), functools.partial(_predict, *parts), ahead=True)
 
 
 def _begin(

@@ -30,7 +30,7 @@ from dar_jax.models.pixels import to_float, to_uint8
 from dar_jax.parallel.batches import batch_sharding, full_batch, to_host
 from dar_jax.parallel.sharding import put
 from dar_jax.sampling.observe import Observed, log_likelihood, project, steered
-from dar_jax.sampling.particles import Particles, advance_particles, begin_particles
+from dar_jax.sampling.particles import Particles, advance_particles, begin_particles, check_groups
 from dar_jax.sampling.sampler import (
     SamplerState,
     Samples,
@@ -188,6 +188,8 @@ class Engine:
             if not 0 <= number < 2**32:
                 raise InputError(f"{name} is {number}, it should be between 0 and {2**32 - 1}")
         settings = make_settings(sampling, config, networks.method)
+        if known is not None:
+            check_groups(networks.method)
         if known is None and (image is None) != (sampling.start_step == 0):
             raise InputError(f"start_step is {sampling.start_step}: an image to start from needs a step from 1 on")
         if prefix is not None:

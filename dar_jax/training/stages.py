@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from dar_jax import parallel
 from dar_jax.config import TokenizerTraining, TransformerTraining
-from dar_jax.data.codes import CodesSource, fingerprint
+from dar_jax.data.codes import CodesSource, check_made_by, fingerprint
 from dar_jax.data.pipeline import batches
 from dar_jax.data.sources import open_source
 from dar_jax.errors import InputError, require
@@ -220,8 +220,7 @@ def _check_fit(config: TransformerTraining, tokenizer: Loaded, source: Any) -> N
     if stored:
         tokens = source.info.tokens
         _require_equal("model.num_tokens", config.model.num_tokens, "the number of stored codes per image is", tokens)
-        if source.info.tokenizer != fingerprint(tokenizer.params):
-            raise InputError(f"the codes in {source.folder} were made by another tokenizer than {tokenizer.info.workdir}")
+        check_made_by(source, tokenizer.params, tokenizer.info.workdir)
 
 
 def check_tokenizer(config: TransformerTraining, tokenizer: TokenizerTraining, name: str, takes_images: bool) -> None:

@@ -111,7 +111,12 @@ def fsq_model(config, dtype, remat):
         f"fork.levels {text} should be {sizes.code_dim} numbers of 2 or more (model.code_dim) with the product "
         f"{sizes.codebook_size} (model.codebook_size)",
     )
-    return Tokenizer(sizes, dtype, remat, quantizer=functools.partial(FSQ, levels=levels))
+    return Tokenizer(sizes, dtype, remat, quantizer=fsq_of(levels))
+
+
+@functools.cache  # one object, or everything would be compiled for each
+def fsq_of(levels):
+    return functools.partial(FSQ, levels=levels)
 
 
 def tokenizer(name, model, code_dim, fork, **loss):

@@ -13,13 +13,13 @@ but the class is known, and not to the transformer: a support-vector classifier 
 on the host will do, `likelihood(previews [B, K, H, W, C]) -> [B, K]`; no gradient is asked of it.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
+from dar_jax.cli.options import script
 from dar_jax.inference import pictures
 from dar_jax.inference.trained import load_sampler
 from dar_jax.models.pixels import to_float, to_uint8
@@ -30,17 +30,6 @@ from dar_jax.sampling.sampler import snapshot
 from dar_jax.sampling.settings import make_settings
 
 SURE = 4.0  # log likelihood of an image that the classifier reads as its class
-
-
-@dataclass(frozen=True)
-class Options:
-    """Draw digits from what is known of held-out ones."""
-
-    run: tyro.conf.Positional[Path]  # a transformer's run on the digits
-    out: Path  # the folder for pictures
-    observe: str = "profiles"  # or reader
-    num: int = 60  # digits
-    particles: tuple[int, ...] = (1, 4, 16, 64)  # one column each
 
 
 def profiles(images):
@@ -86,24 +75,31 @@ def draw(trained, likelihood_of, wanted, seeds, count, batch_size=1024):
     return to_uint8(np.concatenate(images)), np.take_along_axis(classes, np.concatenate(origins), axis=1)[:, 0]
 
 
-def main(options: Options) -> None:
-    trained = load_sampler(options.run)
-    originals, labels = (part[: options.num] for part in digits("test"))
+def main(
+    run: str,  # of a transformer on the digits
+    out: Path,  # the folder for pictures
+    observe: Literal["profiles", "reader"] = "profiles",
+    num: int = 60,  # digits
+    particles: tuple[int, ...] = (1, 4, 16, 64),  # one column each
+):
+    """Draw digits from what is known of held-out ones."""
+    trained = load_sampler(run)
+    originals, labels = (part[:num] for part in digits("test"))
     classify, seeds = classifier(*digits("train")), np.arange(len(labels), dtype=np.uint32)
     wanted, likelihood_of = profiles(to_float(originals)), likelihood_of_profiles
-    if options.observe == "reader":
+    if observe == "reader":
         wanted, likelihood_of = labels, lambda labels: likelihood_of_reader(classify, labels)
     columns = [originals]
-    for count in options.particles:
+    for count in particles:
         images, classes = draw(trained, likelihood_of, wanted, seeds, count)
         error = np.sqrt(np.square(profiles(to_float(images)) - profiles(to_float(originals))).mean())
         read, drawn = np.mean(classify(images) == labels), np.mean(classes == labels)
         print(f"{count:4d} particles: error of the profiles {error:.3f}, read as the class {read:.1%}, drawn as it {drawn:.1%}")
         columns.append(images)
-    names = ["given", *(f"{count} particles" for count in options.particles)]
+    names = ["given", *(f"{count} particles" for count in particles)]
     picture = pictures.grid(np.stack(columns, axis=1)[:10], [str(label) for label in labels[:10]], names)
-    pictures.save_png(options.out / f"{options.observe}.png", picture)
+    pictures.save_png(out / f"{observe}.png", picture)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    script(main)

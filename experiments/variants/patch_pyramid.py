@@ -4,7 +4,7 @@ Source:   Pyramidal Patchification Flow (PPFlow, ICLR 2026), which keeps the res
           the idea of cheap early stages is E-CAR's (arXiv 2412.14170), predicting the image there is JiT's (arXiv 2511.13720).
 Command:  dar-jax train experiments/variants/patch_pyramid.py --workdir runs/pyramid
           dar-jax reconstruct runs/pyramid --experiment experiments/variants/patch_pyramid.py --images photos --out decoded
-          (settings of its own: --fork.coarse-groups, how many groups have large patches, 0 is the base; --fork.flow-power,
+          (settings of its own: --fork.coarse-groups, how many groups have large patches; --fork.flow-power,
           in place of --loss.flow-power)
 Differs:  from the digits' tokenizer of the quickstart in the velocity network and in how times are drawn (`Tokenizer`).
 Time:     that of the base; a coarse step takes 40 % of the operations of a fine one at this size, 23 % at the paper's.
@@ -110,11 +110,9 @@ class Pyramid(nn.Module):
 
 def model(config, dtype, remat):
     sizes, groups = config.model, config.fork["coarse_groups"]
-    require(0 <= groups < sizes.num_groups, f"fork.coarse_groups is {groups}, it should be 0 .. {sizes.num_groups - 1}")
+    require(0 < groups < sizes.num_groups, f"fork.coarse_groups is {groups}, it should be 1 .. {sizes.num_groups - 1}")
     require(sizes.velocity.repa_layer is None, "this decoder has no REPA head; set model.velocity.repa_layer to none")
     require(sizes.resolution % (2 * sizes.velocity.patch_size) == 0, "two patches should divide the image")
-    if not groups:
-        return Tokenizer(sizes, dtype, remat)
     path = halves(boundary(sizes, groups), sizes.velocity.time_shift, config.fork["flow_power"])
     return Tokenizer(sizes, dtype, remat, velocity_network=network(groups), path=path)
 

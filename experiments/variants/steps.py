@@ -26,6 +26,7 @@ import numpy as np
 from dar_jax.cli.options import script
 from dar_jax.config import SamplingConfig
 from dar_jax.console import columns
+from dar_jax.errors import require
 from dar_jax.evaluation.metrics import pixel_distance
 from dar_jax.experiment import Experiment
 from dar_jax.inference.reconstruct import images_of, reconstruct
@@ -90,6 +91,7 @@ def front(rows):
 def main(run: str, evaluations: tuple[int, ...] = (2, 3, 4, 5), images: int = 300, noises: int = 3):
     """Decode held-out images with allocations of so many evaluations, and show those that no other one beats in both PSNR and
     the Fréchet distance of the pixels (small images only). Beyond 4 groups the search moves one step at a time."""
+    require(min(evaluations) >= 2, "the fewest evaluations are 2: one in the first group and one in the last")
     trained = load_tokenizer(run)
     originals, _ = images_of(trained, images)
     groups, settings, rows = trained.config.num_groups, make_settings(SamplingConfig(), trained.config), {}
