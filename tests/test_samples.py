@@ -173,7 +173,7 @@ def test_labels_of_a_model_are_numbers_or_names(trained):
         (lambda model: model.decode(np.zeros((1, 16), int), [1, 2]), "1 images and 2 seeds"),
         (lambda model: model.decode(np.zeros((3, 16), int), [-1, 0, 1]), "seed -1 is out of range"),
         (lambda model: model.decode(np.zeros((3, 16))), "codes are float64"),
-        (lambda model: model.decode(np.zeros((3, 16), int), temperature=0.5), "temperature is about finding tokens"),
+        (lambda model: model.decode(np.zeros((3, 16), int), temperature=0.5), "temperature is no setting of decoding"),
         (lambda model: model.encode([]), "the tokenizer takes"),
         (lambda model: model.encode([[1, 2]]), "the tokenizer takes"),
     ],

@@ -24,15 +24,7 @@ from dar_jax.sampling.sampler import decode, lookup_codes
 from dar_jax.sampling.settings import make_settings
 from dar_jax.training.checkpoint import inspect
 
-FOR_TOKENS = {
-    "guidance",
-    "cfg_interval",
-    "temperature",
-    "top_k",
-    "top_p",
-    "speculate",
-    "start_step",
-}  # none of them for `decode`
+DENOISING = ("solver", "steps", "num_denoising_steps", "num_groups")  # the settings of `decode`
 
 
 class Model:
@@ -69,11 +61,8 @@ class Model:
     def encode(self, images: np.ndarray) -> np.ndarray:
         """The codes int32 [N, T] of images uint8 [N, H, W, C] of the tokenizer's size."""
         config, images = self.trained.config, np.asarray(images)
-        if (
-            not len(images)
-            or images.dtype != np.uint8
-            or images.shape[1:] != (config.image_size, config.image_size, config.channels)
-        ):
+        fits = images.dtype == np.uint8 and images.shape[1:] == (config.image_size, config.image_size, config.channels)
+        if not fits or not len(images):
             shape = f"uint8 [N, {config.image_size}, {config.image_size}, {config.channels}]"
             raise InputError(f"images are {images.dtype} {list(images.shape)}, the tokenizer takes {shape}")
         return encode(self.trained, images, self.batch_size)
@@ -81,14 +70,14 @@ class Model:
     def decode(self, codes: np.ndarray, seeds: Sequence[int] | None = None, **settings: Any) -> np.ndarray:
         """Images uint8 [N, H, W, C] of codes int32 [N, T], denoised from the noise of these seeds (default: 0 .. N - 1).
 
-        settings: fields of `SamplingConfig` about denoising that differ from the defaults, such as `steps="late3"`.
+        settings: those of `DENOISING` that differ from the defaults, such as `steps="late3"`.
         """
         codes, trained = self._codes(codes), self.trained
         _, numbers = pair([0] * len(codes), range(len(codes)) if seeds is None else seeds)
         if len(numbers) != len(codes):
             raise InputError(f"there are {len(codes)} images and {len(numbers)} seeds")
-        if void := sorted(set(settings) & FOR_TOKENS):
-            raise InputError(f"{void[0]} is about finding tokens, decoding takes none")
+        if void := sorted(set(settings) - set(DENOISING)):
+            raise InputError(f"{void[0]} is no setting of decoding, which are {', '.join(DENOISING)}")
         chosen = make_settings(_with(SamplingConfig(), settings), trained.config, trained.networks.method)
 
         def images(codes: jax.Array, seeds: jax.Array) -> jax.Array:
