@@ -281,6 +281,10 @@ ERRORS = {
         ["evaluate-tokenizer", "{runs}/ar", "--data.held-out-split", "nosuch"],
     ),
     "training with a start step": ("sampling.start_step is 1", [*TRAIN_AR, "--sampling.start-step", "1"]),
+    "training with too many groups": (
+        "num_groups is 9",
+        [*TRAIN_AR, "--tokenizer", "{runs}/tokenizer", "--sampling.num-groups", "9"],
+    ),
     "edit with guesses": (
         "finds tokens beyond a group",
         [

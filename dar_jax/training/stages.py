@@ -26,6 +26,7 @@ from dar_jax.features.load import load_dinov2, load_lpips
 from dar_jax.features.vgg_lpips import SMALLEST, Lpips
 from dar_jax.models.pixels import to_float
 from dar_jax.parallel import hosts
+from dar_jax.sampling.settings import make_settings
 from dar_jax.training.checkpoint import Info, Loaded, latest_step, load, save_for_inference
 from dar_jax.training.losses import next_token_loss, tokenizer_loss
 from dar_jax.training.optimizer import learning_rate, make_optimizer
@@ -123,6 +124,7 @@ def open_stage(experiment: Experiment, workdir: epath.Path, mesh: Mesh, before: 
         if before:
             experiment = _with_own_tokenizer(experiment, before, tokenizer, mesh)
         _check_fit(config, tokenizer, source)
+        make_settings(config.sampling, tokenizer.info.config.model, experiment.method)  # what it refuses, it refuses now
         if not isinstance(source, CodesSource):
             encoder = tokenizer.experiment.build_model(dtype)
     stage = describe(experiment, dtype, encoder)
