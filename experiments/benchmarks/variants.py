@@ -69,6 +69,7 @@ def main(options: Options) -> None:
         row, tokens = row_of(options, reader, base, trained, tokens)
         method = Path(file).stem + file.partition(".py")[2] if file else Path(run).name or "one by one"
         rows.append({"method": method, **row})
+        jax.clear_caches()  # on a CPU each program takes mappings of memory, of which a process has only so many
     print_table(rows)
     write_report(options.json, rows, command, machine=machine_name())
 
