@@ -8,8 +8,8 @@ Command:  dar-jax train experiments/variants/any_block.py --tokenizer runs/digit
           (a tokenizer with 32 tokens in 4 groups: --model.num-tokens 32 --fork.tokens-per-group 8)
 Differs:  from the digits' transformer of the quickstart in the model, the loss and how tokens are found.
 Time:     that of the base, 75 seconds on two CPU cores.
-Result:   7 of 16 passes for 0.11 bits more a held-out token than one by one (digits, three trainings), 15 of 64 for 0.22
-          (Fashion-MNIST, one). See docs/variants.md.
+Result:   7 of 16 passes for 0.11 bits more a held-out token than one by one (digits), 15 of 64 for 0.24 (Fashion-MNIST),
+          three trainings each. See docs/variants.md.
 
 Slot i of a block of b tokens holds token i - b, one block and not one token before (the condition where there is none), plus a
 vector for the size of the block, and sees its own block and all before it. Tokens of one block are drawn independently. Blocks
