@@ -187,35 +187,30 @@ def test_what_fails_fails_alone(engine, alone, monkeypatch, caplog):
     assert engine.status == "ok"
 
 
-def test_particles_take_the_room_of_samples(trained, monkeypatch):
-    """More than there is ever room for are drawn alone; where memory does not suffice, that request alone fails."""
-    engine = Engine(trained, max_batch=6, max_waiting=20)
-    wait_for(lambda: engine.status == "ok", 60)
-    real, rows = engine._begin_edit, []
+def test_particles_take_the_room_of_samples(engine, monkeypatch):
+    """More than there is ever room for begin alone; where memory does not suffice, that request alone fails."""
+    real, beside, heard, done = engine._begin_edit, [], [], threading.Event()
 
     def begin_edit(row):
+        beside.append([each.sample.particles for cohort in engine._cohorts for each in cohort.live] + [row.sample.particles])
         if row.sample.particles > 8:
             raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
-        rows.append([*(each.sample.particles for cohort in engine._cohorts for each in cohort.live), row.sample.particles])
         return real(row)
-
-    monkeypatch.setattr(engine, "_begin_edit", begin_edit)
-    heard, done = [], threading.Event()
 
     def hear(event):
         heard.append(event)
-        if len([event for event in heard if isinstance(event, Failure) or event.final]) == 9:
+        if sum(isinstance(event, Failure) or event.final for event in heard) == 8:
             done.set()
 
+    monkeypatch.setattr(engine, "max_batch", 8)
+    monkeypatch.setattr(engine, "_begin_edit", begin_edit)
     image, known = np.zeros((8, 8, 1), np.uint8), np.tile(np.arange(8) < 4, (8, 1))
-    for particles in (4, 2, 4, 8, 16, 16, 16, 16):
-        sample = engine.sample(3, 1, SETTINGS[3], 1, None, image, known=known, particles=particles)
-        engine.submit([sample], hear)
+    for particles in (4, 4, 4, 16, 16, 16, 16):
+        engine.submit([engine.sample(3, 1, SETTINGS[3], 1, None, image, known=known, particles=particles)], hear)
     engine.submit([engine.sample(3, 1, SETTINGS[3])], hear)
     assert done.wait(60) and engine.status == "ok"
-    engine.close()
     assert sum(isinstance(event, Failure) for event in heard) == 4
-    assert max(sum(each) for each in rows if len(each) > 1) <= 6 and [8] in rows
+    assert all(sum(each) <= 8 or each == [16] for each in beside) and beside.count([16]) == 4
 
 
 def draw(logits, keys, position, tokens, settings):
