@@ -6,6 +6,7 @@ import importlib.machinery
 import importlib.util
 import os
 import sys
+import traceback
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import optax
 from flax import linen as nn
 
 from dar_jax.config import DataConfig, OptimizerConfig, TokenizerTraining, TransformerTraining, validate
-from dar_jax.errors import InputError
+from dar_jax.errors import InputError, one_line, require
 from dar_jax.models.tokenizer import Tokenizer
 from dar_jax.models.transformer import Llama
 from dar_jax.parallel import Rules
@@ -71,6 +72,9 @@ class Experiment:
 
     def __post_init__(self):
         validate(self.config)
+        for name in ("rules", "reads"):  # ("a") is no tuple
+            value = getattr(self, name)
+            require(isinstance(value, tuple | list), f"Experiment({name}=...) is {value!r}, it should be a tuple: ({value!r},)")
 
     @property
     def hooks(self) -> tuple[str, ...]:
@@ -95,8 +99,10 @@ class Experiment:
             if getattr(self, part) is None or values is None:
                 continue
             for name in names or vars(values):
-                path, value, default = f"{section}.{name}", getattr(values, name), getattr(type(values)(), name)
-                if value != default and not path.startswith((*ALWAYS_READ, *self.reads)):
+                path, value = f"{section}.{name}", getattr(values, name)
+                usual = (type(values)(), getattr(type(self.config)(), section))  # a stage has defaults of its own
+                default = getattr(usual[-1], name)
+                if value not in [getattr(each, name) for each in usual] and not path.startswith((*ALWAYS_READ, *self.reads)):
                     raise InputError(
                         f"{path} is {value}, but this experiment replaces its {part}, which does not read it; "
                         f"leave it at {default} (or name it in Experiment(reads=...))"
@@ -157,11 +163,14 @@ def _run(path: Path) -> types.ModuleType:
         raise InputError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # so that dataclasses and worker processes find the module of what it defines
+    if (folder := str(path.parent.absolute())) not in sys.path:
+        sys.path.append(folder)  # it may import files beside it, as scripts do
     try:
         loader.exec_module(module)
     except InputError:
         raise
     except Exception as error:  # whatever a user's file may raise
-        line = " ".join(str(error).split())
-        raise InputError(f"{path} cannot be run: {type(error).__name__}: {line}") from error
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        place = f", line {lines[-1]}," if lines else ""
+        raise InputError(f"{path}{place} cannot be run: {type(error).__name__}: {one_line(error)}") from error
     return module

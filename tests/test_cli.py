@@ -198,6 +198,10 @@ ERRORS = {
     "unknown option": ("there is no option --sead; did you mean --seeds?", [*SAMPLE, "--sead", "3"]),
     "wrong type": ("--train.steps takes INT, not 'many'", [*TRAIN, "--train.steps", "many"]),
     "wrong type in a list": ("--seeds takes N,N, not '1,x'", [*SAMPLE[:-1], "1,x"]),
+    "wrong type of a fork's own": (
+        "--fork.max-characters takes INT, not '1.5'",
+        ["train", str(ROOT / "tests/forks/text.py"), "--workdir", "{out}", "--fork.max-characters", "1.5"],
+    ),
     "wrong choice": ("--solver takes {adams2,euler}, not 'exact'", [*SAMPLE, "--solver", "exact"]),
     "too few values": ("--sampling.guidance takes FLOAT FLOAT, not '1'", [*TRAIN_AR, "--sampling.guidance", "1"]),
     "value of a flag": ("takes no further argument 'yes'", [*SAMPLE, "--previews", "yes"]),
@@ -208,7 +212,10 @@ ERRORS = {
     "missing argument": ("Missing from dar-jax sample: --out STR (see", ["sample", "{runs}/ar", *SAMPLE[-4:]]),
     "missing value": ("--labels lacks its value, A,B", ["sample", "{runs}/ar", "--labels"]),
     "missing experiment": ("there is no experiment file nowhere.py", ["train", "nowhere.py", "--workdir", "{out}"]),
-    "experiment that fails": ("ZeroDivisionError", ["train", "{tmp}/fails.py", "--workdir", "{out}"]),
+    "experiment that fails": (
+        "fails.py, line 2, cannot be run: ZeroDivisionError",
+        ["train", "{tmp}/fails.py", "--workdir", "{out}"],
+    ),
     "missing checkpoint": ("{tmp}/nowhere does not exist", ["sample", "{tmp}/nowhere", *SAMPLE[2:]]),
     "folder without a checkpoint": ("holds no checkpoint", ["info", "{tmp}/empty"]),
     "missing data": ("{tmp}/nowhere does not exist", [*TRAIN, "--data.source", "folder", "--data.path", "{tmp}/nowhere"]),
@@ -305,7 +312,7 @@ ERRORS = {
 def broken(runs, images, tmp_path_factory):
     """A folder of things that are wrong."""
     folder = tmp_path_factory.mktemp("broken")
-    (folder / "fails.py").write_text("1 / 0\n")
+    (folder / "fails.py").write_text("\n1 / 0\n")
     (folder / "empty").mkdir()
     (folder / "thin").mkdir()
     Image.new("L", (8, 3)).save(folder / "thin" / "thin.png")

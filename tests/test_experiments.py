@@ -8,14 +8,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from fork_runs import TINY_TOKENIZER, TINY_TRANSFORMER, run
 from PIL import Image
 from test_archives import write_idx
 
-from dar_jax.config import MeshConfig, TokenizerTraining, TransformerConfig, validate
-from dar_jax.experiment import load_experiment
+from dar_jax.config import MeshConfig, OptimizerConfig, TokenizerTraining, TransformerConfig, TransformerTraining, validate
+from dar_jax.errors import InputError
+from dar_jax.experiment import Experiment, load_experiment
 from dar_jax.parallel import make_mesh, shardings
+from dar_jax.quickstart import TOKENIZER
 
 FOLDER = Path(__file__).parent.parent / "experiments"
 PARAMETERS = {
@@ -157,3 +160,23 @@ def test_a_file_that_changes_within_a_second_is_read_anew(tmp_path, monkeypatch)
         os.utime(file, (1e9, 1e9))
         assert load_experiment(file).config.train.steps == steps
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_file_may_import_those_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "beside_it.py").write_text("from dar_jax.quickstart import TOKENIZER as config\n")
+    file = tmp_path / "imports.py"
+    file.write_text(
+        "from beside_it import config\nfrom dar_jax.experiment import Experiment\nexperiment = Experiment(config)\n"
+    )
+    assert load_experiment(file).config == TOKENIZER
+
+
+def test_defaults_of_a_stage_are_no_changes():
+    """A transformer's own default of the learning rate is another than that of `OptimizerConfig`."""
+    for optimizer in (TransformerTraining().optimizer, OptimizerConfig()):
+        Experiment(TransformerTraining(optimizer=optimizer), optimizer=lambda config, steps: optax.sgd(0.1)).check()
+    with pytest.raises(InputError, match="optimizer.learning_rate is 1.0"):
+        Experiment(TransformerTraining(optimizer=OptimizerConfig(learning_rate=1.0)), optimizer=lambda *_: None).check()
+    with pytest.raises(InputError, match="reads=.* should be a tuple"):
+        Experiment(TransformerTraining(), reads="loss.")

@@ -25,6 +25,7 @@ from fork_runs import (
     trains_and_samples,
 )
 
+from dar_jax.cli.main import main
 from dar_jax.config import SamplingConfig
 from dar_jax.experiment import load_experiment
 from dar_jax.inference.reconstruct import quantize
@@ -157,7 +158,7 @@ def test_unrolled_term_is_in_the_loss(trained):
     assert re.search(r'"unrolled": 0\.\d*[1-9]', (trained("unrolled") / "logs" / "metrics.jsonl").read_text())
 
 
-def test_series_in_both_stages(trained, tmp_path, one_device):
+def test_series_in_both_stages(trained, tmp_path, one_device, capsys):
     experiment = load_experiment(path_of("series"))
     fork = load_tokenizer(trained("series"), experiment, mesh=one_device)
     series = np.stack([experiment.source(None)[index]["image"] for index in range(3)])
@@ -170,3 +171,7 @@ def test_series_in_both_stages(trained, tmp_path, one_device):
     fork = load_sampler(tmp_path, load_experiment(path_of(name)), mesh=one_device)
     samples = sampler.generate(fork.networks, fork.sampler_params, settings, jnp.arange(2), jnp.arange(2))
     assert samples.images.shape == (2, 32, 1) and np.isfinite(samples.images).all()
+    evaluate = ["evaluate-ar", str(tmp_path), "--num-images", "8", "--out", str(tmp_path / "out")]
+    assert main(evaluate) == 2 and "has a source of its own" in capsys.readouterr().err
+    run(*evaluate, "--experiment", path_of(name))
+    assert main(["evaluate-tokenizer", str(tmp_path)]) == 2 and "has a source of its own" in capsys.readouterr().err

@@ -10,10 +10,13 @@ import pytest
 from PIL import Image
 
 from dar_jax.cli.main import main
+from dar_jax.config import SamplingConfig
 from dar_jax.data.sources import open_source
 from dar_jax.errors import InputError
 from dar_jax.evaluation.likelihood import evaluate_transformer, score
+from dar_jax.inference.model import Model
 from dar_jax.inference.reconstruct import encode
+from dar_jax.inference.samples import sample
 from dar_jax.inference.trained import load_sampler
 from dar_jax.training.checkpoint import save_for_inference
 
@@ -58,6 +61,28 @@ def test_classes_are_those_of_the_same_name(tiny_run, digits):
 
     report, expected = (evaluate_transformer(trained, each, data, 8, 8) for each in (Renumbered(), source))
     assert report["bits_per_token"] == expected["bits_per_token"]
+
+
+def test_a_condition_sees_images_as_in_training(tiny_run, digits):
+    """float32 in [-1, 1], in evaluation, in scoring and in sampling."""
+    source, data = digits
+    seen = []
+
+    def condition(batch):
+        seen.append(batch["image"].dtype)
+        return batch["label"] + jnp.int32(jnp.round(batch["image"].min()) + 1)  # + 0, as each image has its black
+
+    trained = load_sampler(tiny_run)
+    fork = dataclasses.replace(trained, networks=dataclasses.replace(trained.networks, condition=condition))
+    assert evaluate_transformer(fork, source, data, 8, 8) == evaluate_transformer(trained, source, data, 8, 8)
+    images, labels = np.stack([source[index]["image"] for index in range(8)]), [source[index]["label"] for index in range(8)]
+    np.testing.assert_array_equal(Model(fork).score(images, labels), Model(trained).score(images, labels))
+    drawn = [
+        next(iter(sample(each, labels, range(8), SamplingConfig(), **shown))).tokens
+        for each, shown in ((fork, {"condition_image": images}), (trained, {}))
+    ]
+    np.testing.assert_array_equal(*drawn)
+    assert set(seen) == {jnp.dtype("float32")}
 
 
 def test_no_code_sees_itself(tiny_run):

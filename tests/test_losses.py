@@ -42,6 +42,21 @@ def test_terms_weights_and_counts(tiny_tokenizer):
     assert float(loss_of(model, params, key, doubled)[0]) == pytest.approx(2 * parts[0], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("message", "term"),
+    [
+        ("two terms of the loss are called flow", {"flow": 0.0}),
+        ("two terms of the loss are called loss", {"loss": 0.0}),
+        (r"the term l1 of the loss is \[64\]", {"l1": jnp.zeros(64)}),
+        ("is ArrayImpl|is .*, it should be {name: scalar}", jnp.zeros(())),
+    ],
+)
+def test_terms_that_cannot_be_added(tiny_tokenizer, message, term):
+    model, params = tiny_tokenizer()
+    with pytest.raises(InputError, match=message):
+        loss_of(model, params, jax.random.key(0), TokenizerLossConfig(), terms=[lambda *_: term])
+
+
 @pytest.mark.parametrize("last", [None, 0.0])
 def test_flow_power_measures_images(tiny_tokenizer, last):
     """Power 2 is the error of the image, over the mean of (1 - t')^2; with a final power of 0 the run ends at the paper's."""

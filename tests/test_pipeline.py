@@ -212,3 +212,18 @@ def test_epoch_of_stored_codes_takes_the_first_crop():
 def test_settings_that_make_no_sense(source, config, options):
     with pytest.raises(InputError):
         batches(source, config, **{"seed": 0} | options)
+
+
+@pytest.mark.parametrize("label", [2, -1])
+def test_labels_out_of_range_are_refused(label):
+    class Mislabelled(Numbered):
+        def __getitem__(self, index):
+            return super().__getitem__(index) | {"label": label}
+
+    for read in (lambda: take(1, Mislabelled(5), NUMBERED, batch_size=2, seed=0), lambda: list(elements_of(Mislabelled(5)))):
+        with pytest.raises(InputError, match=f"the label {label}, but there are 2 classes"):
+            read()
+
+
+def elements_of(source):
+    return epoch(source, NUMBERED, batch_size=2)

@@ -108,6 +108,13 @@ def test_guidance_of_an_experiment_is_used(tiny_run):
     assert (tokens != draw(load_sampler(tiny_run))[0]).any()
 
 
+def test_a_draw_gives_integers(tiny_run):
+    method = Method(draw=lambda logits, *_: logits.argmax(-1).astype(jnp.float32))
+    fork = load_sampler(tiny_run, Experiment(inspect(tiny_run).config, method=method))
+    with pytest.raises(InputError, match=r"method.draw gives float32 .*, it should give int32"):
+        list(sample(fork, [1, 2], [1, 2], SamplingConfig(guidance=(1.0, 1.0))))
+
+
 def test_higher_resolution(tiny_run, trained):
     request = make_request(inspect(tiny_run), ["3"], [1], SAMPLING, resolution=16, output_resolution=12)
     tokens, images = draw(trained.with_tokenizer(request.tokenizer), [3], [1], batch_size=8)

@@ -437,3 +437,48 @@ def test_paths_that_cannot_be_read(tmp_path, source):
 def test_only_codes_and_tfds_are_read_from_a_bucket():
     with pytest.raises(InputError, match="gs://bucket/images is in a bucket"):
         open_source(DataConfig(source="folder", path="gs://bucket/images"))
+
+
+class Own:
+    """A source of an experiment's own that gives `element`."""
+
+    class_names, description = ("a", "b"), "of my own"
+
+    def __init__(self, element):
+        self.element = element
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return self.element
+
+
+ELEMENT = {"image": np.zeros((4, 4, 1), np.uint8), "label": 1}
+
+
+@pytest.mark.parametrize(
+    ("message", "element"),
+    [
+        (r"uint8 \[4, 4\]", ELEMENT | {"image": np.zeros((4, 4), np.uint8)}),
+        (r"uint8 \[4, 4, 3\], they should be uint8 \[H, W, 1\]", ELEMENT | {"image": np.zeros((4, 4, 3), np.uint8)}),
+        (r"float64 \[4, 4, 1\]", ELEMENT | {"image": np.zeros((4, 4, 1))}),
+        ("as 'label'", ELEMENT | {"label": "b"}),
+        ("as 'label'", ELEMENT | {"label": 1.0}),
+        ("as 'file'", ELEMENT | {"file": "a.npy"}),
+        ("its elements should be", {"image": ELEMENT["image"]}),
+        ("gives tuple", (ELEMENT["image"], 1)),
+    ],
+)
+def test_elements_of_a_source_of_ones_own_that_do_not_fit(message, element):
+    config = DataConfig(channels=1)
+    assert open_source(config, lambda data: Own(ELEMENT))[0] is ELEMENT
+    with pytest.raises(InputError, match=message):
+        open_source(config, lambda data: Own(element))
+
+
+@pytest.mark.parametrize("part", ["class_names", "description", "__len__"])
+def test_a_source_of_ones_own_without_a_part(part):
+    parts = {name: value for name, value in vars(Own).items() if name != part and name != "__dict__"}
+    with pytest.raises(InputError, match=f"the source Own has no {part}"):
+        open_source(DataConfig(channels=1), lambda data: type("Own", (), parts)(ELEMENT))

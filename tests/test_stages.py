@@ -57,6 +57,21 @@ def with_lpips(tmp_path, **changes):
     return dataclasses.replace(TOKENIZER, model=model, loss=loss, data=data, train=settings, optimizer=optimizer)
 
 
+def test_images_that_are_not_cropped_have_the_size_of_the_model(tmp_path):
+    class Small:
+        class_names, description = ("a",), "small"
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            return {"image": np.zeros((4, 4, 1), np.uint8), "label": 0}
+
+    config = dataclasses.replace(TOKENIZER, data=dataclasses.replace(TOKENIZER.data, crop="none"))
+    with pytest.raises(InputError, match=r"the images are \[4, 4, 1\], the tokenizer takes \[8, 8, 1\]"):
+        open_stage(Experiment(config, source=lambda data: Small()), tmp_path, parallel.make_mesh(MeshConfig()), None)
+
+
 @pytest.mark.usefixtures("narrow_vgg")
 def test_lpips_takes_part_in_training_on_any_mesh(tmp_path):
     config = with_lpips(tmp_path)

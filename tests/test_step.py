@@ -299,3 +299,11 @@ def test_the_learning_rate_of_ones_own_optimizer_is_logged_where_its_state_has_i
     for optimizer, expected in ((optax.sgd(0.1), [None, None]), (rising, [0.1, 0.2])):
         _, history = run(linear_loss, *linear, steps=2, optimizer=optimizer)
         assert [metrics.get("learning_rate") for metrics in history] == pytest.approx(expected)
+
+
+@pytest.mark.usefixtures("one_dimensional_rule")
+def test_an_optimizer_may_read_the_loss(linear):
+    """The loss of a constant rate of 0 does not fall, so that the scale is halved once it has not for a step."""
+    still = optax.chain(optax.sgd(0.0), optax.contrib.reduce_on_plateau(factor=0.5, patience=1, cooldown=0))
+    [*_, state], _ = run(linear_loss, *linear, steps=3, optimizer=still)
+    assert optax.tree.get(state.opt_state, "scale") < 1

@@ -13,10 +13,13 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from dar_jax.cli.options import Flag
 
 
-def complaint(command: Any, arguments: Sequence[str], prog: str) -> str:
-    """What is wrong with the arguments of a command: the first thing from the left, or else what is missing."""
-    options = {name: spec for name, spec, _ in _options(command)}
-    missing = [name for name, _, required in _options(command) if required]
+def complaint(command: Any, default: Any, arguments: Sequence[str], prog: str) -> str:
+    """What is wrong with the arguments of a command: the first thing from the left, or else what is missing.
+
+    default: the command with the values of what is not given, None without.
+    """
+    options = {name: spec for name, spec, _ in _options(command, default)}
+    missing = [name for name, _, required in _options(command, default) if required]
     places = [name for name in options if not name.startswith("--")]
     words = collections.deque(arguments)
     while words:
@@ -45,7 +48,7 @@ def complaint(command: Any, arguments: Sequence[str], prog: str) -> str:
     return f"Missing from {prog}: {', '.join(texts)}" if missing else f"{prog} cannot be read"
 
 
-def _options(command: Any, prefix: str = "--") -> Iterator[tuple[str, PrimitiveConstructorSpec, bool]]:
+def _options(command: Any, default: Any, prefix: str = "--") -> Iterator[tuple[str, PrimitiveConstructorSpec, bool]]:
     """The options of a command and of the dataclasses in it: name (--train.steps, or CHECKPOINT if positional), how tyro reads
     the values, and True if required."""
     kind = get_origin(command) or command
@@ -55,8 +58,14 @@ def _options(command: Any, prefix: str = "--") -> Iterator[tuple[str, PrimitiveC
         bare = get_args(hint)[0] if get_origin(hint) is Annotated else hint
         if isinstance(bare, TypeVar):  # the settings, as in Train[TokenizerTraining]
             (bare,) = get_args(command)
+        value = getattr(default, field.name, None)
         if dataclasses.is_dataclass(bare):
-            yield from _options(bare, prefix if field.name == "config" else f"{prefix}{field.name}.")
+            yield from _options(bare, value, prefix if field.name == "config" else f"{prefix}{field.name}.")
+            continue
+        if get_origin(bare) is dict:  # a fork's own settings
+            for name, each in (value or {}).items():
+                spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(type(each), set()))
+                yield f"{prefix}{field.name}.{name}".replace("_", "-"), spec, False
             continue
         positional = tyro.conf.Positional in getattr(hint, "__metadata__", ())
         spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(hint, set()))

@@ -1,7 +1,7 @@
 """Commands that measure."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -24,7 +24,7 @@ from dar_jax.cli.options import (
     make_mesh,
     write_json,
 )
-from dar_jax.config import Batch, DataConfig, Seed, Share, Temperature, Tokens, TopK
+from dar_jax.config import Batch, Seed, Share, Temperature, Tokens, TopK
 from dar_jax.console import show
 from dar_jax.errors import InputError
 
@@ -90,7 +90,7 @@ class EvaluateTokenizer(Inception, Decoding, OnData[Settings]):
         if self.data.source == "codes":
             raise InputError("data.source is codes, give the images that they were made of")
         check_images(info.tokenizer.config.model, self.data)
-        sampling, source = self.sampling(info), self.open_source(self.data)
+        sampling, source = self.sampling(info), self.open_source()
         extractor = unless_missing(lambda: self.open_extractor(mesh), self.inception)
         lpips = unless_missing(lambda: open_lpips(self.lpips), self.lpips)
         trained = self.load_tokenizer(mesh)
@@ -117,12 +117,11 @@ class EvaluateAr(OnData[Settings]):
     num_images: Optional[Number] = None  # only so many, from the first on
 
     @staticmethod
-    def default_data(checkpoint: str) -> DataConfig:
-        """The data of the transformer's training, in the split to evaluate on."""
-        from dar_jax.data.sources import held_out
+    def run_of(checkpoint: str) -> Any:
+        """The transformer's."""
         from dar_jax.inference.trained import inspect_transformer
 
-        return held_out(inspect_transformer(checkpoint).config.data)
+        return inspect_transformer(checkpoint)
 
     def run(self) -> None:
         from dar_jax.data.codes import check_made_by
@@ -132,7 +131,7 @@ class EvaluateAr(OnData[Settings]):
 
         if self.data.source != "codes":
             check_images(inspect_transformer(self.checkpoint).tokenizer.config.model, self.data)
-        source = self.open_source(self.data)
+        source = self.open_source()
         check_writable(self.out, folder=True)
         trained = self.load_sampler()
         check_made_by(source, trained.params["tokenizer"], self.checkpoint)

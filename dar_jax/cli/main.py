@@ -224,7 +224,7 @@ def _parse(command: Any, default: Any, arguments: Sequence[str], prog: str) -> A
     except SystemExit as end:
         if not end.code:
             raise
-        raise InputError(f"{complaint(command, arguments, prog)} (see {prog} --help)") from None
+        raise InputError(f"{complaint(command, default, arguments, prog)} (see {prog} --help)") from None
     kinds = get_type_hints(type(parsed), include_extras=True)
     for name, value in vars(parsed).items():
         checked(kinds[name], value, "" if name == "config" else name)  # as in --train.steps, without the field's own name

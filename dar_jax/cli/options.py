@@ -93,15 +93,6 @@ class OnCheckpoint:
 
         return None if self.experiment is None else load_experiment(self.experiment)
 
-    def open_source(self, data: DataConfig) -> Any:
-        """The data, opened as the run's experiment does it. Raises InputError where it cannot, or an option would be void."""
-        from dar_jax.data.sources import open_source
-
-        if data.held_out_split is not None:
-            raise InputError("data.held_out_split is for training; give data.split")
-
-        return ((self.replaced and self.replaced.source) or open_source)(data)
-
     def load_sampler(self, mesh: Any = None, decoder_mesh: Any = None) -> Any:
         """Both stages of a transformer's run, on `--mesh` unless another is given."""
         from dar_jax.inference.trained import load_sampler
@@ -136,12 +127,32 @@ class OnData(OnCheckpoint, Generic[Settings]):
     data: Annotated[Settings, tyro.conf.FlagConversionOff]
 
     @staticmethod
-    def default_data(checkpoint: str) -> DataConfig:
-        """The data of the tokenizer's training, in the split to evaluate on."""
-        from dar_jax.data.sources import held_out
+    def run_of(checkpoint: str) -> Any:
+        """The `Info` of the run whose data are the default: the tokenizer's."""
         from dar_jax.training.checkpoint import inspect
 
-        return held_out(inspect(checkpoint).tokenizer.config.data)
+        return inspect(checkpoint).tokenizer
+
+    @classmethod
+    def default_data(cls, checkpoint: str) -> DataConfig:
+        """The data of that run, in the split to evaluate on."""
+        from dar_jax.data.sources import held_out
+
+        return held_out(cls.run_of(checkpoint).config.data)
+
+    def open_source(self) -> Any:
+        """The data, opened as the run's experiment does it. Raises InputError where it cannot, or an option would be void."""
+        from dar_jax.data.sources import open_source
+
+        if self.data.held_out_split is not None:
+            raise InputError("data.held_out_split is for training; give data.split")
+        info, part = self.run_of(self.checkpoint), self.replaced
+        if info.is_tokenizer and part and not isinstance(part.config, type(info.config)):
+            part = part.tokenizer
+        own, usual = part and part.source, info.config.data
+        if not own and "source" in info.hooks and (self.data.source, self.data.path) == (usual.source, usual.path):
+            raise InputError(f"the run in {info.workdir} has a source of its own; give its --experiment FILE, or other data")
+        return open_source(self.data, own)
 
     @classmethod
     def with_defaults(cls, checkpoint: str) -> tuple[Any, Any]:

@@ -225,12 +225,10 @@ class Tokenize(OnData[Settings]):
     mesh: Optional[Mesh] = None  # each host's devices along data, fsdp and tensor; else all of them along data
     batch_size: Batch = 64  # images, each with all its crops, at a time
 
-    @staticmethod
-    def default_data(checkpoint: str) -> DataConfig:
+    @classmethod
+    def default_data(cls, checkpoint: str) -> DataConfig:
         """The data of the tokenizer's training, with ten crops in place of random ones."""
-        from dar_jax.training.checkpoint import inspect
-
-        data = dataclasses.replace(inspect(checkpoint).tokenizer.config.data, held_out_split=None)
+        data = dataclasses.replace(cls.run_of(checkpoint).config.data, held_out_split=None)
         return dataclasses.replace(data, crop="ten_crop", flip=False) if data.crop == "random" else data
 
     def run(self) -> None:
@@ -241,7 +239,7 @@ class Tokenize(OnData[Settings]):
         from dar_jax.training.checkpoint import inspect
 
         check_data(inspect(self.checkpoint).tokenizer.config.model, self.data)
-        source = self.open_source(self.data)
+        source = self.open_source()
         check_writable(self.out)
         trained = self.load_tokenizer(make_mesh(self.mesh, jax.local_devices()))
         info = tokenize(trained, source, self.data, self.out, self.batch_size, self.shard_size)

@@ -53,11 +53,12 @@ def batches(
         raise InputError(f"the batch size {batch_size} should be a multiple of the number of hosts, {hosts}")
     checked(Seed, seed, "seed")
     _check(source, config)
+    with_value = functools.partial(_with, len(source.class_names))
 
     def augment(element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         if "codes" in element:
-            return _with(element, "codes", element["codes"][rng.integers(len(element["codes"]))])
-        return _with(element, "image", _augment(element["image"], config, rng))
+            return with_value(element, "codes", element["codes"][rng.integers(len(element["codes"]))])
+        return with_value(element, "image", _augment(element["image"], config, rng))
 
     dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(augment)
     dataset = dataset.batch(batch_size // hosts)[start_step * hosts + host :: hosts]
@@ -100,11 +101,12 @@ def elements(
     if crop is None and config.crop != "none":
         crop = functools.partial(transforms.center_crop, size=config.image_size)
     read = getattr(source, "read", source.__getitem__)
+    with_value = functools.partial(_with, len(source.class_names))
 
     def prepare(element: dict[str, Any]) -> dict[str, Any]:
         if "codes" in element:
-            return _with(element, "codes", element["codes"][0])
-        return _with(element, "image", crop(element["image"]) if crop else element["image"])
+            return with_value(element, "codes", element["codes"][0])
+        return with_value(element, "image", crop(element["image"]) if crop else element["image"])
 
     blank = {name: np.zeros_like(value) for name, value in prepare(source[0]).items()} | {"valid": np.bool_(False)}
     padded = np.full(-(-len(indices) // batch_size) * batch_size, -1)
@@ -136,9 +138,12 @@ def _augment(image: np.ndarray, config: DataConfig, rng: np.random.Generator) ->
     return transforms.flip(image) if config.flip and rng.random() < 0.5 else image
 
 
-def _with(element: dict[str, Any], name: str, value: np.ndarray) -> dict[str, Any]:
+def _with(classes: int, element: dict[str, Any], name: str, value: np.ndarray) -> dict[str, Any]:
     """The element with one value replaced. Further values, arrays of one shape for all elements, stay."""
-    return {**element, name: value, "label": np.int32(element["label"])}
+    label = element["label"]
+    if not 0 <= label < classes:
+        raise InputError(f"an element of the data has the label {label}, but there are {classes} classes")
+    return {**element, name: value, "label": np.int32(label)}
 
 
 def _iterate(dataset: grain.MapDataset, workers: int) -> Iterator[Batch]:

@@ -5,7 +5,7 @@ import io
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from dar_jax.data.idx import IdxSource
 from dar_jax.data.images import IMAGE_SUFFIXES, EncodedImages
 from dar_jax.data.labels import SPLITS, by_class
 from dar_jax.data.packed import open_packed
-from dar_jax.errors import InputError
+from dar_jax.errors import InputError, require
 from dar_jax.files import is_remote
 from dar_jax.weights import hub
 
@@ -61,8 +61,8 @@ def held_out(config: DataConfig) -> DataConfig:
     return dataclasses.replace(config, split=split, held_out_split=None)
 
 
-def open_source(config: DataConfig) -> Source:
-    """Opens the data set that `config.source`, `path`, `dataset` and `split` name.
+def open_source(config: DataConfig, own: Callable[[DataConfig], Any] | None = None) -> Source:
+    """Opens the data set that `config.source`, `path`, `dataset` and `split` name, or in its place what `own` opens.
 
     Returns a source with `len(source)`, `source.class_names` and elements `source[index]`:
     {"image": uint8 [H, W, channels], "label": int}, before any crop, or for stored codes
@@ -71,8 +71,10 @@ def open_source(config: DataConfig) -> Source:
     The path may be a name on the Hugging Face Hub, hf://..., see `weights.hub`.
 
     Raises InputError if the path is not given, is missing, holds nothing to read, or is damaged, if there is no such split, or
-    if images are to have another number of channels than 1 or 3.
+    if images are to have another number of channels than 1 or 3; and where `own` opens no such source.
     """
+    if own is not None:
+        return _checked(own(config), config)
     if config.channels not in (1, 3):
         raise InputError(f"data.channels is {config.channels}, it should be 1 (grey) or 3 (RGB)")
     if config.path:
@@ -106,11 +108,33 @@ def open_source(config: DataConfig) -> Source:
 
 
 def describe(source: Source) -> str:
-    """One line with the number of images, the first ten class names, and the source's `description` if it has one."""
+    """One line with the number of images, the first ten class names, and the source's own `description`."""
     names = [printable(name if len(name) <= 30 else name[:27] + "...") for name in source.class_names[:10]]
     more = [f"and {len(source.class_names) - 10:,} more"] if len(source.class_names) > 10 else []
-    about = getattr(source, "description", type(source).__name__)  # an experiment's own may have none
-    return f"{len(source):,} images of {len(source.class_names):,} classes: {', '.join(names + more)} ({about})"
+    return f"{len(source):,} images of {len(source.class_names):,} classes: {', '.join(names + more)} ({source.description})"
+
+
+def _checked(source: Any, config: DataConfig) -> Source:
+    """A source of other code. Raises InputError where a part is missing, or its first element is not what a source gives."""
+    name = f"the source {type(source).__name__}"
+    for part in ("class_names", "description", "__len__", "__getitem__"):
+        require(hasattr(source, part), f"{name} has no {part} (docs/forking.md, source)")
+    require(len(source) > 0, f"{name} is empty")
+    element = source[0]
+    fits = isinstance(element, Mapping) and "label" in element and not {"image", "codes"}.isdisjoint(element)
+    require(fits, f'{name} gives {type(element).__name__}, its elements should be {{"image": ..., "label": int}}')
+    for key, value in element.items():
+        kind = np.asarray(value).dtype
+        allowed = "iu" if key in ("label", "codes") else "biuf"  # (unsigned) integers, booleans, floats
+        require(kind.kind in allowed, f"{name} gives {kind} as {key!r}, it should give numbers, integers for labels and codes")
+    if "image" in element and config.crop != "none":
+        shape, kind = np.shape(element["image"]), np.asarray(element["image"]).dtype
+        require(
+            kind == np.uint8 and len(shape) == 3 and shape[2] == config.channels,
+            f"{name} gives images {kind} {list(shape)}, they should be uint8 [H, W, {config.channels}]; data that are not "
+            "to be cropped need data.crop none",
+        )
+    return source
 
 
 def _largest_side(config: DataConfig) -> int:

@@ -63,7 +63,7 @@ class Evaluation:
         Returns notes to print. Raises InputError where the held-out images are not there, or have other classes.
         """
         config = stage.experiment.config
-        source = self.source = (stage.experiment.source or open_source)(held_out(config.data))
+        source = self.source = open_source(held_out(config.data), stage.experiment.source)
         self.extractor = unless_missing(lambda: open_extractor(batch_size=BATCH))
         if isinstance(config, TokenizerTraining):
             self.lpips = unless_missing(open_lpips)
@@ -75,7 +75,7 @@ class Evaluation:
             )
         if stage.tokenizer is not None:
             check_made_by(source, stage.tokenizer.params, stage.tokenizer.info.workdir)
-        if source.description == getattr(stage.source, "description", None):
+        if source.description == stage.source.description:
             return ["there is no split to evaluate on, eval_ figures are of the training images"]
         return []
 

@@ -17,7 +17,7 @@ from dar_jax.experiment import load_experiment
 from dar_jax.inference.reconstruct import encode
 from dar_jax.inference.samples import class_number, pair, sample
 from dar_jax.inference.trained import Trained, Weights, load_sampler, load_tokenizer
-from dar_jax.models.pixels import to_uint8
+from dar_jax.models.pixels import to_float, to_uint8
 from dar_jax.models.transformer import score
 from dar_jax.parallel.batches import over_batches, row_slices, split_rows
 from dar_jax.sampling.sampler import decode, lookup_codes
@@ -93,10 +93,11 @@ class Model:
         if len(numbers) != len(images):
             raise InputError(f"{len(images)} images and {len(numbers)} labels do not pair up")
 
-        def bits_of(codes: jax.Array, labels: jax.Array) -> jax.Array:
-            return score(networks.transformer, params, networks.condition({"label": labels}), codes)[0]
+        def bits_of(codes: jax.Array, images: jax.Array, labels: jax.Array) -> jax.Array:
+            condition = networks.condition({"label": labels, "image": to_float(images)})
+            return score(networks.transformer, params, condition, codes)[0]
 
-        return self._over_rows(bits_of, self.encode(images), numbers)
+        return self._over_rows(bits_of, self.encode(images), np.asarray(images), numbers)
 
     def _over_rows(self, function: Callable[..., jax.Array], *arrays: np.ndarray) -> np.ndarray:
         """A function of arrays [N, ...], on the devices batch by batch."""

@@ -86,7 +86,7 @@ def sample(
     if image is not None:
         image = np.broadcast_to(to_float(image), (total, *image.shape))
     if condition_image is not None:
-        condition_image = np.broadcast_to(condition_image, (total, *condition_image.shape[-3:]))
+        condition_image = np.broadcast_to(to_float(condition_image), (total, *condition_image.shape[-3:]))
 
     def draw(
         labels: jax.Array, seeds: jax.Array, prefix: jax.Array | None, image: jax.Array | None, shown: jax.Array | None

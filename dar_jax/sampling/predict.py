@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from dar_jax.config import TokenizerConfig
+from dar_jax.errors import require
 from dar_jax.models.attention import Cache
 from dar_jax.parallel.sharding import constrain
 from dar_jax.sampling.logits import guide, temper, token_keys
@@ -108,7 +109,10 @@ def draw_each(networks: "Networks", settings: "Settings", logits: Array, keys: A
     logits = guide_each(settings, logits, batch, positions)
     each = token_keys(jnp.repeat(keys, count), positions.reshape(-1))
     rows = logits.reshape(batch * count, -1), each, positions.reshape(-1), jnp.repeat(tokens, count, axis=0)
-    return networks.method.draw(*rows, _repeated(settings, count)).reshape(batch, count)
+    drawn = networks.method.draw(*rows, _repeated(settings, count))
+    fits = drawn.shape == each.shape and jnp.issubdtype(drawn.dtype, jnp.integer)
+    require(fits, f"method.draw gives {drawn.dtype} {list(drawn.shape)}, it should give int32 [{len(each)}]")
+    return drawn.astype(jnp.int32).reshape(batch, count)
 
 
 def guide_each(settings: "Settings", logits: Array, batch: int, positions: Array) -> Array:

@@ -48,7 +48,7 @@ def tokenizer_loss(config: TokenizerTraining, model: Tokenizer, terms: Sequence[
         output = model.apply({"params": params}, images, times, noise, return_repa)
         values = tokenizer_terms(model, params, output, config.loss, weight and weight(output.times, step))
         for term in terms:
-            values |= term(params, images, output, frozen, step)
+            values = _joined(values, term(params, images, output, frozen, step))
         loss = sum(values.values())
         metrics = {"loss": loss, **values}
         if output.quantized.codes is not None:
@@ -95,7 +95,16 @@ def tokenizer_terms(
     terms = {"flow": config.flow * error.mean() / model.config.velocity.data_std**2}
     used = jnp.arange(output.quantized.values.shape[1]) < output.tokens_used[:, None]  # [B, T]
     own = model.apply({"params": params}, output.quantized, config, method="quantizer_losses")
-    return terms | {name: jnp.sum(x * used) / jnp.sum(used) if jnp.ndim(x) else x for name, x in own.items()}
+    return _joined(terms, {name: jnp.sum(x * used) / jnp.sum(used) if jnp.ndim(x) else x for name, x in own.items()})
+
+
+def _joined(terms: Metrics, more: Metrics) -> Metrics:
+    """Both. Raises InputError where a name is taken already, or a further term is no scalar."""
+    require(isinstance(more, dict), f"a term of the loss is {type(more).__name__}, it should be {{name: scalar}}")
+    for name, value in more.items():
+        require(name not in (*terms, "loss", "code_counts"), f"two terms of the loss are called {name}; rename one")
+        require(jnp.shape(value) == (), f"the term {name} of the loss is {list(jnp.shape(value))}, it should be a scalar")
+    return terms | more
 
 
 def feature_terms(config: TokenizerLossConfig, dtype: Any = jnp.float32) -> Term:

@@ -114,7 +114,7 @@ def open_stage(experiment: Experiment, workdir: epath.Path, mesh: Mesh, before: 
     a resumed run names another tokenizer than its own.
     """
     config, own_copy = experiment.config, workdir / "tokenizer"
-    dtype, source = matmul_dtype(config.train.dtype), (experiment.source or open_source)(config.data)
+    dtype, source = matmul_dtype(config.train.dtype), open_source(config.data, experiment.source)
     tokenizer = encoder = None
     if isinstance(config, TransformerTraining):
         path = own_copy if before else config.tokenizer
@@ -128,6 +128,9 @@ def open_stage(experiment: Experiment, workdir: epath.Path, mesh: Mesh, before: 
         if not isinstance(source, CodesSource):
             encoder = tokenizer.experiment.build_model(dtype)
     stage = describe(experiment, dtype, encoder)
+    if config.data.crop == "none" and not isinstance(source, CodesSource):
+        shape, expected = np.shape(source[0]["image"]), tuple((encoder or stage.model).data_shape)
+        require(shape == expected, f"the images are {list(shape)}, the tokenizer takes {list(expected)}")
     frozen = {} if tokenizer else _feature_networks(config)
     if experiment.frozen is not None:
         frozen |= experiment.frozen(config)

@@ -42,6 +42,7 @@ def make_train_step(
     parameters, EMA and optimizer stay as they were.
     """
     train, decay = config.train, config.optimizer.ema_decay
+    optimizer = optax.with_extra_args_support(optimizer)  # some read the loss, `value`
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
     def gradients(params: Params, batch: Batch, key: jax.Array, frozen: Any, step: jax.Array) -> tuple[Params, Metrics]:
@@ -64,7 +65,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(train.seed), state.step)
         grads, metrics = (accumulated if train.accumulate > 1 else gradients)(state.params, batch, key, frozen, state.step)
         grad_norm = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=metrics["loss"])
         params = optax.apply_updates(state.params, updates)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)

@@ -26,7 +26,6 @@ from dar_jax.config import OptimizerConfig
 from dar_jax.errors import require
 from dar_jax.experiment import Experiment
 from dar_jax.models.attention import causal_mask
-from dar_jax.models.pixels import to_float
 from dar_jax.models.transformer import Llama
 from dar_jax.quickstart import DIGITS, TRANSFORMER
 from dar_jax.sampling.predict import Predictor, draw_each, token_by_token
@@ -35,7 +34,7 @@ from dar_jax.training.losses import cross_entropy, drop_condition
 
 
 def condition(batch):  # the label, and where the batch has images, these and that they count
-    images = {"image": to_float(batch["image"]), "given": batch["label"] >= 0} if "image" in batch else {}
+    images = {"image": batch["image"], "given": batch["label"] >= 0} if "image" in batch else {}
     return {"label": batch["label"], **images}
 
 
