@@ -72,9 +72,9 @@ class Experiment:
 
     def __post_init__(self):
         validate(self.config)
-        for name in ("rules", "reads"):  # ("a") is no tuple
-            value = getattr(self, name)
-            require(isinstance(value, tuple | list), f"Experiment({name}=...) is {value!r}, it should be a tuple: ({value!r},)")
+        require(not isinstance(self.reads, str), f"Experiment(reads=...) should be a tuple of names: ({self.reads!r},)")
+        pairs = not any(isinstance(rule, str) for rule in self.rules)
+        require(pairs, "Experiment(rules=...) should be a tuple of pairs: ((pattern, PartitionSpec), ...)")
 
     @property
     def hooks(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from fork_runs import TINY_TOKENIZER, TINY_TRANSFORMER, run
+from jax.sharding import PartitionSpec as P
 from PIL import Image
 from test_archives import write_idx
 
@@ -178,5 +179,9 @@ def test_defaults_of_a_stage_are_no_changes():
         Experiment(TransformerTraining(optimizer=optimizer), optimizer=lambda config, steps: optax.sgd(0.1)).check()
     with pytest.raises(InputError, match="optimizer.learning_rate is 1.0"):
         Experiment(TransformerTraining(optimizer=OptimizerConfig(learning_rate=1.0)), optimizer=lambda *_: None).check()
-    with pytest.raises(InputError, match="reads=.* should be a tuple"):
-        Experiment(TransformerTraining(), reads="loss.")
+
+
+@pytest.mark.parametrize("part", [{"reads": "loss."}, {"rules": ("kernel", P())}])
+def test_parts_that_are_no_tuples_of_tuples(part):
+    with pytest.raises(InputError, match="should be a tuple of"):
+        Experiment(TransformerTraining(), **part)
