@@ -95,7 +95,7 @@ def evaluate_tokenizer(
     else:
         left_out["ssim"] = f"it needs images of at least {metrics.WINDOW} pixels"
     if lpips is not None and config.image_size >= SMALLEST:
-        measures["lpips"] = functools.partial(_lpips, lpips.params)
+        measures["lpips"] = functools.partial(lpips_distance, lpips.params)
     else:
         left_out["lpips"] = f"it needs images of at least {SMALLEST} pixels" if lpips else "there are no weights for it"
     if extractor is None:
@@ -197,7 +197,7 @@ _ssim = jax.jit(metrics.ssim)
 
 
 @jax.jit
-def _lpips(params: dict, images: jax.Array, others: jax.Array) -> jax.Array:
-    """uint8 [B, H, W, C] twice, grey or RGB -> [B]."""
+def lpips_distance(params: dict, images: jax.Array, others: jax.Array) -> jax.Array:
+    """LPIPS of images uint8 [B, H, W, C], grey or RGB, from others -> [B]. params: those of `open_lpips`."""
     images, others = (to_float(jnp.broadcast_to(x, (*x.shape[:3], 3))) for x in (images, others))
     return Lpips().apply({"params": params}, images, others)

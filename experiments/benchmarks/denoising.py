@@ -30,14 +30,16 @@ from common import across, machine_name, print_table, run, seconds, write_report
 from reader import make_reader
 
 from dar_jax.config import LATE_STEPS, SamplingConfig
-from dar_jax.data.sources import held_out, open_source
-from dar_jax.evaluation.extractor import open_extractor
-from dar_jax.evaluation.tokenizer import evaluate_tokenizer, open_lpips
+from dar_jax.evaluation.extractor import Extractor, open_extractor
+from dar_jax.evaluation.metrics import Moments, frechet_distance, moments
+from dar_jax.evaluation.tokenizer import lpips_distance, open_lpips
 from dar_jax.experiment import load_experiment
+from dar_jax.features.vgg_lpips import SMALLEST
 from dar_jax.inference.model import Model, load
 from dar_jax.inference.samples import sample
 from dar_jax.inference.trained import Trained
 from dar_jax.models.pixels import psnr
+from dar_jax.parallel.batches import row_slices
 from dar_jax.sampling.sampler import decode
 from dar_jax.sampling.settings import Method, Settings, make_settings
 from dar_jax.training.flops import count_flops
@@ -86,8 +88,8 @@ def measure(options: Options, path: str) -> list[dict[str, float]]:
         drawn = np.concatenate([batch.tokens for batch in batches])
     rows, timed = [], []
     if options.perceptual:
-        data = held_out(info.tokenizer.config.data)
-        perceptual = open_source(data), data, open_extractor(), open_lpips()
+        extractor, lpips = open_extractor(), open_lpips()
+        real = inception_moments(extractor, images)
     for way in options.rows:
         model, settings = way_of(way, base)
         results = [model.decode(codes, np.arange(len(codes)) + 10_000 * noise, **settings) for noise in range(options.noises)]
@@ -100,10 +102,13 @@ def measure(options: Options, path: str) -> list[dict[str, float]]:
             "accuracy, %": 100 * np.mean([reader.accuracy(result, labels) for result in results]),
         }
         if options.perceptual:
-            report = evaluate_tokenizer(
-                model.trained, *perceptual, SamplingConfig(**settings), batch_size=options.batch_size, num_images=options.images
-            )
-            row |= {name: report[key] for key, name in (("lpips", "LPIPS"), ("rfid", "rFID")) if key in report}
+            row["rFID"] = frechet_distance(real, inception_moments(extractor, results[0])).value
+            if images.shape[1] >= SMALLEST:
+                each = [
+                    lpips_distance(lpips.params, images[rows], results[0][rows])
+                    for rows in row_slices(0, len(images), options.batch_size)
+                ]
+                row["LPIPS"] = float(np.mean(np.concatenate(each)))
         if drawn is not None:
             samples = model.decode(drawn, seeds, **settings)
             row["samples: distance"] = reader.distance(samples, reader.held_out)
@@ -114,6 +119,11 @@ def measure(options: Options, path: str) -> list[dict[str, float]]:
         for row, once in zip(rows, timed):
             row["images/s"] = max(options.batch_size / seconds(once), row.get("images/s", 0))
     return [row | {"operations": row["operations"] / rows[0]["operations"]} for row in rows]
+
+
+def inception_moments(extractor: Extractor, images: np.ndarray) -> Moments:
+    """Of the pooled features of images uint8 [N, H, W, C]."""
+    return moments(np.concatenate([features.pool for features in extractor([images])]))
 
 
 def way_of(way: str, model: Model) -> tuple[Model, dict[str, Any]]:
