@@ -10,6 +10,7 @@ from pathlib import Path
 from many_hosts import CACHE, FASTER, FLAGS
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["DAR_JAX_CACHE"] = f"{CACHE}/weights"  # not the user's, whose weights would make evaluations long
 os.environ.pop("PYTHONUNBUFFERED", None)  # `dar-jax` writes each line at once, also where this is not set
 flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {FLAGS}"
 os.environ["XLA_FLAGS"] = f"{flags} {FASTER}"
