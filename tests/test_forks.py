@@ -175,3 +175,5 @@ def test_series_in_both_stages(trained, tmp_path, one_device, capsys):
     assert main(evaluate) == 2 and "has a source of its own" in capsys.readouterr().err
     run(*evaluate, "--experiment", path_of(name))
     assert main(["evaluate-tokenizer", str(tmp_path)]) == 2 and "has a source of its own" in capsys.readouterr().err
+    assert main(["evaluate-tokenizer", str(tmp_path), "--experiment", path_of(name)]) == 2  # which has its tokenizer's source
+    assert "[32, 1], but images are evaluated" in capsys.readouterr().err

@@ -48,7 +48,7 @@ def test_terms_weights_and_counts(tiny_tokenizer):
         ("two terms of the loss are called flow", {"flow": 0.0}),
         ("two terms of the loss are called loss", {"loss": 0.0}),
         (r"the term l1 of the loss is \[64\]", {"l1": jnp.zeros(64)}),
-        ("is ArrayImpl|is .*, it should be {name: scalar}", jnp.zeros(())),
+        ("it should be {name: scalar}", jnp.zeros(())),
     ],
 )
 def test_terms_that_cannot_be_added(tiny_tokenizer, message, term):

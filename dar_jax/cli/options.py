@@ -143,12 +143,12 @@ class OnData(OnCheckpoint, Generic[Settings]):
     def open_source(self) -> Any:
         """The data, opened as the run's experiment does it. Raises InputError where it cannot, or an option would be void."""
         from dar_jax.data.sources import open_source
+        from dar_jax.inference.trained import tokenizer_part
 
         if self.data.held_out_split is not None:
             raise InputError("data.held_out_split is for training; give data.split")
-        info, part = self.run_of(self.checkpoint), self.replaced
-        if info.is_tokenizer and part and not isinstance(part.config, type(info.config)):
-            part = part.tokenizer
+        info = self.run_of(self.checkpoint)
+        part = tokenizer_part(self.replaced) if info.is_tokenizer else self.replaced
         own, usual = part and part.source, info.config.data
         if not own and "source" in info.hooks and (self.data.source, self.data.path) == (usual.source, usual.path):
             raise InputError(f"the run in {info.workdir} has a source of its own; give its --experiment FILE, or other data")

@@ -14,7 +14,7 @@ from dar_jax.evaluation.fid import compare
 from dar_jax.evaluation.images import from_source, subset
 from dar_jax.evaluation.likelihood import evaluate_transformer
 from dar_jax.evaluation.statistics import RunningStatistics, Statistics, add_features, collect
-from dar_jax.evaluation.tokenizer import NAMES, LpipsWeights, evaluate_tokenizer, open_lpips
+from dar_jax.evaluation.tokenizer import NAMES, LpipsWeights, evaluate_tokenizer, open_lpips, require_images
 from dar_jax.inference import pictures
 from dar_jax.inference.reconstruct import reconstruct
 from dar_jax.inference.samples import sample
@@ -66,6 +66,7 @@ class Evaluation:
         source = self.source = open_source(held_out(config.data), stage.experiment.source)
         self.extractor = unless_missing(lambda: open_extractor(batch_size=BATCH))
         if isinstance(config, TokenizerTraining):
+            require_images(stage.model)
             self.lpips = unless_missing(open_lpips)
         elif (names := tuple(source.class_names)) != stage.class_names:
             differing = sorted(set(names) ^ set(stage.class_names)) or ["their order"]

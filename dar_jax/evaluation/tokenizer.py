@@ -18,7 +18,7 @@ import numpy as np
 from dar_jax.config import DataConfig, SamplingConfig
 from dar_jax.console import columns
 from dar_jax.data.sources import Source
-from dar_jax.errors import InputError
+from dar_jax.errors import InputError, require
 from dar_jax.evaluation import metrics
 from dar_jax.evaluation.extractor import Extractor
 from dar_jax.evaluation.fid import FEW
@@ -28,6 +28,7 @@ from dar_jax.features.vgg_lpips import SMALLEST, Lpips
 from dar_jax.inference.reconstruct import reconstruct_source
 from dar_jax.inference.trained import Trained, seeds_from
 from dar_jax.models.pixels import to_float
+from dar_jax.models.tokenizer import Tokenizer
 from dar_jax.parallel.batches import over_batches
 from dar_jax.weights.published import resolve
 
@@ -62,6 +63,12 @@ def open_lpips(path: str | os.PathLike | None = None) -> LpipsWeights:
     return LpipsWeights(load_lpips(*resolved.files), str(resolved))
 
 
+def require_images(tokenizer: Tokenizer) -> None:
+    """Raises InputError for a tokenizer of other data."""
+    shape = list(tokenizer.data_shape)
+    require(len(shape) == 3, f"the tokenizer's data are {shape}, but images are evaluated, [height, width, channels]")
+
+
 def evaluate_tokenizer(
     trained: Trained,
     source: Source,
@@ -83,9 +90,10 @@ def evaluate_tokenizer(
       num_images: the number of images, from the first on; None: all.
 
     Returns a JSON-able report: the keys of `NAMES`, means over images where they are of each; `left_out`, why one is missing;
-    `images`, `unreadable`, `data`, `weights`, `notes`. Raises InputError where no image can be read, or a seed is not in
-    [0, 2**32).
+    `images`, `unreadable`, `data`, `weights`, `notes`. Raises InputError where the tokenizer's data are no images, no
+    image can be read, or a seed is not in [0, 2**32).
     """
+    require_images(trained.networks.tokenizer)
     total = min(num_images or len(source), len(source))
     seeds = seeds_from(seed, total)
     config, left_out, of_each = trained.config, {}, collections.defaultdict(list)

@@ -86,12 +86,12 @@ def sample(
     if image is not None:
         image = np.broadcast_to(to_float(image), (total, *image.shape))
     if condition_image is not None:
-        condition_image = np.broadcast_to(to_float(condition_image), (total, *condition_image.shape[-3:]))
+        condition_image = np.broadcast_to(condition_image, (total, *condition_image.shape[-3:]))
 
     def draw(
         labels: jax.Array, seeds: jax.Array, prefix: jax.Array | None, image: jax.Array | None, shown: jax.Array | None
     ) -> Any:
-        condition = networks.condition({"label": labels} if shown is None else {"label": labels, "image": shown})
+        condition = networks.condition({"label": labels} if shown is None else {"label": labels, "image": to_float(shown)})
         arguments = {"prefix": prefix, "image": image}
         if previews:
             steps = stream(networks, params, settings, condition, seeds, **arguments)

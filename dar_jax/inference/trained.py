@@ -94,7 +94,7 @@ def load_tokenizer(
     info = checkpoint.inspect(path)
     weights = weights if info.is_tokenizer else "ema"
     mesh = mesh or run_mesh(info.tokenizer.config.mesh)
-    network, params = _load(info.tokenizer.path, _tokenizer_part(experiment), weights, mesh)
+    network, params = _load(info.tokenizer.path, tokenizer_part(experiment), weights, mesh)
     method = experiment.method if experiment else Method()
     return Trained(info, info.class_names, Networks(network, method=method), {"tokenizer": params}, mesh)
 
@@ -115,7 +115,7 @@ def load_sampler(
     info = inspect_transformer(path)
     mesh = mesh or run_mesh(info.config.mesh)
     transformer, transformer_params = _load(info.path, experiment, weights, mesh)
-    tokenizer, tokenizer_params = _load(info.tokenizer.path, _tokenizer_part(experiment), "ema", mesh)
+    tokenizer, tokenizer_params = _load(info.tokenizer.path, tokenizer_part(experiment), "ema", mesh)
     parts = experiment or Experiment(info.config)
     others = {name: _load(folder, None, "ema", mesh) for name, folder in parts.others.items()}
     modules = FrozenDict({name: module for name, (module, _) in others.items()})
@@ -161,7 +161,8 @@ def _load(path: str | os.PathLike, experiment: Experiment | None, weights: Weigh
     return loaded.experiment.build_model(matmul_dtype(loaded.info.config.train.dtype)), loaded.params
 
 
-def _tokenizer_part(experiment: Experiment | None) -> Experiment | None:
+def tokenizer_part(experiment: Experiment | None) -> Experiment | None:
+    """The tokenizer's experiment, given that of either stage."""
     if experiment is None or isinstance(experiment.config, TokenizerTraining):
         return experiment
     return experiment.tokenizer
