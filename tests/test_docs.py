@@ -1,12 +1,16 @@
 """The README, the pages of docs/ and the heads of experiment files name what exists: links, modules, commands, files."""
 
 import ast
+import functools
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tyro
 
 from dar_jax.cli.main import COMMANDS, parse
 from dar_jax.errors import InputError
@@ -14,6 +18,7 @@ from dar_jax.quickstart import DIGITS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAM = re.compile(r"python (experiments/\w+/\w+\.py)( [^`\n]*)")
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py")) + sorted((ROOT / "experiments" / "variants").glob("*.py"))
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -74,3 +79,41 @@ def test_commands(page, monkeypatch):
             parse([name, *rest])
         except InputError as error:
             assert not complete and re.search("missing|required", str(error), re.IGNORECASE), f"{line}: {error}"
+
+
+def programs():
+    """(FILE, arguments) of every program in experiments/ that a page or the head of a file calls."""
+    for page in PAGES + sorted((ROOT / "experiments").rglob("*.py")):
+        text = page.read_text()
+        text = (ast.get_docstring(ast.parse(text)) or "") if page.suffix == ".py" else text
+        for file, rest in PROGRAM.findall(text.replace("\\\n", " ")):
+            rest = re.sub(r"\s{2,}\(.*", "", rest)
+            if not re.search(r"[A-Z]{3}/|\[", rest):  # but for patterns
+                yield pytest.param(file, rest, id=f"{page.stem}: {file}{rest}"[:70])
+
+
+class Understood(Exception):
+    """In place of what a program does."""
+
+
+@pytest.mark.parametrize(("file", "arguments"), list(programs()))
+def test_programs(file, arguments, monkeypatch):
+    def only_read(what):
+        def stand_in(*_, **__):
+            raise Understood
+
+        return what if isinstance(what, type) else functools.wraps(what)(stand_in)
+
+    def cli(what, real=tyro.cli, **options):
+        real(only_read(what), **options)
+        raise Understood
+
+    def choose(functions, real=tyro.extras.subcommand_cli_from_dict):
+        real({name: only_read(function) for name, function in functions.items()})
+
+    monkeypatch.setattr(tyro, "cli", cli)
+    monkeypatch.setattr(tyro.extras, "subcommand_cli_from_dict", choose)
+    monkeypatch.setattr(sys, "argv", [file, *shlex.split(arguments, comments=True)])
+    monkeypatch.syspath_prepend((ROOT / file).parent)
+    with pytest.raises(Understood):
+        runpy.run_path(str(ROOT / file), run_name="__main__")

@@ -264,7 +264,8 @@ def fail(what: object, code: int) -> int:
 
 
 def script(main: Callable[..., None]) -> None:
-    """Calls the main function of a file with its arguments from the command line; what is wrong is one line, exit code 2."""
+    """Calls the main function of a file with its arguments from the command line, as tyro reads them; what it refuses is one
+    line, exit code 2."""
     try:
         tyro.cli(tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(main))
     except InputError as error:

@@ -2,7 +2,7 @@
 
 Source:   Particle filters for language models (arXiv 2306.03081), and TSDiff's likelihood of an observation given a sampler's
           own estimate (arXiv 2307.11494). Here the estimate is the preview, which exists after every group of tokens.
-Command:  python experiments/variants/particles.py runs/digits --observe profiles --out particles
+Command:  python experiments/variants/particles.py runs/digits particles --observe profiles
           (any transformer's run will do; nothing is trained)
 Differs:  from `dar-jax edit`, which has the same particles (`sampling.particles`), in what is known of an image: no pixels.
 Time:     as many samples as there are particles.
