@@ -181,6 +181,7 @@ LATE_STEPS: dict[str, tuple[float, ...]] = {
     "late6": (0, 3 / 8, 5 / 8, 3 / 4, 55 / 64, 61 / 64),
     "late8": (0, 1 / 4, 1 / 2, 5 / 8, 23 / 32, 25 / 32, 55 / 64, 61 / 64),
 }
+Solvers = Literal["adams2", "euler"]
 Steps = Literal["uniform", "late3", "late5", "late6", "late8"]
 
 
@@ -194,7 +195,7 @@ class SamplingConfig:
     top_k: TopK = 0  # 0: off
     top_p: Share = 1.0  # 1: off
     speculate: Window = 0  # W guesses a pass, of which the right ones are kept: the same tokens in fewer passes; 0: off
-    solver: Literal["adams2", "euler"] = "adams2"
+    solver: Solvers = "adams2"
     steps: Steps = "uniform"  # times of the denoising steps: i / S, as in the paper, or of `LATE_STEPS`
     num_denoising_steps: DenoisingSteps | None = None  # S of uniform steps; None: the tokenizer's
     num_groups: Tokens | None = None  # stop after so many groups (a preview); None: all

@@ -402,7 +402,14 @@ OUT_OF_RANGE = {
     ],
     "reconstruct nowhere --images nowhere --out out": ["seed -1", "seed 4294967296", "num-denoising-steps 0"],
     "evaluate nowhere --reference nowhere": ["num-images 0", "batch-size -1"],
-    "sweep nowhere --reference nowhere --out out": ["temperature 1,nan", "top-k -1", "top-p 2", "groups 0,1", "num 0"],
+    "sweep nowhere --reference nowhere --out out": [
+        "temperature 1,nan",
+        "top-k -1",
+        "top-p 2",
+        "groups 0,1",
+        "num 0",
+        "num-denoising-steps 2,0",
+    ],
     "import nowhere --workdir out": ["heads 0"],
 }
 

@@ -1,5 +1,6 @@
 """Sweeps: every combination, the same samples as without a sweep, one compilation, previews for free."""
 
+import dataclasses
 import json
 
 import jax
@@ -14,6 +15,7 @@ from dar_jax.cli.main import main
 from dar_jax.config import MeshConfig, SamplingConfig
 from dar_jax.errors import InputError
 from dar_jax.evaluation import extractor as extractors
+from dar_jax.evaluation import sweep as sweeps
 from dar_jax.evaluation.extractor import Extractor, Network
 from dar_jax.evaluation.fid import evaluate
 from dar_jax.evaluation.sweep import share_compilation, sweep, variants
@@ -46,9 +48,12 @@ def reference(tmp_path):
 
 
 def test_every_combination():
-    found = variants(SamplingConfig(top_p=0.5), guidance=[(1, 1), (1, 8)], temperature=[0.9, 1.0])
-    assert [(each.guidance, each.temperature, each.top_p) for each in found] == [
-        ((1, 1), 0.9, 0.5), ((1, 1), 1.0, 0.5), ((1, 8), 0.9, 0.5), ((1, 8), 1.0, 0.5)]  # fmt: skip
+    guidance = [{"guidance": (1, 1)}, {"guidance": (1, 8)}]
+    steps = [{"steps": "uniform", "num_denoising_steps": 2}, {"steps": "late3", "num_denoising_steps": None}]
+    found = variants(SamplingConfig(top_p=0.5, num_denoising_steps=4), guidance, [], steps)
+    assert [(each.guidance, each.steps, each.num_denoising_steps, each.top_p) for each in found] == [
+        (scales, *denoising, 0.5) for scales in [(1, 1), (1, 8)] for denoising in [("uniform", 2), ("late3", None)]
+    ]
 
 
 def test_one_compilation_gives_the_samples_of_each_setting(trained, caplog):
@@ -67,13 +72,23 @@ def test_one_compilation_gives_the_samples_of_each_setting(trained, caplog):
         np.testing.assert_array_equal(found, next(sample(trained, labels, seeds, config, 8)).tokens)
 
 
-def test_rows_are_those_of_single_evaluations(trained, reference):
+def test_rows_are_those_of_single_evaluations(trained, reference, monkeypatch):
+    passes = []
+
+    def counted(*arguments, **options):
+        for batch in sample(*arguments, **options):
+            passes.append(batch.calls.max())
+            yield batch
+
+    monkeypatch.setattr(sweeps, "sample", counted)
     extractor = make_extractor()
-    rows = sweep(trained, extractor, reference, CONFIGS[:2], groups=(2, 4), num_samples=21, batch_size=16)
-    assert [(row["guidance"], row["groups"], row["tokens"]) for row in rows] == [
-        ([1.0, 1.0], 2, 8), ([1.0, 1.0], 4, 16), ([1.0, 4.0], 2, 8), ([1.0, 4.0], 4, 16)]  # fmt: skip
+    configs = [*CONFIGS[:2], dataclasses.replace(CONFIGS[0], steps="late3")]
+    rows = sweep(trained, extractor, reference, configs, groups=(2, 4), num_samples=21, batch_size=16)
+    assert [(*row["guidance"], row["num_denoising_steps"], row["groups"], row["tokens"]) for row in rows] == [
+        (1, 1, 4, 2, 8), (1, 1, 4, 4, 16), (1, 4, 4, 2, 8), (1, 4, 4, 4, 16), (1, 1, 3, 2, 8), (1, 1, 3, 4, 16)]  # fmt: skip
+    assert passes[7::8] == [16, 16, 1]  # the same tokens are not drawn again
     labels, seeds = np.arange(21) % 10, np.arange(21)
-    for row, config in zip(rows[1::2], CONFIGS):
+    for row, config in zip(rows[1::2], configs):
         drawn = np.concatenate([part.images for part in sample(trained, labels, seeds, config, 16)])
         report = evaluate(from_array(drawn, "samples"), reference, extractor)
         for name in ("fid", "sfid", "precision", "recall", "inception_score"):
@@ -87,12 +102,14 @@ def test_rows_are_those_of_single_evaluations(trained, reference):
 def test_the_command(tiny_run, reference, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(extractors, "open_extractor", lambda *arguments: make_extractor())
     command = ["sweep", str(tiny_run), "--reference", reference, "--out", str(tmp_path / "out"), "--num", "12"]
-    assert main([*command, "--guidance", "1:1,1:4", "--groups", "2,4", "--batch-size", "16"]) == 0
+    assert main([*command, "--steps", "late3", "--num-denoising-steps", "2", "--groups", "2,4", "--batch-size", "16"]) == 0
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert len(report["rows"]) == 4 and report["samples"] == 12
-    assert "1:4" in capsys.readouterr().out and Image.open(tmp_path / "out/fid.png").size[0] > 500
+    assert "late3" in capsys.readouterr().out and Image.open(tmp_path / "out/fid.png").size[0] > 500
     assert main([*command, "--guidance", "1:2:3"]) == 2
     assert "--guidance takes FIRST:LAST,..., not '" in capsys.readouterr().err
+    assert main([*command, "--steps", "uniform,late4"]) == 2
+    assert "steps should be one of uniform, late3" in capsys.readouterr().err
 
 
 def test_evaluate_commands(tiny_run, reference, tmp_path, capsys, monkeypatch):

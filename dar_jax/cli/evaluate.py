@@ -19,12 +19,13 @@ from dar_jax.cli.options import (
     Place,
     Scales,
     Settings,
+    Words,
     check_writable,
     first,
     make_mesh,
     write_json,
 )
-from dar_jax.config import Batch, Seed, Share, Temperature, Tokens, TopK
+from dar_jax.config import Batch, DenoisingSteps, Seed, Share, Solvers, Steps, Temperature, Tokens, TopK
 from dar_jax.console import show
 from dar_jax.errors import InputError
 
@@ -145,10 +146,12 @@ class EvaluateAr(OnData[Settings]):
 class Sweep(Inception, OnTransformer):
     """Try sampling settings: FID and company of samples for every combination, and for previews.
 
-    The samples are of all classes in turn, with seeds from --seed on. Writes report.json and fid.png. The sampler is compiled
-    once for all settings, and previews come from the same samples.
+    The samples are of all classes in turn, with seeds from --seed on. Writes report.json and fid.png. How tokens are drawn is
+    compiled once for all settings, and previews come from the same samples.
 
     Example: dar-jax sweep runs/ar --reference images.npz --guidance 1:1,1.1:4,1.1:8 --groups 2,4,6,8 --out sweep
+
+    Example: dar-jax sweep runs/ar --reference images.npz --num-denoising-steps 2,4,8 --steps late3,late6 --out sweep
     """
 
     reference: str  # NPZ file, folder or data source, as of `dar-jax evaluate`
@@ -158,6 +161,9 @@ class Sweep(Inception, OnTransformer):
     temperature: OfRun[Floats[Temperature]] = None  # such as 0.9,1
     top_k: OfRun[Ints[TopK]] = None  # such as 0,600
     top_p: OfRun[Floats[Share]] = None  # such as 0.9,1
+    solver: OfRun[Words[Solvers]] = None  # of the denoising steps: adams2,euler
+    steps: OfRun[Words[Steps]] = None  # when they are, such as uniform,late6; beside --num-denoising-steps, not times it
+    num_denoising_steps: OfRun[Ints[DenoisingSteps]] = None  # how many uniform steps, such as 2,4,8
     groups: Optional[Ints[Tokens]] = None  # measure previews after so many groups, such as 2,4,6,8
     seed: Seed = 0  # of the first sample
 
@@ -166,8 +172,11 @@ class Sweep(Inception, OnTransformer):
         from dar_jax.inference.trained import inspect_transformer
 
         info, mesh = inspect_transformer(self.checkpoint), make_mesh(self.mesh)
-        values = (self.guidance, self.temperature, self.top_k, self.top_p)
-        configs = variants(info.config.sampling, *(each or () for each in values))
+        names = ("guidance", "temperature", "top_k", "top_p", "solver")
+        axes = [[{name: value} for value in getattr(self, name) or ()] for name in names]
+        counts = [{"steps": "uniform", "num_denoising_steps": count} for count in self.num_denoising_steps or ()]
+        times = [{"steps": steps, "num_denoising_steps": None} for steps in self.steps or ()]
+        configs = variants(info.config.sampling, *axes, counts + times)
         check_writable(self.out, folder=True)
         extractor = self.open_extractor(mesh)
         trained = self.load_sampler(mesh)

@@ -22,6 +22,7 @@ from dar_jax.config import (
     SamplingConfig,
     Seed,
     Share,
+    Solvers,
     Steps,
     Temperature,
     TokenizerConfig,
@@ -53,7 +54,7 @@ def _scales(text: str) -> tuple[float, float]:
 T = TypeVar("T")
 Settings = TypeVar("Settings")
 
-Words = Annotated[tuple[str, ...], _list_of(str, "A,B")]
+Words = Annotated[tuple[T, ...], _list_of(str, "A,B")]
 Ints = Annotated[tuple[T, ...], _list_of(int, "N,N")]
 Floats = Annotated[tuple[T, ...], _list_of(float, "A[,B]")]
 Scales = Annotated[tuple[tuple[Guidance, Guidance], ...], _list_of(_scales, "FIRST:LAST,...")]
@@ -186,7 +187,7 @@ class OnExperiment(Generic[Settings]):
 class Denoising:
     """How images are denoised; what is not given is as the checkpoint's run has it."""
 
-    solver: OfRun[Literal["adams2", "euler"]] = None  # of the denoising steps
+    solver: OfRun[Solvers] = None  # of the denoising steps
     steps: OfRun[Steps] = None  # when they are: uniform as in the paper, or 3, 5, 6 or 8 late ones
     num_denoising_steps: OfRun[DenoisingSteps] = None  # how many uniform steps
 

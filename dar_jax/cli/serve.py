@@ -32,7 +32,7 @@ class Serve:
     port: Annotated[int, Range(0, 65535)] = 8080  # 0: any that is free
     host: str = "127.0.0.1"  # the address to listen at; 0.0.0.0: all of this machine
     token: Optional[str] = None  # a file that holds a token, which requests must carry (Authorization: Bearer ...)
-    allowed_hosts: Optional[Words] = None  # further names that it answers to, such as that of a proxy
+    allowed_hosts: Optional[Words[str]] = None  # further names that it answers to, such as that of a proxy
     open: Flag = False  # open the page in a browser
     max_batch: Annotated[int, Range(1, 256)] = 16  # images drawn at a time
     max_waiting: Annotated[int, Range(16, 10**5)] = 64  # images that may wait for their turn; others are refused

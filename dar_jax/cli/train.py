@@ -83,7 +83,7 @@ class Plan(OnExperiment[Settings]):
     Example: dar-jax plan experiments/imagenet256_ar.py:l --topology v5e:8x8 --mesh.fsdp 8
     """
 
-    topology: Words  # as libtpu names them, such as v5e:8x8 or v5p:4x4x4; several make a table
+    topology: Words[str]  # as libtpu names them, such as v5e:8x8 or v5p:4x4x4; several make a table
     batch_size: Optional[Batch] = None  # images of all chips together, in place of train.batch_size
     sampling: Flag = False  # plan the sampler instead of the training step
     search: Tries = 6  # at most so many more compilations, for the largest batch and the least remat that fit; 0: none

@@ -45,7 +45,7 @@ class Sample(Sampling):
     dar-jax sample runs/digits --labels 3 --seeds 1,2 --prefix-image seven.png --prefix-length 8 --out samples
     """
 
-    labels: Words  # classes, by name or number
+    labels: Words[str]  # classes, by name or number
     seeds: Ints[Seed]  # integers from 0 on
     out: str  # the folder to write to
     previews: Flag = False  # also write every sample after every group as it ends, and groups.png

@@ -1,9 +1,10 @@
 """Sampling settings compared: FID and the other metrics of N samples with each of them, and of their previews."""
 
+import collections
 import dataclasses
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +18,20 @@ from dar_jax.evaluation.extractor import Extractor
 from dar_jax.evaluation.fid import SAMPLE_FEATURES, compare, open_reference
 from dar_jax.evaluation.statistics import RunningStatistics, add_features
 from dar_jax.files import write_json
+from dar_jax.inference.model import DENOISING
 from dar_jax.inference.pictures import plot
-from dar_jax.inference.samples import sample
+from dar_jax.inference.samples import SampleBatch, sample
 from dar_jax.inference.trained import Trained, seeds_from
 from dar_jax.sampling.settings import Settings, make_settings
 
+SETTINGS = ("guidance", "temperature", "top_k", "top_p", "solver", "steps", "num_denoising_steps")
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall")
 
 
-def variants(
-    base: SamplingConfig,
-    guidance: Sequence[tuple[float, float]] = (),
-    temperature: Sequence[float] = (),
-    top_k: Sequence[int] = (),
-    top_p: Sequence[float] = (),
-) -> list[SamplingConfig]:
-    """All combinations of these values; settings without any are those of `base`."""
-    axes = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    axes = {name: values or (getattr(base, name),) for name, values in axes.items()}
-    return [dataclasses.replace(base, **dict(zip(axes, values))) for values in itertools.product(*axes.values())]
+def variants(base: SamplingConfig, *axes: Sequence[Mapping[str, Any]]) -> list[SamplingConfig]:
+    """All combinations of one change of settings from each axis; an axis without any leaves them as in `base`."""
+    combinations = itertools.product(*(axis or ({},) for axis in axes))
+    return [dataclasses.replace(base, **collections.ChainMap(*map(dict, changes))) for changes in combinations]
 
 
 def share_compilation(settings: Sequence[Settings], vocab_size: int) -> list[Settings]:
@@ -85,22 +81,21 @@ def sweep(
     seeds = seeds_from(seed, num_samples)
     real = open_reference(reference, extractor)
     labels = np.arange(num_samples) % trained.networks.transformer.config.num_classes
-    rows = []
+    rows, drawn = [], {}
     shape = (config.image_size, config.image_size, config.channels)
     for number, (each, prepared) in enumerate(zip(configs, settings), 1):
         running = {group: RunningStatistics(extractor.network, num_samples, SAMPLE_FEATURES) for group in groups}
-        samples = sample(trained, labels, seeds, prepared, batch_size, previews=len(groups) > 1)
-        chunks = ((running[batch.groups], batch.images) for batch in samples if batch.groups in running)
+        of_tokens = dataclasses.replace(each, **dict.fromkeys(DENOISING))  # of one key: the same tokens, drawn once
+        samples = sample(trained, labels, seeds, prepared, batch_size, drawn.get(of_tokens), previews=len(groups) > 1)
+        tokens = drawn.setdefault(of_tokens, np.zeros((num_samples, groups[-1] * config.tokens_per_group), np.int32))
         with Progress(f"setting {number} of {len(configs)}:", num_samples * len(groups)) as progress:
-            add_features(extractor, chunks, progress.add)
+            add_features(extractor, _measured(samples, running, tokens), progress.add)
         for group in groups:
             report = compare(running[group].result(f"samples after {group} of {last} groups", shape), real)
             rows.append(
                 {
-                    "guidance": list(each.guidance),
-                    "temperature": each.temperature,
-                    "top_k": each.top_k,
-                    "top_p": each.top_p,
+                    **{name: getattr(each, name) for name in SETTINGS},
+                    "num_denoising_steps": len(prepared.times),
                     "groups": group,
                     "tokens": group * config.tokens_per_group,
                     **{name: report[name] for name in METRICS if name in report},
@@ -110,9 +105,24 @@ def sweep(
     return rows
 
 
+def _measured(
+    samples: Iterator[SampleBatch], running: Mapping[int, RunningStatistics], tokens: np.ndarray
+) -> Iterator[tuple[RunningStatistics, np.ndarray]]:
+    """The images with the statistics of their group that they belong to; writes down the tokens."""
+    for batch in samples:
+        tokens[batch.rows, : batch.tokens.shape[1]] = batch.tokens
+        if batch.groups in running:
+            yield running[batch.groups], batch.images
+
+
+def varied(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The settings that are not the same in all rows."""
+    return [name for name in SETTINGS if len({row[name] for row in rows}) > 1]
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as text for people, notes that all share below."""
-    names = [name for name in ("guidance", "temperature", "top_k", "top_p", "tokens", *METRICS) if name in rows[0]]
+    """The rows as text for people, settings that differ and metrics, notes that all share below."""
+    names = [*varied(rows), "tokens", *(name for name in METRICS if name in rows[0])]
     cells = [names] + [[_cell(row[name]) for name in names] for row in rows]
     notes = dict.fromkeys(note for row in rows for note in row["notes"])
     return "\n".join([columns(cells, ">" * len(names)), *notes])
@@ -122,17 +132,16 @@ def write_report(rows: Sequence[dict[str, Any]], out: str | os.PathLike, about: 
     """Writes report.json (with `about`) and fid.png, FID against the settings, a line for each preview; returns the paths."""
     out = Path(out)
     write_json(out / "report.json", {**about, "rows": list(rows)})
-    varied = [name for name in ("guidance", "temperature", "top_k", "top_p") if len({str(row[name]) for row in rows}) > 1]
     with plot(out / "fid.png") as axes:
         for tokens in sorted({row["tokens"] for row in rows}):
             curve = [row for row in rows if row["tokens"] == tokens]
-            labels = ["\n".join(f"{name} {_cell(row[name])}" for name in varied) or "all settings" for row in curve]
+            labels = ["\n".join(f"{name} {_cell(row[name])}" for name in varied(rows)) or "all settings" for row in curve]
             axes.plot(labels, [row["fid"] for row in curve], marker="o", label=f"{tokens} tokens")
         axes.set(ylabel="FID", ylim=(0, None))
     return [out / "report.json", out / "fid.png"]
 
 
 def _cell(value: Any) -> str:
-    if isinstance(value, list):
+    if isinstance(value, tuple):
         return ":".join(f"{item:g}" for item in value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
