@@ -49,7 +49,7 @@ class Experiment:
     optimizer: (config.optimizer, train.steps) -> an optax transformation.
     source: opens the data, in place of `data.sources.open_source`.
     condition: batch -> what the transformer is conditioned on, any tree of arrays with the batch first. In sampling the batch
-      has "label", and "image" where `dar-jax sample` is given a `--condition-image`.
+      has "label", and what `--condition-file` or `--condition-image` give.
     method: the parts of sampling, see `Method`.
     others: further networks for the predictor, by name: the folders of their runs. See `Networks.others`.
     rules: how parameters with names of their own are sharded, see `parallel.RULES`.
@@ -121,7 +121,10 @@ class Experiment:
         key = jax.random.key(self.config.train.seed)
         if isinstance(self.config, TokenizerTraining):
             return _init(model, key, jnp.zeros((1, *model.data_shape)))
-        condition = self.condition({"label": jnp.zeros(1, jnp.int32)})
+        try:
+            condition = self.condition({"label": jnp.zeros(1, jnp.int32)})
+        except KeyError as error:
+            raise InputError(f"the experiment's condition needs {error}; it has to fill in what comes without it") from error
         return _init(model, key, condition, jnp.zeros((1, self.config.model.num_tokens), jnp.int32))
 
 

@@ -80,3 +80,27 @@ def test_a_transformer_is_measured_by_bits_and_samples(networks, tiny_run, tmp_p
     report = during_training.evaluate_transformer(trained, during_training.open_source(test), test, 16, 12)
     np.testing.assert_allclose(records[-1]["eval_bits_per_token"], report["bits_per_token"], rtol=1e-5)
     assert len(records) == 2 and records[-1]["eval_fid"] > 0
+
+
+def test_a_condition_of_its_own_is_that_of_the_batch(networks, tiny_run, tmp_path, monkeypatch):
+    class Turned(DigitsSource):
+        def __getitem__(self, index):
+            return {**super().__getitem__(index), "turn": np.int32(index % 10)}
+
+    def drawn(*arguments, given):
+        seen.append(given)
+        return during_training_sample(*arguments, given=given)
+
+    seen, during_training_sample = [], during_training.sample
+    monkeypatch.setattr(during_training, "sample", drawn)
+    data = DataConfig(source="digits", image_size=8, channels=1, crop="center", flip=False)
+    model = TransformerConfig(layers=1, heads=2, width=16, mlp_multiple=8, num_tokens=16, vocab_size=64, num_classes=10)
+    settings = TrainConfig(steps=1, batch_size=8, sample_every=1)
+    config = TransformerTraining(model=model, tokenizer=str(tiny_run / "tokenizer"), data=data, train=settings)
+    fork = Experiment(
+        config,
+        source=lambda data: Turned(data.split, 1),
+        condition=lambda batch: (batch["label"] + batch.get("turn", 0)) % 10,
+    )
+    train(fork, tmp_path, pictures=during_training.log_pictures)
+    assert [given["turn"].shape for given in seen] == [(8,)]

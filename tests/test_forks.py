@@ -1,6 +1,7 @@
 """Every part that an experiment may replace, replaced: each fork trains and is used with the ordinary commands, and does its
 thing."""
 
+import dataclasses
 import re
 import runpy
 
@@ -24,9 +25,12 @@ from fork_runs import (
     trains_and_reconstructs,
     trains_and_samples,
 )
+from PIL import Image
 
+import dar_jax
 from dar_jax.cli.main import main
 from dar_jax.config import SamplingConfig
+from dar_jax.errors import InputError
 from dar_jax.experiment import load_experiment
 from dar_jax.inference.reconstruct import quantize
 from dar_jax.inference.trained import load_sampler, load_tokenizer
@@ -105,6 +109,50 @@ def test_text_is_read_to_its_setting(trained):
     assert checkpoint.inspect(trained("text")).config.fork == {"max_characters": 5}
     condition = load_experiment(path_of("text")).condition({"label": jnp.array([0, 7])})
     assert bytes(np.asarray(condition[1], np.uint8)) == b"seven"
+
+
+TURNED = """
+import dataclasses
+from dar_jax.experiment import Experiment
+from dar_jax.quickstart import DIGITS, TRANSFORMER
+config = dataclasses.replace(TRANSFORMER, name="turned", data=DIGITS)
+experiment = Experiment(config, condition=lambda batch: (batch["label"] + batch.get("turn", 0)) % 10)
+"""
+
+
+def test_what_a_condition_reads_is_given(tiny_run, tmp_path, capsys):
+    (tmp_path / "turned.py").write_text(TURNED)
+    given = tmp_path / "given.npz"
+    np.savez(given, turn=np.array([0, 4]))
+    fork = ["--experiment", str(tmp_path / "turned.py")]
+    run("generate", tiny_run, *fork, "--num", 5, "--batch-size", 2, "--out", tmp_path / "fork.npz", "--condition-file", given)
+    with np.load(tmp_path / "fork.npz") as file:
+        drawn = file["arr_0"]
+    base, turned = dar_jax.load(tiny_run), dar_jax.load(tiny_run, tmp_path / "turned.py")
+    labels = [0, 1 + 4, 2, 3 + 4, 4]
+    np.testing.assert_array_equal(drawn, base.sample(labels, range(5)))
+    images = drawn[:2]
+    np.testing.assert_array_equal(turned.score(images, [0, 1], {"turn": np.array([0, 4])}), base.score(images, [0, 5]))
+
+    sample = ["sample", str(tiny_run), "--labels", "3", "--seeds", "1,2", "--out", str(tmp_path / "out")]
+    run(*sample, *fork, "--condition-file", given)
+    two = [np.asarray(Image.open(path))[..., None] for path in sorted((tmp_path / "out").glob("*seed*.png"))]
+    np.testing.assert_array_equal(two, base.sample([3, 7], [1, 2]))
+    capsys.readouterr()
+    np.savez(tmp_path / "words.npz", turn=np.array(["left"]))
+    np.savez(tmp_path / "label.npz", turn=np.array([1]), label=np.array([1]))
+    for more, complaint in (
+        (["--condition-file", given], "turn is for an experiment whose condition reads more than the label"),
+        ([*fork, "--condition-file", tmp_path / "words.npz"], "is <U4, a condition reads numbers"),
+        ([*fork, "--condition-file", tmp_path / "label.npz"], "is named label; the labels are given by themselves"),
+        ([*fork, "--condition-file", tmp_path / "none.npz"], "none.npz does not exist"),
+    ):
+        assert main([*sample, *map(str, more)]) == 2
+        assert complaint in capsys.readouterr().err
+    with pytest.raises(InputError, match="condition needs 'turn'; it has to fill in"):
+        dataclasses.replace(load_experiment(fork[1]), condition=lambda batch: batch["turn"]).init_params(None)
+    with pytest.raises(InputError, match="turn, which is given to the condition, has no rows"):
+        turned.sample([1], [1], given={"turn": np.zeros(0)})
 
 
 def test_cosine_path_is_consistent():

@@ -79,7 +79,7 @@ def test_a_condition_sees_images_as_in_training(tiny_run, digits):
     np.testing.assert_array_equal(Model(fork).score(images, labels), Model(trained).score(images, labels))
     drawn = [
         next(iter(sample(each, labels, range(8), SamplingConfig(), **shown))).tokens
-        for each, shown in ((fork, {"condition_image": images}), (trained, {}))
+        for each, shown in ((fork, {"given": {"image": images}}), (trained, {}))
     ]
     np.testing.assert_array_equal(*drawn)
     assert set(seen) == {jnp.dtype("float32")}

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from dar_jax.cli.options import (
+    Conditioned,
     Decoding,
     Floats,
     Inception,
@@ -14,7 +15,6 @@ from dar_jax.cli.options import (
     Number,
     OfRun,
     OnData,
-    OnTransformer,
     Optional,
     Place,
     Scales,
@@ -143,7 +143,7 @@ class EvaluateAr(OnData[Settings]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep(Inception, OnTransformer):
+class Sweep(Inception, Conditioned):
     """Try sampling settings: FID and company of samples for every combination, and for previews.
 
     The samples are of all classes in turn, with seeds from --seed on. Writes report.json and fid.png. How tokens are drawn is
@@ -177,10 +177,11 @@ class Sweep(Inception, OnTransformer):
         counts = [{"steps": "uniform", "num_denoising_steps": count} for count in self.num_denoising_steps or ()]
         times = [{"steps": steps, "num_denoising_steps": None} for steps in self.steps or ()]
         configs = variants(info.config.sampling, *axes, counts + times)
+        given = self.read_given()
         check_writable(self.out, folder=True)
         extractor = self.open_extractor(mesh)
         trained = self.load_sampler(mesh)
-        rows = sweep(trained, extractor, self.reference, configs, self.groups, self.num, self.batch_size, self.seed)
+        rows = sweep(trained, extractor, self.reference, configs, self.groups, self.num, self.batch_size, self.seed, given)
         about = {
             "checkpoint": str(info.path),
             "reference": self.reference,

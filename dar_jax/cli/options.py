@@ -121,6 +121,22 @@ class OnTransformer(OnCheckpoint):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Conditioned(OnTransformer):
+    """The same for a command that draws samples for an experiment's own condition."""
+
+    condition_file: Optional[str] = None  # NPZ file of what the experiment's condition reads beside the label, a row a sample
+
+    def read_given(self) -> dict[str, Any]:
+        """The arrays of that file. Raises InputError where it, or none, does not fit the experiment's condition."""
+        from dar_jax.inference.samples import check_given, read_given
+        from dar_jax.sampling.settings import label_of
+
+        given = read_given(self.condition_file)
+        check_given(given, self.replaced.condition if self.replaced else label_of)
+        return given
+
+
+@dataclass(frozen=True, kw_only=True)
 class OnData(OnCheckpoint, Generic[Settings]):
     """Options of a command that reads a data set; what is not given is as `default_data` has it."""
 

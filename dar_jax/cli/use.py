@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dar_jax.cli.options import (
+    Conditioned,
     Decoding,
     FirstStep,
     Flag,
@@ -32,7 +33,7 @@ from dar_jax.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample(Sampling):
+class Sample(Sampling, Conditioned):
     """Sample images from a trained transformer.
 
     One label goes with many seeds, one seed with many labels, and equally many of both pair up one by one. The same label, seed
@@ -78,6 +79,7 @@ class Sample(Sampling):
             resolution=self.resolution,
             output_resolution=self.output_resolution,
             condition_image=self.condition_image,
+            condition_file=self.condition_file,
             **({"method": self.replaced.method, "condition": self.replaced.condition} if self.replaced else {}),
         )
         check_writable(self.out, folder=True)
@@ -152,7 +154,7 @@ class Edit(Sampling):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(Sampling):
+class Generate(Sampling, Conditioned):
     """Draw many samples into one NPZ file, for `dar-jax evaluate` and the ADM suite.
 
     The file has the images in `arr_0` (uint8, N x height x width x channels) and their classes in `arr_1`. Sample i has the
@@ -174,9 +176,10 @@ class Generate(Sampling):
         info = inspect_transformer(self.checkpoint)
         sampling = self.sampling(info.config.sampling)
         self.check_sampling(sampling, info.tokenizer.config.model)
+        given = self.read_given()
         check_file_writable(self.out)
         trained = self.load_sampler()
-        show(generate_npz(trained, self.out, self.num, self.labels, sampling, self.batch_size, self.seed))
+        show(generate_npz(trained, self.out, self.num, self.labels, sampling, self.batch_size, self.seed, given))
 
 
 @dataclass(frozen=True, kw_only=True)

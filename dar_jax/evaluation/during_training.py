@@ -20,7 +20,7 @@ from dar_jax.inference.reconstruct import reconstruct
 from dar_jax.inference.samples import sample
 from dar_jax.inference.trained import Trained, unless_missing
 from dar_jax.parallel.batches import to_host
-from dar_jax.sampling.settings import Networks
+from dar_jax.sampling.settings import Networks, label_of
 from dar_jax.training.stages import Stage
 from dar_jax.training.state import Params
 
@@ -31,15 +31,19 @@ BATCH = 64  # images at a time
 def log_pictures(stage: Stage, ema: Params, batch: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
     """The pictures uint8 [h, w, 3], by name, that `training.loop.train` logs every `sample_every` steps.
 
-    Images of the batch beside their reconstructions for a tokenizer, samples of the first classes for a transformer.
+    Images of the batch beside their reconstructions for a tokenizer, samples of the first classes for a transformer; where the
+    experiment's condition is its own, samples of what the batch has.
     """
     trained, config, seeds = _trained(stage, ema), stage.experiment.config, np.arange(COUNT)
     if isinstance(config, TokenizerTraining):
         images = to_host(batch["image"][:COUNT])
         decoded = reconstruct(trained, images, seeds[: len(images)], batch_size=len(images)).images
         return {"reconstructions": pictures.beside(images, decoded)}
-    labels = seeds % len(stage.class_names)
-    samples = sample(trained, labels, seeds, config.sampling, COUNT)
+    labels, given = seeds % len(stage.class_names), {}
+    if stage.experiment.condition is not label_of:
+        given = {name: to_host(rows[:COUNT]) for name, rows in batch.items() if name != "codes"}
+        labels = given.pop("label")
+    samples = sample(trained, labels, seeds[: len(labels)], config.sampling, len(labels), given=given)
     images = np.concatenate([batch.images for batch in samples])
     return {"samples": pictures.sheet(images, [stage.class_names[label] for label in labels])}
 

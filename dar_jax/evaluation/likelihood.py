@@ -21,7 +21,7 @@ from dar_jax.files import write_json
 from dar_jax.inference.pictures import plot
 from dar_jax.inference.reconstruct import quantize
 from dar_jax.inference.trained import Trained
-from dar_jax.models.pixels import to_float
+from dar_jax.models.pixels import with_float_image
 from dar_jax.models.transformer import score
 from dar_jax.parallel.batches import over_batches
 from dar_jax.training.resume import class_numbers
@@ -53,8 +53,7 @@ def evaluate_transformer(
     images = 0
 
     def scores(batch: dict[str, jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
-        if "image" in batch:  # a condition sees images as in training
-            batch = {**batch, "image": to_float(batch["image"])}
+        batch = with_float_image(batch)  # a condition sees images as in training
         codes = batch["codes"] if "codes" in batch else quantize(networks, params, batch["image"]).codes
         if codes.shape[1] != model.config.num_tokens:
             raise InputError(f"the data have {codes.shape[1]} codes per image, the transformer {model.config.num_tokens}")

@@ -58,6 +58,7 @@ def sweep(
     num_samples: int = 1000,
     batch_size: int = 64,
     seed: int = 0,
+    given: Mapping[str, np.ndarray] | None = None,
 ) -> list[dict[str, Any]]:
     """Draws `num_samples` samples with each of the settings, of all classes in turn and with seeds from `seed` on, and measures
     them against the reference.
@@ -65,6 +66,7 @@ def sweep(
     Args:
       reference: as `fid.evaluate` takes it.
       groups: numbers of groups after which the previews are measured, at no cost in sampling; None: the finished images only.
+      given: as of `sample`.
 
     Returns a row for each setting and preview: the setting, `groups`, `tokens`, the metrics, `notes`. Raises InputError where
     settings, seeds, groups or the reference do not fit.
@@ -86,7 +88,8 @@ def sweep(
     for number, (each, prepared) in enumerate(zip(configs, settings), 1):
         running = {group: RunningStatistics(extractor.network, num_samples, SAMPLE_FEATURES) for group in groups}
         of_tokens = dataclasses.replace(each, **dict.fromkeys(DENOISING))  # of one key: the same tokens, drawn once
-        samples = sample(trained, labels, seeds, prepared, batch_size, drawn.get(of_tokens), previews=len(groups) > 1)
+        options = {"prefix": drawn.get(of_tokens), "previews": len(groups) > 1, "given": given}
+        samples = sample(trained, labels, seeds, prepared, batch_size, **options)
         tokens = drawn.setdefault(of_tokens, np.zeros((num_samples, groups[-1] * config.tokens_per_group), np.int32))
         with Progress(f"setting {number} of {len(configs)}:", num_samples * len(groups)) as progress:
             add_features(extractor, _measured(samples, running, tokens), progress.add)

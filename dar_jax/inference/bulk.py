@@ -7,6 +7,7 @@ import dataclasses
 import os
 import shutil
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -42,6 +43,7 @@ def generate_npz(
     sampling: SamplingConfig,
     batch_size: int = 64,
     seed: int = 0,
+    given: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
     """Draws samples and writes them in ADM's layout: `arr_0` uint8 [N, H, W, C] and `arr_1`, their classes, int64 [N].
 
@@ -49,6 +51,8 @@ def generate_npz(
     undisturbed one, also with other batches and devices. Until the file is complete, batches are kept in the folder OUT.parts.
     While the devices draw a batch, the host writes the one before; no more are in memory. With several hosts, which share the
     folder, the first writes.
+
+    given: as of `sample`.
 
     Raises InputError where OUT exists, OUT.parts holds batches of anything else (other weights, settings or code, see
     `identity`), or the settings do not fit.
@@ -64,13 +68,15 @@ def generate_npz(
     require_shared(parts.folder)
     about = {"model": identity.of_model(trained), "sampling": dataclasses.asdict(sampling)}
     about |= {"guidance_scales": identity.describe(settings.scales), "samples": num, "labels": labels, "seed": seed}
+    if given:
+        about["given"] = identity.describe(given)
     mark = f"dar_jax {identity.digest(about)}".encode()
     if not out.exists():
         identity.claim(parts.folder, about, "*.npy")
         missing = parts.missing(size)
         with Progress("generated", num) as progress:
             progress.skip(num - sum(rows.stop - rows.start for rows in missing))
-            for batch in sample(trained, classes, seeds, settings, size, batches=missing):
+            for batch in sample(trained, classes, seeds, settings, size, batches=missing, given=given):
                 parts.write(batch.rows, batch.images)
                 progress.add(len(batch.images))
     elif _comment(out) != mark:  # else this very file was finished, but its parts not yet deleted

@@ -5,7 +5,7 @@ Shapes: N samples or images, T tokens, G groups, H W pixels, C channels.
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from dar_jax.config import SamplingConfig, TransformerTraining
 from dar_jax.errors import InputError
 from dar_jax.experiment import load_experiment
 from dar_jax.inference.reconstruct import encode
-from dar_jax.inference.samples import class_number, pair, sample
+from dar_jax.inference.samples import check_given, class_number, pair, rows_in_turn, sample
 from dar_jax.inference.trained import Trained, Weights, load_sampler, load_tokenizer
 from dar_jax.models.pixels import to_float, to_uint8
 from dar_jax.models.transformer import score
@@ -49,7 +49,8 @@ class Model:
         Args:
           labels, seeds: one label goes with many seeds, one seed with many labels, equally many pair up.
           settings: fields of `SamplingConfig` that differ from the run's, such as `guidance=(1.1, 8.0)` or `temperature=0.9`;
-            `prefix`, int32 [k] or [N, k], fixes the first k tokens.
+            `prefix`, int32 [k] or [N, k], fixes the first k tokens; `given` is what the experiment's condition reads beside
+            the label, arrays [n, ...] by name, of which sample i gets row i modulo n.
         """
         *_, images = self._draw(labels, seeds, settings, previews=False)
         return images
@@ -86,21 +87,28 @@ class Model:
 
         return to_uint8(self._over_rows(images, codes, np.array(numbers, np.uint32)))
 
-    def score(self, images: np.ndarray, labels: Sequence[int | str]) -> np.ndarray:
-        """The bits float32 [N, T] that each code of these images takes, given their classes and the codes before it."""
+    def score(
+        self, images: np.ndarray, labels: Sequence[int | str], given: Mapping[str, np.ndarray] | None = None
+    ) -> np.ndarray:
+        """The bits float32 [N, T] that each code of these images takes, given their classes and the codes before it.
+
+        The experiment's condition reads the images, and what is `given` as in `sample`.
+        """
         networks, params = self._transformer().networks, self.trained.params["transformer"]
+        check_given(given or {}, networks.condition)
+        others = rows_in_turn(given or {}, slice(0, len(images)))
         numbers = np.asarray([self._number(label) for label in labels], np.int32)
         if len(numbers) != len(images):
             raise InputError(f"{len(images)} images and {len(numbers)} labels do not pair up")
 
-        def bits_of(codes: jax.Array, images: jax.Array, labels: jax.Array) -> jax.Array:
-            condition = networks.condition({"label": labels, "image": to_float(images)})
+        def bits_of(codes: jax.Array, images: jax.Array, labels: jax.Array, others: dict[str, jax.Array]) -> jax.Array:
+            condition = networks.condition({**others, "label": labels, "image": to_float(images)})
             return score(networks.transformer, params, condition, codes)[0]
 
-        return self._over_rows(bits_of, self.encode(images), np.asarray(images), numbers)
+        return self._over_rows(bits_of, self.encode(images), np.asarray(images), numbers, others)
 
-    def _over_rows(self, function: Callable[..., jax.Array], *arrays: np.ndarray) -> np.ndarray:
-        """A function of arrays [N, ...], on the devices batch by batch."""
+    def _over_rows(self, function: Callable[..., jax.Array], *arrays: Any) -> np.ndarray:
+        """A function of arrays [N, ...], or trees of them, on the devices batch by batch."""
         size = self.trained.full_batch(self.batch_size)
         batches = split_rows(row_slices(0, len(arrays[0]), size), *arrays)
         return np.concatenate([part for _, part in over_batches(function, batches, size, self.trained.mesh)])
@@ -109,14 +117,16 @@ class Model:
         info = self._transformer().info
         assert info is not None and isinstance(info.config, TransformerTraining)
         base = info.config.sampling
-        prefix = settings.pop("prefix", None)
+        prefix, given = settings.pop("prefix", None), settings.pop("given", None)
+        check_given(given or {}, self.trained.networks.condition)
         sampling = _with(base, settings)
         numbers, each = pair([self._number(label) for label in labels], seeds)
         if not numbers:
             raise InputError("there are no labels or no seeds")
         if prefix is not None:
             prefix = self._prefix(np.asarray(prefix), len(numbers))
-        batches = sample(self.trained, numbers, each, sampling, min(self.batch_size, len(numbers)), prefix, previews=previews)
+        options = {"prefix": prefix, "previews": previews, "given": given}
+        batches = sample(self.trained, numbers, each, sampling, min(self.batch_size, len(numbers)), **options)
         finished: dict[int, list[np.ndarray]] = {}  # by group, the images of the batches so far
         for batch in batches:
             parts = finished.setdefault(batch.groups, [])

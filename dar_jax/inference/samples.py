@@ -20,10 +20,10 @@ import numpy as np
 from dar_jax.config import SamplingConfig, TokenizerConfig, validate_tokenizer
 from dar_jax.console import Progress
 from dar_jax.errors import InputError, require
-from dar_jax.inference import pictures
+from dar_jax.inference import npz, pictures
 from dar_jax.inference.reconstruct import encode, open_image
 from dar_jax.inference.trained import Trained
-from dar_jax.models.pixels import to_float, to_uint8
+from dar_jax.models.pixels import to_float, to_uint8, with_float_image
 from dar_jax.parallel.batches import over_batches, row_slices, split_rows
 from dar_jax.sampling.predict import token_by_token
 from dar_jax.sampling.sampler import generate, predictor, stream
@@ -31,6 +31,8 @@ from dar_jax.sampling.settings import Method, Settings, label_of, make_settings
 from dar_jax.training.checkpoint import Info
 
 log = logging.getLogger("dar_jax.inference")
+
+Condition = Callable[[Mapping[str, Any]], Any]  # of an experiment
 
 NAME_LENGTH = 50  # characters of the run's name in names of files, which may have 255 bytes
 
@@ -60,7 +62,7 @@ def sample(
     image: np.ndarray | None = None,
     previews: bool = False,
     batches: Sequence[slice] | None = None,
-    condition_image: np.ndarray | None = None,
+    given: Mapping[str, np.ndarray] | None = None,
 ) -> Iterator[SampleBatch]:
     """Draws N samples. Each depends on its own label and seed only, not on the batch it is drawn in.
 
@@ -72,7 +74,8 @@ def sample(
       image: uint8 [R, R, C] to start all of them from at `sampling.start_step`.
       previews: yield every batch after each of its groups, as soon as that one ends, and not only in the end.
       batches: which samples to draw together, up to `batch_size` each; None: all in their order.
-      condition_image: uint8 [H, W, C] or [N, H, W, C], the "image" of all or of each for an experiment's `condition`.
+      given: what an experiment's `condition` reads beside "label", arrays [n, ...] by name; sample i gets row i modulo n. An
+        "image" may be uint8, and is float32 in [-1, 1] for the condition.
     """
     settings = sampling
     if isinstance(sampling, SamplingConfig):
@@ -85,13 +88,11 @@ def sample(
         prefix = np.broadcast_to(np.asarray(prefix, np.int32), (total, np.shape(prefix)[-1]))
     if image is not None:
         image = np.broadcast_to(to_float(image), (total, *image.shape))
-    if condition_image is not None:
-        condition_image = np.broadcast_to(condition_image, (total, *condition_image.shape[-3:]))
 
     def draw(
-        labels: jax.Array, seeds: jax.Array, prefix: jax.Array | None, image: jax.Array | None, shown: jax.Array | None
+        labels: jax.Array, seeds: jax.Array, prefix: jax.Array | None, image: jax.Array | None, given: dict[str, jax.Array]
     ) -> Any:
-        condition = networks.condition({"label": labels} if shown is None else {"label": labels, "image": to_float(shown)})
+        condition = networks.condition(with_float_image({**given, "label": labels}))
         arguments = {"prefix": prefix, "image": image}
         if previews:
             steps = stream(networks, params, settings, condition, seeds, **arguments)
@@ -100,7 +101,8 @@ def sample(
         return samples.tokens, samples.images, samples.calls
 
     slices = row_slices(0, total, size) if batches is None else batches
-    arrays = split_rows(slices, np.asarray(labels, np.int32), np.asarray(seeds, np.uint32), prefix, image, condition_image)
+    arrays = split_rows(slices, np.asarray(labels, np.int32), np.asarray(seeds, np.uint32), prefix, image)
+    arrays = ((rows, (*parts, rows_in_turn(given or {}, rows))) for rows, parts in arrays)
     passes = np.zeros(total, np.int32)
     for rows, (tokens, images, calls) in over_batches(draw, arrays, size, trained.mesh):
         passes[rows] = calls
@@ -108,6 +110,31 @@ def sample(
     if predictor(networks, settings) is not token_by_token and passes.any():
         passes = passes[passes > 0]
         log.info("%.1f passes of the transformer a sample, at most %d", passes.mean(), passes.max())
+
+
+def rows_in_turn(arrays: Mapping[str, np.ndarray], rows: slice) -> dict[str, np.ndarray]:
+    """Rows of arrays [n, ...], of which row i modulo n is the i-th."""
+    return {name: array[np.arange(rows.start, rows.stop) % len(array)] for name, array in arrays.items()}
+
+
+def read_given(path: str | None) -> dict[str, np.ndarray]:
+    """The arrays [n, ...] of an NPZ file by name, as `given` of `sample`; none without a file.
+
+    Raises InputError where it cannot be read, or holds anything but numbers.
+    """
+    arrays = {} if path is None else npz.read(path, *npz.names(path))
+    for name, array in arrays.items():
+        require(array.dtype.kind in "biuf", f"{name} in {path} is {array.dtype}, a condition reads numbers")
+    return arrays
+
+
+def check_given(given: Mapping[str, np.ndarray], condition: Condition) -> None:
+    """Raises InputError where the condition reads the label alone, or what is given are no rows of something else."""
+    if given and condition is label_of:
+        raise InputError(f"{', '.join(given)} is for an experiment whose condition reads more than the label")
+    require("label" not in given, "an array of what is given is named label; the labels are given by themselves")
+    for name, array in given.items():
+        require(np.ndim(array) > 0 and len(array) > 0, f"{name}, which is given to the condition, has no rows")
 
 
 @dataclass(frozen=True)
@@ -122,7 +149,7 @@ class Request:
     reference: np.ndarray | None  # an image uint8 [H, W, C], of whose tokens
     prefix_length: int  # so many are taken
     image: np.ndarray | None  # uint8 [R, R, C] to start from
-    condition_image: np.ndarray | None  # uint8 [H, W, C], for the experiment's `condition`
+    given: dict[str, np.ndarray]  # for the experiment's `condition`
 
 
 def make_request(
@@ -138,7 +165,8 @@ def make_request(
     output_resolution: int | None = None,
     method: Method = Method(),  # noqa: B008 (frozen)
     condition_image: str | None = None,
-    condition: Callable[[Mapping[str, Any]], Any] = label_of,
+    condition_file: str | None = None,
+    condition: Condition = label_of,
 ) -> Request:
     """Checks everything that can be wrong with a request before any weights are read.
 
@@ -148,7 +176,7 @@ def make_request(
       prefix_image, prefix_tokens: source of the first `prefix_length` tokens (default: all of `prefix_tokens`).
       start_image: to start from at `sampling.start_step`.
       method, condition: the experiment's parts, which the settings have to fit.
-      condition_image: what `condition` gets as "image".
+      condition_image: what `condition` gets as "image"; condition_file: NPZ file of what else it gets, see `read_given`.
       resolution, output_resolution: pixels are denoised at the one and resized to the other (default: the tokenizer's).
 
     Raises InputError in one line where labels, seeds, settings, tokens or images do not fit.
@@ -163,8 +191,10 @@ def make_request(
         )
     if prefix_image is not None and prefix_tokens is not None:
         raise InputError("a prefix comes from an image or from tokens, not from both")
-    if condition_image is not None and condition is label_of:
-        raise InputError("a condition image needs an experiment whose condition has more than the label")
+    given = read_given(condition_file)
+    if condition_image is not None:
+        given["image"] = open_image(condition_image, tokenizer, tokenizer.image_size)[None]
+    check_given(given, condition)
     available = len(prefix_tokens) if prefix_tokens is not None else model.num_tokens
     if prefix_length is None:
         if prefix_image is not None:
@@ -176,19 +206,16 @@ def make_request(
         raise InputError(f"the prefix length is {prefix_length}, it should be 0 .. {min(available, model.num_tokens)}")
     if wrong := [token for token in prefix_tokens or () if not 0 <= token < model.vocab_size]:
         raise InputError(f"the prefix token {wrong[0]} is out of range, tokens are 0 .. {model.vocab_size - 1}")
-    reference, shown = (
-        None if path is None else open_image(path, tokenizer, tokenizer.image_size) for path in (prefix_image, condition_image)
-    )
     return Request(
         labels=numbers,
         seeds=seeds,
         sampling=sampling,
         tokenizer=tokenizer,
         prefix=None if prefix_tokens is None else np.asarray(prefix_tokens[:prefix_length], np.int32),
-        reference=reference,
+        reference=None if prefix_image is None else open_image(prefix_image, tokenizer, tokenizer.image_size),
         prefix_length=prefix_length,
         image=None if start_image is None else open_image(start_image, tokenizer, tokenizer.resolution),
-        condition_image=shown,
+        given=given,
     )
 
 
@@ -260,7 +287,7 @@ def write_samples(
         prefix=prefix if request.prefix_length else None,
         image=request.image,
         previews=previews or animate,
-        condition_image=request.condition_image,
+        given=request.given,
     )
 
     def write(name: str, image: np.ndarray) -> None:

@@ -1,6 +1,7 @@
 """uint8 and back, and resizing as PyTorch and TensorFlow do it."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,11 @@ def to_float(images: jax.Array) -> jax.Array:
     if jnp.issubdtype(images.dtype, jnp.floating):
         return images
     return images.astype(jnp.float32) / 127.5 - 1
+
+
+def with_float_image(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch whose "image", if it has one, is as `to_float` has it."""
+    return {**batch, "image": to_float(batch["image"])} if "image" in batch else dict(batch)
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:

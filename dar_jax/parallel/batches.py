@@ -1,6 +1,7 @@
 """Batches over the devices of a mesh, and which rows each host holds."""
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -133,7 +134,7 @@ def row_slices(start: int, stop: int, size: int) -> list[slice]:
     return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
-def split_rows(slices: Iterable[slice], *arrays: np.ndarray | None) -> Iterator[tuple[slice, tuple]]:
-    """Batches for `over_batches`: these rows of arrays [N, ...], and None for None."""
+def split_rows(slices: Iterable[slice], *arrays: Any) -> Iterator[tuple[slice, tuple]]:
+    """Batches for `over_batches`: these rows of trees of arrays [N, ...], such as None."""
     for rows in slices:
-        yield rows, tuple(None if array is None else array[rows] for array in arrays)
+        yield rows, jax.tree.map(operator.itemgetter(rows), arrays)

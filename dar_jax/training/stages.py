@@ -24,7 +24,7 @@ from dar_jax.experiment import Experiment, LossFn
 from dar_jax.features.dinov2 import Dinov2, Dinov2Config
 from dar_jax.features.load import load_dinov2, load_lpips
 from dar_jax.features.vgg_lpips import SMALLEST, Lpips
-from dar_jax.models.pixels import to_float
+from dar_jax.models.pixels import with_float_image
 from dar_jax.parallel import hosts
 from dar_jax.sampling.settings import make_settings
 from dar_jax.training.checkpoint import Info, Loaded, latest_step, load, save_for_inference
@@ -91,8 +91,7 @@ def describe(experiment: Experiment, dtype: jnp.dtype, encoder: nn.Module | None
     loss = (experiment.loss or default)(config, model)
 
     def loss_fn(params: Params, batch: dict, key: jax.Array, frozen: dict, step: jax.Array):
-        if "image" in batch:
-            batch = {**batch, "image": to_float(batch["image"])}
+        batch = with_float_image(batch)
         if encoder is not None:
             batch["codes"] = encoder.apply({"params": frozen["tokenizer"]}, batch["image"], method="codes")
         if not isinstance(config, TokenizerTraining):

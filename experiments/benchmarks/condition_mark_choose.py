@@ -253,7 +253,7 @@ def control(
         rows.append({"method": f"base, {share:.0%} of the codes", **over_runs(run, None, partial(begun, share))})
     for other in others:
         file, _, folders = other.partition("=")
-        row = over_runs(folders, load_experiment(file), lambda trained: figures(trained, {"condition_image": references}))
+        row = over_runs(folders, load_experiment(file), lambda trained: figures(trained, {"given": {"image": references}}))
         rows.append({"method": file.removeprefix("experiments/variants/"), **row})
     report(rows, json)
 
