@@ -187,6 +187,7 @@ class Sweep(Inception, Conditioned):
             "reference": self.reference,
             "samples": self.num,
             "seed": self.seed,
+            "condition_file": self.condition_file,
             "weights": f"{extractor.network.weights} (SHA-256 {extractor.network.sha256})",
             "resize": self.resize,
         }
