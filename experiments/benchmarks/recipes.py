@@ -43,7 +43,7 @@ class Options:
     workdir: Path
     arms: tuple[str, ...]  # NAME=OPTIONS or NAME=FILE OPTIONS
     common: str = ""  # options of all arms
-    seeds: Ints = (0, 1, 2)
+    seeds: Ints[int] = (0, 1, 2)
     num_images: int = 10_000  # held out, at most
     json: Path | None = None
 

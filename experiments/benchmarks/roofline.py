@@ -37,7 +37,7 @@ DECODER_RATE = 0.4  # of the peak, while denoising
 class Options:
     """Compute what fewer passes would gain."""
 
-    models: Words = ("L", "XL")  # sizes of the transformer
+    models: Words[str] = ("L", "XL")  # sizes of the transformer
     batch_sizes: Ints[int] = (1, 8, 64)
     device: str = "H100"  # one of A100, H100, H200, v5e, v6e
     window: int = 8  # guesses of a pass

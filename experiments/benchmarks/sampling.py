@@ -69,7 +69,7 @@ SIDE_BY_SIDE = (  # what is timed beside the release: kind, size of the transfor
 class Options:
     """Time the sampler on this machine."""
 
-    models: Words = ("L", "XL")  # sizes of the transformer
+    models: Words[str] = ("L", "XL")  # sizes of the transformer
     batch_sizes: Ints[int] = (1, 8, 64, 256)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of matrix products
     repeats: int = 3  # runs after the first one, of which the fastest counts

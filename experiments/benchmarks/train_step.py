@@ -54,9 +54,9 @@ EXPERIMENTS = Path(__file__).parents[1]
 class Options:
     """Time the training step on this machine."""
 
-    models: Words = ("tokenizer", "L", "XL", "XXL")  # the tokenizer, and sizes of the transformer
+    models: Words[str] = ("tokenizer", "L", "XL", "XXL")  # the tokenizer, and sizes of the transformer
     batch_sizes: Ints[int] = (64, 256)  # of all devices together
-    remats: Words = ("none", "dots")  # what the backward pass computes again: none, dots or full
+    remats: Words[str] = ("none", "dots")  # what the backward pass computes again: none, dots or full
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of matrix products
     optimizer: Literal["adamw", "muon"] = "adamw"
     mesh: MeshConfig = field(default_factory=MeshConfig)
