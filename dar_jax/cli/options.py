@@ -124,7 +124,7 @@ class OnTransformer(OnCheckpoint):
 class Conditioned(OnTransformer):
     """The same for a command that draws samples for an experiment's own condition."""
 
-    condition_file: Optional[str] = None  # NPZ file of what the experiment's condition reads beside the label, a row a sample
+    condition_file: Optional[str] = None  # NPZ file of arrays that the condition reads beside the label, rows in turn
 
     def read_given(self) -> dict[str, Any]:
         """The arrays of that file. Raises InputError where it, or none, does not fit the experiment's condition."""
