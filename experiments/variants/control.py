@@ -6,7 +6,7 @@ Command:  dar-jax train experiments/variants/control.py --tokenizer runs/digits/
           dar-jax sample runs/control --experiment experiments/variants/control.py --condition-image seven.png --labels 3 \
               --seeds 1,2 --out samples          (:strong has a guidance of 2 by the map; --guidance is that by the label)
 Differs:  from the digits' transformer of the quickstart in condition, model, loss and how tokens are found.
-Result:   the map's error is 0.084 for digits, 0.115 without map; 0.058 and 0.135 for Fashion-MNIST. See docs/variants.md.
+Result:   the map's error is 0.084 for digits, 0.115 without map; 0.060 and 0.134 for Fashion-MNIST. See docs/variants.md.
 
 D-AR's tokens have no place in the image: a small network reads the whole map and gives T control tokens, of which the i-th is
 added to the slot that predicts code i. A run starts as the base: the layer in between begins at 0. Logits are l(none) +
