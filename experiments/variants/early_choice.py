@@ -7,7 +7,7 @@ Command:  dar-jax sample runs/digits --experiment experiments/variants/early_cho
 Differs:  in how a sample begins (`Method.predict`).
 Time:     with N candidates for n of G groups (N n + G - n) / G of the transformer's work, and one pass that scores them.
 Result:   more variety than guidance of that accuracy: digits by likelihood (99.2 %, three trainings; evidence is level),
-          Fashion-MNIST by evidence (91.0 %, two trainings, at 0.7 of guidance's cost). See docs/variants.md.
+          Fashion-MNIST by evidence (90.4 %, three trainings, at 0.7 of guidance's cost). See docs/variants.md.
 
 Candidate 0 is the base's own beginning, candidate r has keys of its own, also for what follows. Scores: `evidence`, how much
 likelier the tokens are with the class than without; `likelihood`, their probability (HEX found it worse than chance);
