@@ -124,7 +124,7 @@ class Experiment:
         try:
             condition = self.condition({"label": jnp.zeros(1, jnp.int32)})
         except KeyError as error:
-            raise InputError(f"the experiment's condition needs {error}; it has to fill in what comes without it") from error
+            raise InputError(f"the experiment's condition needs {error}; given labels alone, it has to do without") from error
         return _init(model, key, condition, jnp.zeros((1, self.config.model.num_tokens), jnp.int32))
 
 

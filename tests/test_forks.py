@@ -149,7 +149,7 @@ def test_what_a_condition_reads_is_given(tiny_run, tmp_path, capsys):
     ):
         assert main([*sample, *map(str, more)]) == 2
         assert complaint in capsys.readouterr().err
-    with pytest.raises(InputError, match="condition needs 'turn'; it has to fill in"):
+    with pytest.raises(InputError, match="condition needs 'turn'; given labels alone, it has to do without"):
         dataclasses.replace(load_experiment(fork[1]), condition=lambda batch: batch["turn"]).init_params(None)
     with pytest.raises(InputError, match="turn, which is given to the condition, has no rows"):
         turned.sample([1], [1], given={"turn": np.zeros(0)})
