@@ -23,7 +23,7 @@ from dar_jax.errors import InputError, one_line, require
 from dar_jax.models.tokenizer import Tokenizer
 from dar_jax.models.transformer import Llama
 from dar_jax.parallel import Rules
-from dar_jax.sampling.settings import Method, label_of
+from dar_jax.sampling.settings import Condition, Method, label_of
 
 Config = TokenizerTraining | TransformerTraining
 
@@ -63,7 +63,7 @@ class Experiment:
     frozen: Callable[[Config], dict[str, Any]] | None = None
     optimizer: Callable[[OptimizerConfig, int], optax.GradientTransformation] | None = None
     source: Callable[[DataConfig], Any] | None = None
-    condition: Callable[[Mapping[str, Any]], Any] = label_of
+    condition: Condition = label_of
     method: Method = Method()
     others: Mapping[str, str] = field(default_factory=dict)
     rules: Rules = ()

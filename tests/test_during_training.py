@@ -14,6 +14,7 @@ from dar_jax.evaluation.during_training import Evaluation
 from dar_jax.evaluation.tokenizer import evaluate_tokenizer
 from dar_jax.experiment import Experiment
 from dar_jax.inference.trained import load_sampler, load_tokenizer
+from dar_jax.parallel.batches import to_host
 from dar_jax.quickstart import TOKENIZER
 from dar_jax.training.logs import read_records
 from dar_jax.training.loop import train
@@ -87,11 +88,16 @@ def test_a_condition_of_its_own_is_that_of_the_batch(networks, tiny_run, tmp_pat
         def __getitem__(self, index):
             return {**super().__getitem__(index), "turn": np.int32(index % 10)}
 
-    def drawn(*arguments, given):
-        seen.append(given)
-        return during_training_sample(*arguments, given=given)
+    def drawn(trained, labels, *arguments, given):
+        seen.append((labels, given["turn"]))
+        return during_training_sample(trained, labels, *arguments, given=given)
 
-    seen, during_training_sample = [], during_training.sample
+    def pictures(stage, ema, batch):
+        shown.append(during_training.log_pictures(stage, ema, batch))
+        batches.append((to_host(batch["label"]), to_host(batch["turn"])))
+        return shown[-1]
+
+    seen, shown, batches, during_training_sample = [], [], [], during_training.sample
     monkeypatch.setattr(during_training, "sample", drawn)
     data = DataConfig(source="digits", image_size=8, channels=1, crop="center", flip=False)
     model = TransformerConfig(layers=1, heads=2, width=16, mlp_multiple=8, num_tokens=16, vocab_size=64, num_classes=10)
@@ -102,5 +108,6 @@ def test_a_condition_of_its_own_is_that_of_the_batch(networks, tiny_run, tmp_pat
         source=lambda data: Turned(data.split, 1),
         condition=lambda batch: (batch["label"] + batch.get("turn", 0)) % 10,
     )
-    train(fork, tmp_path, pictures=during_training.log_pictures)
-    assert [given["turn"].shape for given in seen] == [(8,)]
+    train(fork, tmp_path, pictures=pictures)
+    assert shown[0]["samples"].ndim == 3
+    np.testing.assert_array_equal(seen, batches)

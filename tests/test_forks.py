@@ -125,9 +125,14 @@ def test_what_a_condition_reads_is_given(tiny_run, tmp_path, capsys):
     given = tmp_path / "given.npz"
     np.savez(given, turn=np.array([0, 4]))
     fork = ["--experiment", str(tmp_path / "turned.py")]
-    run("generate", tiny_run, *fork, "--num", 5, "--batch-size", 2, "--out", tmp_path / "fork.npz", "--condition-file", given)
+    generate = ["generate", tiny_run, *fork, "--num", 5, "--batch-size", 2, "--out", tmp_path / "fork.npz", "--condition-file"]
+    run(*generate, given)
     with np.load(tmp_path / "fork.npz") as file:
         drawn = file["arr_0"]
+    (tmp_path / "fork.npz.parts").mkdir()  # as of a run that was interrupted at its very end
+    np.savez(tmp_path / "other.npz", turn=np.array([0, 5]))
+    assert main([str(word) for word in [*generate, tmp_path / "other.npz"]]) == 2
+    run(*generate, given)
     base, turned = dar_jax.load(tiny_run), dar_jax.load(tiny_run, tmp_path / "turned.py")
     labels = [0, 1 + 4, 2, 3 + 4, 4]
     np.testing.assert_array_equal(drawn, base.sample(labels, range(5)))

@@ -127,7 +127,7 @@ class Conditioned(OnTransformer):
     condition_file: Optional[str] = None  # NPZ file of arrays that the condition reads beside the label, rows in turn
 
     def read_given(self) -> dict[str, Any]:
-        """The arrays of that file. Raises InputError where it, or none, does not fit the experiment's condition."""
+        """The arrays of that file. Raises InputError where it cannot be read or is not for the experiment's condition."""
         from dar_jax.inference.samples import check_given, read_given
         from dar_jax.sampling.settings import label_of
 

@@ -31,7 +31,7 @@ METRICS = ("fid", "sfid", "inception_score", "precision", "recall")
 def variants(base: SamplingConfig, *axes: Sequence[Mapping[str, Any]]) -> list[SamplingConfig]:
     """All combinations of one change of settings from each axis; an axis without any leaves them as in `base`."""
     combinations = itertools.product(*(axis or ({},) for axis in axes))
-    return [dataclasses.replace(base, **collections.ChainMap(*map(dict, changes))) for changes in combinations]
+    return [dataclasses.replace(base, **collections.ChainMap(*changes)) for changes in combinations]
 
 
 def share_compilation(settings: Sequence[Settings], vocab_size: int) -> list[Settings]:

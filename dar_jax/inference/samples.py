@@ -9,7 +9,7 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,10 @@ from dar_jax.models.pixels import to_float, to_uint8, with_float_image
 from dar_jax.parallel.batches import over_batches, row_slices, split_rows
 from dar_jax.sampling.predict import token_by_token
 from dar_jax.sampling.sampler import generate, predictor, stream
-from dar_jax.sampling.settings import Method, Settings, label_of, make_settings
+from dar_jax.sampling.settings import Condition, Method, Settings, label_of, make_settings
 from dar_jax.training.checkpoint import Info
 
 log = logging.getLogger("dar_jax.inference")
-
-Condition = Callable[[Mapping[str, Any]], Any]  # of an experiment
 
 NAME_LENGTH = 50  # characters of the run's name in names of files, which may have 255 bytes
 

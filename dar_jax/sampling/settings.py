@@ -25,6 +25,8 @@ from dar_jax.sampling.logits import draw_token, linear_guidance
 from dar_jax.sampling.predict import Predictor, token_by_token
 from dar_jax.sampling.solvers import Solver
 
+Condition = Callable[[Mapping[str, Any]], Any]  # an experiment's, of a batch
+
 
 def normal_noise(keys: Array, shape: tuple[int, ...]) -> Array:
     """Standard normal [B, *shape] float32, sample i from its own key [B] alone."""
@@ -77,7 +79,7 @@ class Networks:
     tokenizer: Tokenizer
     transformer: Llama | None = None
     method: Method = Method()
-    condition: Callable[[Mapping[str, Any]], Any] = label_of
+    condition: Condition = label_of
     others: Mapping[str, nn.Module] = FrozenDict()
 
 
