@@ -6,8 +6,8 @@ Command:  WATERMARK_KEY=7 dar-jax sample runs/digits --experiment experiments/va
               --out samples          (any transformer's run; nothing is trained. :weak, :strong: a bias of 1 or 4 in place of 2)
           WATERMARK_KEY=7 python experiments/variants/watermark.py runs/digits samples/*_seed*.png      (--seeds 1,2: by noise)
 Differs:  in the draw of a token (`Method.draw`), which takes no longer; the detector needs the tokenizer alone.
-Result:   digits: found in the codes of ten images (bias 2: 93 %), never in decoded ones. Fashion-MNIST: in 70 % of 50 decoded
-          images with a bias of 4 and --others, JPEG or not; a shift by one pixel removes it. See docs/variants.md.
+Result:   found in the codes of ten digits with a bias of 2 (79 %), in fifty decoded ones with 4 and --others (75 %; 70 % of
+          Fashion-MNIST's), JPEG or not; a shift by one pixel removes it. See docs/variants.md.
 
 A colour belongs to key, position and cluster of codes and is a fair coin: over keys, the greens of an image that they had no
 part in are binomial. Several images share coins: each is worth as much as it was tossed for more often than in other images
