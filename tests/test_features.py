@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import traverse_util
 from parity_cases import Case
 
@@ -21,7 +22,7 @@ from dar_jax.features.names import (
     inception_entries,
     lpips_entries,
 )
-from dar_jax.features.vgg_lpips import Lpips, unit
+from dar_jax.features.vgg_lpips import Lpips, of_small_map, unit
 from dar_jax.models.pixels import resize_bilinear
 from dar_jax.weights import torch_file
 from dar_jax.weights.table import from_release, to_release
@@ -93,6 +94,15 @@ def test_lpips_has_gradients_where_features_or_differences_are_zero(lpips):
     for gradient in gradients(images, -images, params):
         assert np.isfinite(gradient).all() and np.any(gradient)
     np.testing.assert_array_equal(jax.grad(lambda x: unit(x).sum())(jnp.zeros((2, 3))), 0)
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (2, 2), (1, 4)])
+def test_convolutions_of_maps_smaller_than_the_kernel(height, width):
+    x = jax.random.normal(jax.random.key(0), (2, height, width, 3))
+    module = nn.Conv(5, (3, 3), precision="highest")
+    params = module.init(jax.random.key(1), x)
+    ours = module.copy(conv_general_dilated=of_small_map).apply(params, x)
+    np.testing.assert_allclose(ours, module.apply(params, x), atol=1e-5)
 
 
 def test_lpips_of_small_images_is_refused():

@@ -5,6 +5,8 @@ the same numbers as a CPU.
 Shapes: B batch, H W pixels, C channels of a feature map.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -31,10 +33,24 @@ class Vgg16(nn.Module):
         for stage, (count, channels) in enumerate(STAGES, 1):
             x = x if stage == 1 else nn.max_pool(x, (2, 2), (2, 2))
             for index in range(1, count + 1):
-                convolution = nn.Conv(channels, (3, 3), precision=self.precision, name=f"conv{stage}_{index}")
+                convolve = jax.lax.conv_general_dilated if min(x.shape[1:3]) >= 3 else of_small_map
+                convolution = nn.Conv(
+                    channels, (3, 3), precision=self.precision, conv_general_dilated=convolve, name=f"conv{stage}_{index}"
+                )
                 x = nn.relu(convolution(x))
             features.append(x)
         return features
+
+
+def of_small_map(x: Array, kernel: Array, *_: Any, precision: Any, **__: Any) -> Array:
+    """A padded 3 x 3 convolution as one product; on a CPU 70 times as fast as XLA's of a map that is smaller than the kernel.
+
+    x [B, H, W, C], kernel [3, 3, C, D] -> [B, H, W, D]; the other arguments are those of flax's `nn.Conv`.
+    """
+    height, width = x.shape[1:3]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    neighbours = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    return jnp.matmul(jnp.concatenate(neighbours, axis=-1), kernel.reshape(-1, kernel.shape[-1]), precision=precision)
 
 
 class Lpips(nn.Module):
