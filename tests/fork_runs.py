@@ -19,7 +19,7 @@ TRANSFORMERS = {  # by the file that tests them
     "condition": ["control", "early_control", "watermark", "early_choice"],
 }
 PROGRAMS = ["decoder_report", "particles"]  # which take any run, see test_variants_flow.py and test_forks.py
-TOKENIZERS = ["cosine_path", "unrolled", "gan", "few_steps", "patch_pyramid", "series", "binary_tokenizer"]
+TOKENIZERS = ["cosine_path", "unrolled", "gan", "few_steps", "patch_pyramid", "series", "binary_tokenizer", "perceptual"]
 
 SHORT = ["--train.steps", "3", "--train.batch-size", "8", "--train.sample-every", "0", "--optimizer.name", "adamw"]
 TINY_TRANSFORMER = ["--model.layers", "1", "--model.heads", "2", "--model.width", "16", "--model.mlp-multiple", "8"]
@@ -29,6 +29,8 @@ TINY_TOKENIZER = [*VELOCITY, *WIDTHS, "--model.encoder-layers", "1", "--model.de
 DIGITS = ["--data.source", "digits", "--data.image-size", "8", "--data.channels", "1", "--data.flip", "False"]
 OWN = {  # settings that make a large recipe small, or show more
     "binary_tokenizer": ["--optimizer.name", "muon", "--loss.flow-power", "2", "--train.checkpoint-every", "1"],
+    "perceptual": [*DIGITS, "--train.checkpoint-every", "1", "--model.channels", "1", "--model.codebook-size", "64"]
+    + ["--fork.last", "1"],
     "few_steps": ["--train.checkpoint-every", "1"],
     "gan": [*DIGITS, "--model.image-size", "8", "--model.channels", "1", "--model.num-tokens", "16", "--model.num-groups", "4"]
     + ["--model.codebook-size", "64", "--fork.width", "16", "--fork.halvings", "1", "--fork.start-step", "1"],
@@ -69,8 +71,8 @@ def trains_and_samples(name, folder, out):
     assert (out / "grid.png").exists() and len(list(out.glob("*_seed*.png"))) == 2
 
 
-def trains_and_reconstructs(name, folder, out):
+def trains_and_reconstructs(name, folder, out, size=8):
     for number in range(2):
-        Image.fromarray(np.full((8, 8), 100 * number, np.uint8)).save(out / f"{number}.png")
+        Image.fromarray(np.full((size, size), 100 * number, np.uint8)).save(out / f"{number}.png")
     run("reconstruct", folder, "--experiment", path_of(name), "--images", out, "--out", out / "out")
     assert (out / "out" / "grid.png").exists()

@@ -76,6 +76,28 @@ def test_unrolled_steps_are_those_of_the_sampler(two_steps):
     np.testing.assert_allclose(jax.jit(jax.grad(error))(0.0), slope, rtol=0.02)
 
 
+def test_gradients_of_the_last_steps_alone(two_steps):
+    """The values are the same; the noise, which only the first step sees, has no gradient."""
+    model, params = two_steps
+    values, noise = jax.random.normal(jax.random.key(0), (2, 16, 8)), jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
+    drawn = lambda noise, last: variant("few_steps").unrolled(model, params, values, noise, last)  # noqa: E731
+    slope = jax.jit(jax.value_and_grad(lambda noise, last: jnp.square(drawn(noise, last)).sum()), static_argnums=1)
+    (value, whole), (same, truncated) = slope(noise, 0), slope(noise, 1)
+    assert value == same and np.any(whole)
+    np.testing.assert_array_equal(truncated, 0)
+
+
+def test_energy_distance_is_unbiased():
+    """Of equal distributions 0 on average, of two points twice what they are apart."""
+    energy_distance = variant("perceptual").energy_distance
+    a, b = jax.random.normal(jax.random.key(0), (2, 2000, 12, 3))
+    equal = np.asarray(jax.jit(jax.vmap(energy_distance))(a, b))
+    assert abs(equal.mean()) < 3 * equal.std() / 2000**0.5
+    np.testing.assert_allclose(
+        energy_distance(jnp.zeros((4, 2)), jnp.tile(jnp.array([3.0, 4.0]), (5, 1))), 10 - 0.02, rtol=1e-5
+    )
+
+
 def test_mmd_is_unbiased():
     """Of equal distributions 0 on average; with a linear kernel |difference of the means|^2 / F."""
     mmd = variant("few_steps").mmd

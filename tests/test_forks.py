@@ -2,6 +2,7 @@
 thing."""
 
 import dataclasses
+import json
 import re
 import runpy
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from fork_runs import (
     FORKS,
+    OWN,
     PROGRAMS,
     ROOT,
     SHORT,
@@ -32,12 +34,16 @@ from dar_jax.cli.main import main
 from dar_jax.config import SamplingConfig
 from dar_jax.errors import InputError
 from dar_jax.experiment import load_experiment
+from dar_jax.features.names import lpips_entries
+from dar_jax.features.vgg_lpips import Lpips
 from dar_jax.inference.reconstruct import quantize
 from dar_jax.inference.trained import load_sampler, load_tokenizer
 from dar_jax.sampling import sampler
 from dar_jax.sampling.settings import make_settings
 from dar_jax.sampling.solvers import Velocity
 from dar_jax.training import checkpoint
+from dar_jax.weights import torch_file
+from dar_jax.weights.table import to_release
 
 
 def test_every_file_is_tested():
@@ -53,7 +59,7 @@ def test_transformer_trains_and_samples(name, trained, tmp_path):
     trains_and_samples(name, trained(name), tmp_path)
 
 
-@pytest.mark.parametrize("name", [name for name in TOKENIZERS if name not in ("series", "binary_tokenizer")])
+@pytest.mark.parametrize("name", [name for name in TOKENIZERS if name not in ("series", "binary_tokenizer", "perceptual")])
 def test_tokenizer_trains_and_reconstructs(name, trained, tmp_path):
     trains_and_reconstructs(name, trained(name), tmp_path)
 
@@ -190,13 +196,32 @@ def test_gan_teaches_both_sides(trained):
     assert re.search(r'"discriminator": 0\.\d*[1-9]', log) and re.search(r'"generator": 0\.\d*[1-9]', log)
 
 
-def test_few_steps_keep_the_codes(trained):
-    """Bit by bit from one step to the next, while the decoder learns."""
-    folders = (trained("few_steps") / "checkpoints" / step for step in ("2", "3"))
+def only_the_decoder_is_tuned(folder):
+    """Bit by bit from one step to the next."""
+    folders = (folder / "checkpoints" / step for step in ("2", "3"))
     before, after = (checkpoint.load_part(checkpoint.inspect(folder), "params") for folder in folders)
-    for name, tuned in (("encoder", False), ("quantizer", False), ("token_decoder", True), ("velocity", True)):
-        same = jax.tree.map(np.array_equal, before[name], after[name])
-        assert all(jax.tree.leaves(same)) != tuned
+    changed = {part: not jax.tree.all(jax.tree.map(np.array_equal, before[part], after[part])) for part in before}
+    return changed == {"encoder": False, "quantizer": False, "token_decoder": True, "velocity": True}
+
+
+def test_few_steps_keep_the_codes(trained):
+    assert only_the_decoder_is_tuned(trained("few_steps"))
+
+
+@pytest.mark.usefixtures("narrow_vgg")
+def test_perceptual_tuning(tmp_path):
+    """With random weights of a narrow VGG16 from a file."""
+    images = jnp.zeros((1, 16, 16, 3))
+    params = jax.device_get(jax.jit(Lpips().init)(jax.random.key(1), images, images)["params"])
+    torch_file.write(tmp_path / "lpips.pt", to_release(lpips_entries(), params))
+    sizes = ["--model.image-size", "16", "--data.image-size", "16", "--fork.weights", tmp_path / "lpips.pt"]
+    own = [*SHORT, *TINY_TOKENIZER, *OWN["perceptual"], *sizes]
+    run("train", path_of("perceptual"), "--workdir", tmp_path / "run", *own)
+    assert only_the_decoder_is_tuned(tmp_path / "run")
+    log = [json.loads(line) for line in (tmp_path / "run" / "logs" / "metrics.jsonl").read_text().splitlines()]
+    assert all(record["lpips"] > 0 and record["pixels"] > 0 for record in log)
+    (tmp_path / "images").mkdir()
+    trains_and_reconstructs("perceptual", tmp_path / "run", tmp_path / "images", size=16)
 
 
 def test_particles_of_anything(tiny_run, tmp_path, capsys):

@@ -124,6 +124,11 @@ def test_evaluate_commands(tiny_run, reference, tmp_path, capsys, monkeypatch):
     assert main(["evaluate", reference, "--reference", kept]) == 0
     assert "as kept in" in capsys.readouterr().out
     assert main(["evaluate", str(tmp_path / "none.npz"), "--reference", kept]) == 2
+    assert main(["evaluate", reference]) == main(["evaluate", reference, "--save-statistics", kept, "--json", kept]) == 2
+    assert "give a --reference to compare with, or --save-statistics alone" in capsys.readouterr().err
+    assert main(["evaluate", reference, "--save-statistics", kept, "--num-images", "12"]) == 0
+    assert main(["evaluate", reference, "--reference", kept]) == 0
+    assert "12 images" in capsys.readouterr().out
 
     assert (
         main(

@@ -37,7 +37,9 @@ class Evaluate:
     The definitions are those of the ADM suite. Images are an NPZ file with `arr_0` (uint8, N x height x width x channels), a
     folder of images of one size, or a data source SOURCE/SPLIT[/SIZE][:PLACE], whose images are cropped to SIZE pixels. The
     reference is such a one too, or an NPZ file of statistics: ADM's VIRTUAL_*.npz, pytorch-fid's, or one of --save-statistics.
-    Says which reference, how many images and which weights were used.
+    Says which reference, how many images and which weights were used. Without a reference, --save-statistics only makes one.
+
+    Example: dar-jax evaluate cifar10/test:cifar-10-batches-bin --save-statistics cifar10_test.npz
 
     Example: dar-jax evaluate samples.npz --reference VIRTUAL_imagenet256_labeled.npz --json report.json
 
@@ -45,9 +47,9 @@ class Evaluate:
     """
 
     samples: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SAMPLES")]  # NPZ file, folder or data source
-    reference: str  # NPZ file, folder or data source
+    reference: Optional[str] = None  # NPZ file, folder or data source
     json: Optional[str] = None  # also write the report to this file
-    save_statistics: Optional[str] = None  # also keep the statistics of the samples in this NPZ file, as a later reference
+    save_statistics: Optional[str] = None  # keep the statistics of the samples in this NPZ file, as a later reference
     weights: Optional[str] = None  # file of the Inception network; else looked for as docs/weights.md says
     resize: Literal["tensorflow1", "half_pixel"] = "tensorflow1"  # how images are resized to 299 x 299; ADM: tensorflow1
     num_images: Optional[Number] = None  # only so many samples, drawn at random with a fixed seed
@@ -56,10 +58,18 @@ class Evaluate:
 
     def run(self) -> None:
         from dar_jax.evaluation.extractor import open_extractor
-        from dar_jax.evaluation.fid import evaluate, table
+        from dar_jax.evaluation.fid import evaluate, open_reference, table
+        from dar_jax.evaluation.statistics import save
 
+        if self.reference is None and (self.save_statistics is None or self.json is not None):
+            raise InputError("give a --reference to compare with, or --save-statistics alone, to make one")
         check_writable(self.json, self.save_statistics)
         extractor = open_extractor(self.weights, self.resize, self.batch_size, make_mesh(self.mesh))
+        if self.reference is None:
+            statistics = open_reference(self.samples, extractor, self.num_images)
+            if first():
+                save(self.save_statistics, statistics)
+            return show(f"{statistics.source}: statistics in {self.save_statistics}")
         keep_as = self.save_statistics if first() else None
         report = evaluate(self.samples, self.reference, extractor, self.num_images, keep_as=keep_as)
         write_json(self.json, report)

@@ -60,9 +60,9 @@ def evaluate(
     return compare(fake, real)
 
 
-def open_reference(reference: ImagesOrStatistics, extractor: Extractor) -> Statistics:
+def open_reference(reference: ImagesOrStatistics, extractor: Extractor, num_images: int | None = None) -> Statistics:
     """The statistics of a reference, as `evaluate` takes it, to compare several sets of samples with. Raises as `evaluate`."""
-    return _complete(*_open(reference, None), extractor, REFERENCE_FEATURES, "images of the reference")
+    return _complete(*_open(reference, num_images), extractor, REFERENCE_FEATURES, "images of the reference")
 
 
 def compare(samples: Statistics, reference: Statistics) -> dict[str, Any]:

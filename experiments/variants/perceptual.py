@@ -1,0 +1,104 @@
+"""A decoder of photographs tuned through its own steps with VGG16's features; the codes stay as they are.
+
+Source:   LPIPS (arXiv 1801.03924) of reconstructions; MMD-DDM (arXiv 2301.07969), which unrolls a sampler and compares the
+          distribution of its images' features with that of real ones; DRaFT (arXiv 2309.17400), which lets gradients through
+          the last of the unrolled steps alone.
+Command:  dar-jax train experiments/variants/perceptual.py --init-from runs/tokenizer --workdir runs/perceptual --data.path DIR
+          (runs/tokenizer: a run of cifar10_tokenizer.py:small, DIR: CIFAR-10's folder; LPIPS's weights: docs/weights.md)
+          A transformer of the base's codes draws with it if the folder takes the place of its RUN/tokenizer.
+Differs:  from the tokenizer in the loss, and in what is trained: the velocity network and the token decoder.
+Time:
+Result:
+
+The loss is of the images that the model's steps make from noise and an image's codes: LPIPS and the squared difference of
+halved images, in pairs; and the energy distance (Székely and Rizzo 2013) of statistics of VGG16's features from those of other
+real images, whose deviation is the unit, so that the images are as rich in contrast and texture.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from few_steps import optimizer, unrolled
+
+from dar_jax.config import TokenizerLossConfig
+from dar_jax.experiment import Experiment, load_experiment
+from dar_jax.features.load import load_lpips
+from dar_jax.features.vgg_lpips import SCALE, SHIFT, Lpips, Vgg16
+from dar_jax.sampling.observe import pool
+from dar_jax.weights.published import resolve
+
+PRECISION = jax.lax.Precision.HIGH
+
+
+def frozen(config):
+    """The parameters of LPIPS, from the file `fork.weights`, or looked for by name."""
+    return {"lpips": load_lpips(*resolve("lpips_vgg16", config.fork["weights"] or None).files)}
+
+
+def statistics(params, images):
+    """Mean and deviation over an image [B, H, W, 3] of VGG16's features, two for each of its stages: [B, C] each."""
+    features = Vgg16(PRECISION).apply({"params": params["vgg"]}, (images - jnp.asarray(SHIFT)) / jnp.asarray(SCALE))
+    return [part for x in features for part in (x.mean((1, 2)), jnp.sqrt(x.var((1, 2)) + 1e-3))]
+
+
+def energy_distance(a, b):
+    """2 E|a - b| - E|a - a'| - E|b - b'| of two samples [m, F] and [n, F], unbiased: 0 if they are of one distribution."""
+
+    def distances(x, y):
+        squared = jnp.square(x).sum(1)[:, None] + jnp.square(y).sum(1) - 2 * x @ y.T
+        return jnp.sqrt(jnp.maximum(squared, 1e-4))  # the gradient of a root at 0 is not finite
+
+    def within(x):
+        others = 1 - jnp.eye(len(x))
+        return (others * distances(x, x)).sum() / others.sum()
+
+    return 2 * distances(a, b).mean() - within(a) - within(b)
+
+
+def unpaired(real, made):
+    """The mean energy distance of all statistics, of each half of the batch to the images of the other half."""
+    half, total = len(real[0]) // 2, 0.0
+    for a, b in zip(real, made):
+        a, b = (x / jnp.sqrt(a.var(0).sum() + 1e-6) for x in (a, b))
+        total += (energy_distance(a[:half], b[half:]) + energy_distance(a[half:], b[:half])) / 2
+    return total / len(real)
+
+
+def loss(config, model):
+    weights = config.fork
+
+    def loss_fn(params, batch, key, frozen, step):
+        images, network = batch["image"], frozen["lpips"]
+        apply = functools.partial(model.apply, {"params": params})
+        values = jax.lax.stop_gradient(apply(apply(images, method="encode"), method="quantize").values)
+        made = unrolled(model, params, values, jax.random.normal(key, images.shape), weights["last"])
+        terms = {
+            "pixels": weights["pixels"] * jnp.square(pool(made - images, images.shape[1] // 2)).mean(),
+            "lpips": weights["lpips"] * Lpips(PRECISION).apply({"params": network}, images, made).mean(),
+            "unpaired": weights["unpaired"] * unpaired(statistics(network, images), statistics(network, made)),
+        }
+        return sum(terms.values()), terms
+
+    return loss_fn
+
+
+def tuned(file, single=False):
+    """The experiment of a tokenizer's file; single: with the library's loss and LPIPS, of one step from a noised image."""
+    base = load_experiment(Path(__file__).parents[1] / file).config
+    config = dataclasses.replace(
+        base,
+        name="perceptual",
+        loss=TokenizerLossConfig(lpips=0.5) if single else TokenizerLossConfig(),
+        optimizer=dataclasses.replace(base.optimizer, learning_rate=1e-3, warmup_steps=10),
+        train=dataclasses.replace(base.train, steps=200 if single else 100, checkpoint_every=25, sample_every=0, log_every=5),
+        fork={} if single else {"pixels": 0.5, "lpips": 1.0, "unpaired": 1.0, "last": 3, "weights": ""},
+    )
+    parts = {} if single else {"loss": loss, "frozen": frozen}
+    return Experiment(config, **parts, optimizer=optimizer, reads=("optimizer.",))
+
+
+experiment, fashion = tuned("cifar10_tokenizer.py:small"), tuned("fashion_tokenizer.py")
+single = tuned("cifar10_tokenizer.py:small", single=True)
