@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from few_steps import optimizer, unrolled
 
 from dar_jax.config import TokenizerLossConfig
+from dar_jax.errors import require
 from dar_jax.experiment import Experiment, load_experiment
 from dar_jax.features.load import load_lpips
 from dar_jax.features.vgg_lpips import SCALE, SHIFT, Lpips, Vgg16
@@ -75,6 +76,7 @@ def loss(config, model):
 
     def loss_fn(params, batch, key, frozen, step):
         images, network = batch["image"], frozen["lpips"]
+        require(len(images) >= 4, "halves of a batch are compared; batches should have at least 4 images")
         apply = functools.partial(model.apply, {"params": params})
         values = jax.lax.stop_gradient(apply(apply(images, method="encode"), method="quantize").values)
         made = unrolled(model, params, values, jax.random.normal(key, images.shape), weights["last"])
@@ -91,12 +93,13 @@ def loss(config, model):
 def tuned(file, single=False):
     """The experiment of a tokenizer's file; single: with the library's loss and LPIPS, of one step from a noised image."""
     base = load_experiment(Path(__file__).parents[1] / file).config
+    steps, warmup = (200, 20) if single else (100, 10)
     config = dataclasses.replace(
         base,
         name="perceptual",
         loss=TokenizerLossConfig(lpips=0.5) if single else TokenizerLossConfig(),
-        optimizer=dataclasses.replace(base.optimizer, learning_rate=1e-3, warmup_steps=10),
-        train=dataclasses.replace(base.train, steps=200 if single else 100, checkpoint_every=25, sample_every=0, log_every=5),
+        optimizer=dataclasses.replace(base.optimizer, learning_rate=1e-3, warmup_steps=warmup),
+        train=dataclasses.replace(base.train, steps=steps, checkpoint_every=25, sample_every=0, log_every=5),
         fork={} if single else {"pixels": 0.5, "lpips": 1.0, "unpaired": 1.0, "last": 3, "weights": ""},
     )
     parts = {} if single else {"loss": loss, "frozen": frozen}
