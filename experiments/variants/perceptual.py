@@ -10,8 +10,8 @@ Differs:  from the tokenizer in the loss, and in what is trained: the velocity n
           `:fashion` tunes a run of fashion_tokenizer.py; `:single` has the library's loss with LPIPS, of one step at a time.
 Time:     100 steps of 64 images take 19 minutes on one CPU core; 60 of `:fashion` take 5.
 Result:   Fashion-MNIST, three seeds, 60 steps: distance 5.9, base 8.5, of the samples 7.0, base 8.5; 0.1 dB more. CIFAR-10, one
-          training: distance 6.3, base 16.4, LPIPS 0.462, base 0.505, at the same PSNR, but rFID 127, base 123. See
-          docs/variants.md.
+          training: distance 6.3, base 16.4, LPIPS 0.462, base 0.505, at the same PSNR, but rFID 127, base 123, and
+          the samples' FID 135, base 125. See docs/variants.md.
 
 The loss is of the images that the model's steps make from noise and an image's codes: LPIPS and the squared difference of
 halved images, in pairs; and the energy distance (Székely and Rizzo 2013) of statistics of VGG16's features from those of other
