@@ -98,6 +98,15 @@ def test_energy_distance_is_unbiased():
     )
 
 
+def test_unpaired_statistics():
+    """Of the same images near 0, and larger for those of another mean or deviation, whatever the unit of a statistic."""
+    unpaired = variant("perceptual").unpaired
+    a, b = jax.random.normal(jax.random.key(0), (2, 64, 3))
+    equal, moved, flat = (unpaired([a, 1e3 * a], [x, 1e3 * x]) for x in (b, b + 1, 0.1 * b))
+    assert abs(equal) < 0.1 < min(moved, flat)
+    np.testing.assert_allclose(moved, unpaired([a], [b + 1]), rtol=1e-3)
+
+
 def test_mmd_is_unbiased():
     """Of equal distributions 0 on average; with a linear kernel |difference of the means|^2 / F."""
     mmd = variant("few_steps").mmd

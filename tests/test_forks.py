@@ -214,7 +214,7 @@ def test_perceptual_tuning(tmp_path):
     images = jnp.zeros((1, 16, 16, 3))
     params = jax.device_get(jax.jit(Lpips().init)(jax.random.key(1), images, images)["params"])
     torch_file.write(tmp_path / "lpips.pt", to_release(lpips_entries(), params))
-    sizes = ["--model.image-size", "16", "--data.image-size", "16", "--fork.weights", tmp_path / "lpips.pt"]
+    sizes = ["--model.image-size", "16", "--data.image-size", "16", "--loss.lpips-weights", tmp_path / "lpips.pt"]
     own = [*SHORT, *TINY_TOKENIZER, *OWN["perceptual"], *sizes]
     run("train", path_of("perceptual"), "--workdir", tmp_path / "run", *own)
     assert only_the_decoder_is_tuned(tmp_path / "run")

@@ -29,17 +29,10 @@ from few_steps import optimizer, unrolled
 from dar_jax.config import TokenizerLossConfig
 from dar_jax.errors import require
 from dar_jax.experiment import Experiment, load_experiment
-from dar_jax.features.load import load_lpips
 from dar_jax.features.vgg_lpips import SCALE, SHIFT, Lpips, Vgg16
 from dar_jax.sampling.observe import pool
-from dar_jax.weights.published import resolve
 
 PRECISION = jax.lax.Precision.HIGH
-
-
-def frozen(config):
-    """The parameters of LPIPS, from the file `fork.weights`, or looked for by name."""
-    return {"lpips": load_lpips(*resolve("lpips_vgg16", config.fork["weights"] or None).files)}
 
 
 def statistics(params, images):
@@ -82,7 +75,7 @@ def loss(config, model):
         made = unrolled(model, params, values, jax.random.normal(key, images.shape), weights["last"])
         terms = {
             "pixels": weights["pixels"] * jnp.square(pool(made - images, images.shape[1] // 2)).mean(),
-            "lpips": weights["lpips"] * Lpips(PRECISION).apply({"params": network}, images, made).mean(),
+            "lpips": config.loss.lpips * Lpips(PRECISION).apply({"params": network}, images, made).mean(),
             "unpaired": weights["unpaired"] * unpaired(statistics(network, images), statistics(network, made)),
         }
         return sum(terms.values()), terms
@@ -97,13 +90,12 @@ def tuned(file, single=False):
     config = dataclasses.replace(
         base,
         name="perceptual",
-        loss=TokenizerLossConfig(lpips=0.5) if single else TokenizerLossConfig(),
+        loss=TokenizerLossConfig(lpips=0.5 if single else 1.0),
         optimizer=dataclasses.replace(base.optimizer, learning_rate=1e-3, warmup_steps=warmup),
         train=dataclasses.replace(base.train, steps=steps, checkpoint_every=25, sample_every=0, log_every=5),
-        fork={} if single else {"pixels": 0.5, "lpips": 1.0, "unpaired": 1.0, "last": 3, "weights": ""},
+        fork={} if single else {"pixels": 0.5, "unpaired": 1.0, "last": 3},
     )
-    parts = {} if single else {"loss": loss, "frozen": frozen}
-    return Experiment(config, **parts, optimizer=optimizer, reads=("optimizer.",))
+    return Experiment(config, loss=None if single else loss, optimizer=optimizer, reads=("optimizer.", "loss.lpips"))
 
 
 experiment, fashion = tuned("cifar10_tokenizer.py:small"), tuned("fashion_tokenizer.py")
